@@ -1,0 +1,69 @@
+"""Argument validation: every message names the argument, its value, what is accepted, and what to do.
+
+All of it looks at metadata only (dtype, shape, stride, device), so it costs no synchronisation and traces cleanly under
+`torch.compile(fullgraph=True)`. Values of index tensors (slots, positions, block ids) can't be read on a GPU without a
+synchronisation: kernels skip what is out of range, and the reference on the CPU raises.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+INTS = (torch.int32, torch.int64)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def check_dtype(name: str, x: torch.Tensor, accepted: Sequence[torch.dtype]) -> None:
+    """Raises TypeError unless `x` is a tensor of one of the `accepted` dtypes."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in accepted:
+        raise TypeError(
+            f"{name}: dtype {str(x.dtype).removeprefix('torch.')} is not accepted; "
+            f"expected {_names(accepted)}: convert it with {name}.to(…)"
+        )
+
+
+def check_same_dtype(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Raises TypeError unless both tensors have one dtype."""
+    check_dtype(name, x, (other.dtype,))
+
+
+def check_device(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Raises ValueError unless both tensors are on one device."""
+    if x.device != other.device:
+        raise ValueError(
+            f"{name}: on {x.device}, but {other_name} is on {other.device}; move one with {name}.to({other_name}.device)"
+        )
+
+
+def check_ndim(name: str, x: torch.Tensor, ndim: int, layout: str) -> None:
+    """Raises ValueError unless `x` has `ndim` dimensions; `layout` says which, such as "[tokens, heads, head_size]"."""
+    if x.dim() != ndim:
+        raise ValueError(f"{name}: shape {tuple(x.shape)} has {x.dim()} dimensions; expected {ndim}: {layout}")
+
+
+def check_shape(name: str, x: torch.Tensor, expected: Sequence[int], layout: str) -> None:
+    """Raises ValueError unless `x` has exactly the `expected` shape."""
+    if x.dim() != len(expected) or any(a != b for a, b in zip(x.shape, expected, strict=True)):
+        raise ValueError(f"{name}: shape {tuple(x.shape)}; expected {tuple(expected)}: {layout}")
+
+
+def check_last_dim_contiguous(name: str, x: torch.Tensor) -> None:
+    """Raises ValueError unless neighbours in the last dimension are neighbours in memory."""
+    if x.dim() and x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(
+            f"{name}: the last dimension has stride {x.stride(-1)}; expected 1: pass {name}.contiguous()"
+        )
+
+
+def check_contiguous(name: str, x: torch.Tensor) -> None:
+    """Raises ValueError unless `x` is contiguous."""
+    if not x.is_contiguous():
+        raise ValueError(
+            f"{name}: strides {x.stride()} of shape {tuple(x.shape)} are not contiguous: pass {name}.contiguous()"
+        )

@@ -1,0 +1,210 @@
+"""RMSNorm, alone and with the residual addition in front of it.
+
+    y = x / sqrt(mean(x²) + eps) · (weight + weight_offset)
+
+Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), https://arxiv.org/abs/1910.07467. Gemma stores
+weight − 1: give `weight_offset=1.0`. Sums and products are fp32 and rounded once, at the store.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from octavo.kernels.checks import FLOATS, check_device, check_dtype, check_last_dim_contiguous, check_shape
+from octavo.kernels.launch import launch, next_power_of_2, row_strides
+from octavo.kernels.registry import register
+from octavo.reference import norm as reference
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    block: int
+    num_warps: int
+
+
+def choose_tiles(width: int) -> _Tiles:
+    """Elements of a row held at once, and the warps that hold them; wider rows are walked twice."""
+    block = min(next_power_of_2(width), 8192)
+    return _Tiles(block, min(max(block // 512, 1), 16))
+
+
+@triton.jit
+def _load_row(x_ptr, residual_ptr, cols, mask, ADD: tl.constexpr):
+    x = tl.load(x_ptr + cols, mask=mask, other=0.0)
+    if ADD:
+        # Rounded to the residual's dtype before the norm, because that is what the next layer will read.
+        x = (x.to(tl.float32) + tl.load(residual_ptr + cols, mask=mask, other=0.0).to(tl.float32)).to(x.dtype)
+        tl.store(residual_ptr + cols, x, mask=mask)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _rms_norm_kernel(
+    # Bound by memory: x (and residual) read once and written once; one program a row.
+    out_ptr,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    N,
+    eps,
+    weight_offset,
+    x_inner,
+    stride_x_outer,
+    stride_x_inner,
+    residual_inner,
+    stride_residual_outer,
+    stride_residual_inner,
+    ADD: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row // x_inner * stride_x_outer + row % x_inner * stride_x_inner
+    if ADD:
+        residual_ptr += row // residual_inner * stride_residual_outer + row % residual_inner * stride_residual_inner
+    out_ptr += row * N
+    cols = tl.arange(0, BLOCK)
+    if ONE_BLOCK:
+        mask = cols < N
+        x = _load_row(x_ptr, residual_ptr, cols, mask, ADD)
+        w = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32) + weight_offset
+        inv = tl.rsqrt(tl.sum(x * x, 0) / N + eps)
+        tl.store(out_ptr + cols, (x * inv * w).to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, N, BLOCK):
+            at = start + cols
+            x = _load_row(x_ptr, residual_ptr, at, at < N, ADD)
+            total += x * x
+        inv = tl.rsqrt(tl.sum(total, 0) / N + eps)
+        # The second walk reads the sum where there is one: each thread reads back what it wrote itself.
+        source_ptr = residual_ptr if ADD else x_ptr
+        for start in range(0, N, BLOCK):
+            at = start + cols
+            x = tl.load(source_ptr + at, mask=at < N, other=0.0).to(tl.float32)
+            w = tl.load(weight_ptr + at, mask=at < N, other=0.0).to(tl.float32) + weight_offset
+            tl.store(out_ptr + at, (x * inv * w).to(out_ptr.dtype.element_ty), mask=at < N)
+
+
+def _norm_cuda(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, weight_offset: float
+) -> torch.Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    width = x.shape[-1]
+    tiles = choose_tiles(width)
+    launch(
+        _rms_norm_kernel,
+        (x.numel() // width,),
+        out,
+        x,
+        residual,
+        weight,
+        width,
+        eps,
+        weight_offset,
+        *row_strides("x", x),
+        *(row_strides("residual", residual) if residual is not None else (1, 0, 0)),
+        device=x.device,
+        num_warps=tiles.num_warps,
+        ADD=residual is not None,
+        ONE_BLOCK=tiles.block >= width,
+        BLOCK=tiles.block,
+    )
+    return out
+
+
+def _rms_norm_cuda(x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float) -> torch.Tensor:
+    return _norm_cuda(x, None, weight, eps, weight_offset)
+
+
+def _rms_norm_fake(x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def _add_rms_norm_fake(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float
+) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+_rms_norm = register(
+    "rms_norm(Tensor x, Tensor weight, float eps, float weight_offset) -> Tensor",
+    reference=reference.rms_norm,
+    launcher=_rms_norm_cuda,
+    fake=_rms_norm_fake,
+)
+_add_rms_norm = register(
+    "add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps, float weight_offset) -> Tensor",
+    reference=reference.add_rms_norm,
+    launcher=_norm_cuda,
+    fake=_add_rms_norm_fake,
+)
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    check_dtype("x", x, FLOATS)
+    check_last_dim_contiguous("x", x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x: shape {tuple(x.shape)}; expected a last dimension of at least one element")
+    check_dtype("weight", weight, FLOATS)
+    check_shape("weight", weight, (x.shape[-1],), "[hidden], as wide as x")
+    check_last_dim_contiguous("weight", weight)
+    check_device("weight", weight, "x", x)
+    if eps < 0:
+        raise ValueError(f"eps: {eps}; expected a number of at least 0")
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, weight_offset: float = 0.0
+) -> torch.Tensor:
+    """Root-mean-square layer normalisation over the last dimension.
+
+    `y = x / sqrt(mean(x²) + eps) · (weight + weight_offset)`
+
+    Args:
+        x: `[..., hidden]`, fp16, bf16 or fp32; last dimension contiguous, the others of any two strides.
+        weight: `[hidden]`, fp16, bf16 or fp32, its dtype free of x's.
+        eps: added to the mean of squares.
+        weight_offset: 0, or 1 for Gemma's weights, which are stored minus one.
+
+    Returns:
+        `[..., hidden]`, contiguous, in x's dtype. Computed in fp32 and rounded once.
+
+    Raises:
+        TypeError: a dtype that is not accepted.
+        ValueError: weight's shape or device does not fit x, or a stride that is not supported.
+
+    Safe in a CUDA graph. A row's bits do not depend on the other rows. https://arxiv.org/abs/1910.07467
+    """
+    _check(x, weight, eps)
+    return _rms_norm(x, weight, eps, weight_offset)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, weight_offset: float = 0.0
+) -> torch.Tensor:
+    """Adds x to the residual stream in place, and returns the normalised sum.
+
+    `residual += x;  y = residual / sqrt(mean(residual²) + eps) · (weight + weight_offset)`
+
+    Args:
+        x: `[..., hidden]`, as in `rms_norm`.
+        residual: x's shape and dtype, **overwritten** with the sum; must not overlap x.
+        weight, eps, weight_offset: as in `rms_norm`.
+
+    Returns:
+        `[..., hidden]`, contiguous, in x's dtype.
+
+    Raises:
+        TypeError, ValueError: as in `rms_norm`, and for a residual that differs from x in shape, dtype or device.
+
+    Safe in a CUDA graph. A row's bits do not depend on the other rows.
+    """
+    _check(x, weight, eps)
+    check_dtype("residual", residual, (x.dtype,))
+    check_shape("residual", residual, x.shape, "the shape of x")
+    check_last_dim_contiguous("residual", residual)
+    check_device("residual", residual, "x", x)
+    return _add_rms_norm(x, residual, weight, eps, weight_offset)

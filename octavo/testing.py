@@ -1,0 +1,83 @@
+"""How octavo tests its ops, for those who add one or embed one.
+
+- `assert_accurate` is the one tolerance rule: no test has a tolerance of its own.
+- `poisoned_memory` fills what `torch.empty` returns with NaN (or the largest integer), so that an element that a kernel
+  forgets shows.
+- `check_op` runs `torch.library.opcheck` and `torch.compile(fullgraph=True)` on one call.
+- `without_interpreter` gives the CPU backend its say under `TRITON_INTERPRET=1`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from octavo.kernels.launch import INTERPRET
+from octavo.kernels.registry import OPS, without_interpreter
+
+__all__ = ["INTERPRET", "OPS", "assert_accurate", "check_op", "poisoned_memory", "without_interpreter"]
+
+
+def assert_accurate(actual: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor) -> None:
+    """Holds a result to what its dtype allows.
+
+    Args:
+        actual: the result under test, in its own dtype.
+        exact: the same computation in float64.
+        plain: the same computation in plain torch at the precision of `actual`, every step rounded to it.
+
+    The largest error may be twice `plain`'s plus the rounding of the largest element, the root mean square of the error
+    twice `plain`'s plus half the rounding of the root mean square; infinities and NaNs must stand in the same places.
+    """
+    assert actual.shape == exact.shape == plain.shape, (actual.shape, exact.shape, plain.shape)
+    if actual.numel() == 0:
+        return
+    eps = torch.finfo(actual.dtype).eps
+    a, e, p = actual.double(), exact.double(), plain.double()
+    for what in (torch.isnan, torch.isposinf, torch.isneginf):
+        wrong = (what(a) != what(e)).sum().item()
+        assert wrong == 0, f"{what.__name__} differs in {wrong} of {a.numel()} elements"
+    finite = torch.isfinite(e)
+    a, e, p = a[finite], e[finite], p[finite]
+    if a.numel() == 0:
+        return
+    error, plain_error = (a - e).abs(), (p - e).abs()
+    limit = 2 * plain_error.max() + eps * e.abs().max()
+    assert error.max() <= limit, f"largest error {error.max():.3e}, limit {limit:.3e}"
+    rms_error, rms_limit = _rms(error), 2 * _rms(plain_error) + eps / 2 * _rms(e)
+    assert rms_error <= rms_limit, f"root mean square error {rms_error:.3e}, limit {rms_limit:.3e}"
+
+
+def _rms(x: torch.Tensor) -> torch.Tensor:
+    return x.square().mean().sqrt()
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Inside, memory from `torch.empty` and its kin is NaN or the dtype's largest integer."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def check_op(name: str, function: Callable[..., Any], op_args: tuple[Any, ...], *args: Any, **kwargs: Any) -> None:
+    """`opcheck` of `torch.ops.octavo.<name>` on `op_args`, and the public `function` compiled as one graph.
+
+    `args` and `kwargs` go to `function`, once eagerly and once compiled, on clones; results and mutated arguments must be
+    the same bits.
+    """
+    torch.library.opcheck(getattr(torch.ops.octavo, name).default, op_args)
+    torch.compiler.reset()
+    on_gpu = any(isinstance(a, torch.Tensor) and a.is_cuda for a in args)
+    compiled = torch.compile(function, fullgraph=True, backend="inductor" if on_gpu else "aot_eager")
+    sides = []
+    for call in (function, compiled):
+        mine = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)
+        out = call(*mine, **kwargs)
+        sides.append([x for x in (*mine, *(out if isinstance(out, tuple) else (out,))) if isinstance(x, torch.Tensor)])
+    for eager, traced in zip(*sides, strict=True):
+        torch.testing.assert_close(traced, eager, rtol=0, atol=0, equal_nan=True)

@@ -1,0 +1,64 @@
+"""Where there is no GPU, the op tests run the kernels under Triton's interpreter; the GPU tests are deselected."""
+
+import os
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before octavo is
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from octavo.testing import poisoned_memory, without_interpreter
+
+settings.register_profile(
+    "octavo",
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("octavo")
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else torch.get_num_threads())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("-m") or ""
+    skipped = {m for m, unwanted in (("gpu", not HAS_GPU), ("slow", "slow" not in wanted)) if unwanted}
+    dropped = [item for item in items if any(item.get_closest_marker(m) for m in skipped)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in set(dropped)]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where the op under test runs its Triton kernel: natively on a GPU, else under the interpreter."""
+    return torch.device(request.param)
+
+
+HALF = [
+    torch.float16,
+    torch.float32,
+    pytest.param(torch.bfloat16, marks=pytest.mark.gpu),  # the interpreter's bfloat16 is wrong
+]
+
+
+@pytest.fixture(params=HALF, ids=lambda d: str(d).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """fp16 and fp32 everywhere, bf16 on a GPU."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _poison(request: pytest.FixtureRequest):
+    """What a kernel forgets to write is NaN. Engine tests run on the CPU backend and are spared."""
+    torch.manual_seed(0)
+    if "engine" in request.node.path.parts:
+        with without_interpreter():
+            yield
+    else:
+        with poisoned_memory():
+            yield
