@@ -37,7 +37,8 @@ def check_device(name: str, x: torch.Tensor, other_name: str, other: torch.Tenso
     """Raises ValueError unless both tensors are on one device."""
     if x.device != other.device:
         raise ValueError(
-            f"{name}: on {x.device}, but {other_name} is on {other.device}; move one with {name}.to({other_name}.device)"
+            f"{name}: on {x.device}, but {other_name} is on {other.device}: "
+            f"move one with {name}.to({other_name}.device)"
         )
 
 
@@ -56,9 +57,7 @@ def check_shape(name: str, x: torch.Tensor, expected: Sequence[int], layout: str
 def check_last_dim_contiguous(name: str, x: torch.Tensor) -> None:
     """Raises ValueError unless neighbours in the last dimension are neighbours in memory."""
     if x.dim() and x.stride(-1) != 1 and x.shape[-1] > 1:
-        raise ValueError(
-            f"{name}: the last dimension has stride {x.stride(-1)}; expected 1: pass {name}.contiguous()"
-        )
+        raise ValueError(f"{name}: the last dimension has stride {x.stride(-1)}; expected 1: pass {name}.contiguous()")
 
 
 def check_contiguous(name: str, x: torch.Tensor) -> None:

@@ -1,9 +1,9 @@
 """Launching kernels: the one place where a Triton kernel starts, and what tile choices may ask about the device.
 
-Every launcher calls `launch(kernel, grid, *args, device=…, **constexprs)`. That keeps three things out of the op modules:
-the current device (tensors on `cuda:1` while `cuda:0` is current), empty grids, and compiling without a GPU: inside
-`record_launches(properties)` nothing runs, and each launch is kept as a `Launch` that `compile_launch` turns into a
-binary for any target. A launcher given meta tensors there shows exactly the kernels that it would start.
+Every launcher calls `launch(kernel, grid, *args, device=…, **constexprs)`. That keeps three things out of the op
+modules: the current device (tensors on `cuda:1` while `cuda:0` is current), empty grids, and compiling without a GPU:
+inside `record_launches(properties)` nothing runs, and each launch is kept as a `Launch` that `compile_launch` turns
+into a binary for any target. A launcher given meta tensors there shows exactly the kernels that it would start.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 INTERPRET: bool = knobs.runtime.interpret
-"""True under `TRITON_INTERPRET=1`: kernels run on CPU tensors in Python. There, no `tl.dot` on bfloat16, no inline asm."""
+"""True under `TRITON_INTERPRET=1`: kernels run on CPU tensors in Python, without bfloat16 `tl.dot` and inline asm."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def record_launches(properties: DeviceProperties) -> Iterator[list[Launch]]:
 @cache
 def _cuda_properties(index: int) -> DeviceProperties:
     p = torch.cuda.get_device_properties(index)
-    return DeviceProperties(p.name, (p.major, p.minor), p.multi_processor_count, p.shared_memory_per_block_optin)
+    return DeviceProperties(p.name, (p.major, p.minor), p.multi_processor_count, p.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def device_properties(device: torch.device) -> DeviceProperties:
@@ -156,7 +156,7 @@ def _signature(kernel: Any, launch: Launch) -> tuple[dict[str, str], dict[str, A
 
 
 def compile_launch(launch: Launch, properties: DeviceProperties) -> Any:
-    """Compiles a recorded launch for a CUDA device with `properties`; needs no GPU. Returns Triton's `CompiledKernel`."""
+    """Compiles a recorded launch for a CUDA device with `properties` to Triton's `CompiledKernel`; needs no GPU."""
     kernel = launch.kernel
     if not isinstance(kernel, JITFunction):
         raise RuntimeError("compile_launch needs real kernels: unset TRITON_INTERPRET")
@@ -206,5 +206,3 @@ def row_strides(name: str, x: torch.Tensor) -> tuple[int, int, int]:
     if len(dims) == 1:
         return 1, dims[0][1], 0
     return dims[1][0], dims[0][1], dims[1][1]
-
-

@@ -156,9 +156,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
         raise ValueError(f"eps: {eps}; expected a number of at least 0")
 
 
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, weight_offset: float = 0.0
-) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, weight_offset: float = 0.0) -> torch.Tensor:
     """Root-mean-square layer normalisation over the last dimension.
 
     `y = x / sqrt(mean(x²) + eps) · (weight + weight_offset)`

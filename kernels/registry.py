@@ -87,3 +87,18 @@ def register(
     torch.library.register_fake(f"octavo::{name}", fake, lib=_library)
     OPS[name] = Op(name, schema, reference, launcher, fake, cpu)
     return getattr(torch.ops.octavo, name).default
+
+
+def backends(device: torch.device | str = "cpu") -> dict[str, str]:
+    """Which implementation of each op a call with tensors on a device reaches.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", or a `torch.device`; it need not be present.
+
+    Returns:
+        The op's name → "triton", "cpu" (faster than the reference), "reference" or "triton (interpreter)".
+
+    Raises:
+        RuntimeError: not the name of a device.
+    """
+    return {name: op.backend(device) for name, op in OPS.items()}

@@ -1,15 +1,36 @@
 """octavo: Triton kernels for LLM inference behind a small functional API.
 
 Every function takes and returns torch tensors, is registered as a torch op (`torch.ops.octavo.*`), and therefore works
-under `torch.compile`, CUDA graphs and `torch.inference_mode`: on NVIDIA and AMD GPUs through Triton, on any other device
-through its reference. The engine that composes them is `octavo.engine`.
+under `torch.compile`, CUDA graphs and `torch.inference_mode`: on NVIDIA and AMD GPUs through Triton, on any other
+device through its reference. The engine that composes them is `octavo.engine`.
 """
 
 from octavo.kernels.norm import add_rms_norm, rms_norm
+from octavo.kernels.activation import gelu_and_mul, relu2, silu_and_mul
+from octavo.kernels.rope import rotary_embedding
+from octavo.kernels.rope_table import rotary_cos_sin_cache
+from octavo.kernels.attention.write_kv import write_kv
+from octavo.kernels.attention.paged import paged_attention
+from octavo.kernels.quant.packing import int4_pack, int4_unpack
+from octavo.kernels.quant.int4 import int4_linear
+from octavo.kernels.quant.int8 import int8_linear
+from octavo.kernels.registry import backends
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "add_rms_norm",
     "rms_norm",
+    "add_rms_norm",
+    "silu_and_mul",
+    "gelu_and_mul",
+    "relu2",
+    "rotary_embedding",
+    "rotary_cos_sin_cache",
+    "write_kv",
+    "paged_attention",
+    "int4_linear",
+    "int4_pack",
+    "int4_unpack",
+    "int8_linear",
+    "backends",
 ]

@@ -67,8 +67,8 @@ def poisoned_memory() -> Iterator[None]:
 def check_op(name: str, function: Callable[..., Any], op_args: tuple[Any, ...], *args: Any, **kwargs: Any) -> None:
     """`opcheck` of `torch.ops.octavo.<name>` on `op_args`, and the public `function` compiled as one graph.
 
-    `args` and `kwargs` go to `function`, once eagerly and once compiled, on clones; results and mutated arguments must be
-    the same bits.
+    `args` and `kwargs` go to `function`, once eagerly and once compiled, on clones; results and mutated arguments must
+    be the same bits.
     """
     torch.library.opcheck(getattr(torch.ops.octavo, name).default, op_args)
     torch.compiler.reset()

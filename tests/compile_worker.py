@@ -1,4 +1,4 @@
-"""Compiles, without a GPU, every kernel that the `launches` function of a test module starts; prints one JSON line each.
+"""Compiles, without a GPU, every kernel that the `launches` function of a test module starts; a JSON line each.
 
 python tests/compile_worker.py tests/test_norm.py
 

@@ -2,16 +2,15 @@
 
 import os
 
+import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before octavo is
 
-import pytest
-from hypothesis import HealthCheck, settings
-
-from octavo.testing import poisoned_memory, without_interpreter
+from octavo.testing import poisoned_memory, without_interpreter  # noqa: E402
 
 settings.register_profile(
     "octavo",

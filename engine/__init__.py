@@ -1,0 +1,10 @@
+"""A minimal engine for Llama and Mistral models, composed of octavo's public ops.
+
+Reading order: config and checkpoint (what a model is), model (the forward pass), sequence, block_manager and scheduler
+(who runs next), runner (one step on the device), llm (the front door), cli.
+"""
+
+from octavo.engine.llm import LLM, Completion
+from octavo.engine.sequence import SamplingParams
+
+__all__ = ["LLM", "Completion", "SamplingParams"]

@@ -1,0 +1,171 @@
+"""The `octavo` command."""
+
+import platform
+import sys
+import time
+from collections.abc import Iterable
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.table import Table
+except ImportError as missing:
+    raise SystemExit(f"octavo: {missing}; install the engine's extra: pip install 'octavo[engine]'") from None
+
+import torch
+
+import octavo
+from octavo.engine.llm import LLM, Token
+from octavo.engine.sequence import SamplingParams
+
+app = typer.Typer(
+    help="Run Llama and Mistral models on octavo's kernels.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+console = Console(stderr=True, highlight=False)  # progress and figures; stdout carries the model's text alone
+
+
+class DType(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="A folder, a .gguf file, a Hugging Face id, or the alias smollm2.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:<index>; by default the GPU where there is one.")]
+DTypeOption = Annotated[DType, typer.Option(help="Activations and dense weights; auto fits the device.")]
+MaxTokens = Annotated[int, typer.Option(help="The most tokens to generate.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling reproducible.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="A question, or with --raw a text to continue.")],
+    model: Model = "smollm2",
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")] = False,
+    device: Device = None,
+    dtype: DTypeOption = DType.auto,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+) -> None:
+    """Answer one prompt, streaming."""
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    if not prompt:
+        raise ValueError("prompt: empty; expected a text")
+    llm = _load(model, device, dtype)
+    as_chat = llm.tokenizer.has_chat_template and not raw
+    _print_stream(llm.stream([{"role": "user", "content": prompt}] if as_chat else prompt, params))
+
+
+@app.command()
+def chat(
+    model: Model = "smollm2",
+    system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
+    device: Device = None,
+    dtype: DTypeOption = DType.auto,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+) -> None:
+    """Talk with a model; an empty line, "exit" or end of input ends it."""
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    llm = _load(model, device, dtype)
+    messages = [{"role": "system", "content": system}] if system else []
+    while True:
+        try:
+            line = console.input("[bold]> [/]").strip()
+        except EOFError:
+            return
+        if line in ("", "exit", "quit"):
+            return
+        messages.append({"role": "user", "content": line})
+        messages.append({"role": "assistant", "content": _print_stream(llm.stream(messages, params))})
+
+
+@app.command()
+def env() -> None:
+    """Print versions, devices, and the backend that each op would use."""
+    out = Console(highlight=False)
+    out.print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in ("octavo", "torch", "triton", "numpy", "transformers", "tokenizers", "safetensors", "gguf"):
+        out.print(f"{package} {_version(package)}")
+    devices = ["cpu"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        out.print(
+            f"cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute capability "
+            f"{properties.major}.{properties.minor}, {properties.multi_processor_count} multiprocessors"
+        )
+        devices.append(f"cuda:{index}")
+    if len(devices) == 1:
+        out.print("no GPU")
+    table = Table("op", *devices)
+    for row in zip(octavo.backends("cpu"), *(octavo.backends(d).values() for d in devices), strict=True):
+        table.add_row(*row)
+    out.print(table)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _load(model: str, device: str | None, dtype: DType) -> LLM:
+    columns = (
+        TextColumn("loading {task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(escape(model), total=None)
+        llm = LLM(
+            model,
+            device=device,
+            dtype=None if dtype is DType.auto else getattr(torch, dtype.value),
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    for note in llm.notes:
+        console.print(escape(note), style="dim")
+    return llm
+
+
+def _print_stream(tokens: Iterable[Token]) -> str:
+    """Prints a stream as it comes, then one line with its speed; returns the whole text."""
+    start = first = time.perf_counter()
+    text, count = "", 0
+    for token in tokens:
+        if count == 0:
+            first = time.perf_counter()
+        count += 1
+        text += token.text
+        print(token.text, end="", flush=True)
+    print()
+    decode = time.perf_counter() - first
+    speed = f"{(count - 1) / decode:.1f} tokens/s" if count > 1 else "one token"
+    console.print(f"{count} tokens, {speed}, first after {first - start:.2f} s", style="dim")
+    return text
+
+
+def main() -> None:
+    """Entry point: what a user got wrong becomes one readable line and exit code 2."""
+    try:
+        app()
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        console.print(f"octavo: {escape(str(error))}", style="red", soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

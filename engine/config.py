@@ -1,0 +1,315 @@
+"""What a model is: one frozen dataclass, read from Hugging Face's config.json or from a GGUF's metadata.
+
+Every check happens here, so that what follows may trust the numbers; each error names the key, its value and what is
+supported.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import octavo
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+# A GGUF names one end-of-sequence token, but a chat model's turn may end with any of these.
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>")
+_REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Llama or Mistral decoder.
+
+    `rope_scaling` is None or a dictionary as `octavo.rotary_cos_sin_cache` takes it, with `rope_type`; `sliding_window`
+    is None where every token sees all before it; `eos_token_ids` are the tokens that end a completion; `dtype` is the
+    one that unquantised weights are stored in.
+
+    Raises:
+        ValueError: numbers that contradict each other.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None
+    sliding_window: int | None
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    hidden_act: str
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads: {self.num_key_value_heads} does not divide num_attention_heads "
+                f"({self.num_attention_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim: {self.head_dim}; expected an even number, since rotary pairs elements")
+        try:
+            octavo.rotary_cos_sin_cache(
+                self.head_dim,
+                1,
+                base=self.rope_theta,
+                scaling=self.rope_scaling,
+                original_max_position=self.max_position_embeddings,
+            )
+        except ValueError as error:
+            raise ValueError(f"rope_theta {self.rope_theta}, rope_scaling {self.rope_scaling}: {error}") from None
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> "ModelConfig":
+        """Reads a config.json.
+
+        Args:
+            config: as transformers 4 writes it (`rope_theta`, `rope_scaling`, `torch_dtype`) or as transformers 5 does
+                (`rope_parameters`, `dtype`). What is absent has the default that transformers gives it.
+            generation_config: generation_config.json, whose `eos_token_id` is merged in.
+
+        Raises:
+            ValueError: naming the key, its value and what is supported.
+        """
+        architectures = config.get("architectures") or [None]
+        if architectures[0] not in ARCHITECTURES:
+            raise ValueError(f"architectures: {config.get('architectures')!r}; supported: {', '.join(ARCHITECTURES)}")
+        if config.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"hidden_act: {config['hidden_act']!r}; supported: silu")
+        if config.get("quantization_config"):
+            raise ValueError(
+                f"quantization_config: {config['quantization_config']!r}; supported: unquantised safetensors, and GGUF "
+                "for quantised weights"
+            )
+        heads = _integer(config, "num_attention_heads")
+        hidden = _integer(config, "hidden_size")
+        vocab_size = _integer(config, "vocab_size")
+        rope_theta, rope_scaling = _hf_rope(config)
+        mistral = architectures[0] == "MistralForCausalLM"
+        window = config.get("sliding_window", 4096) if mistral else None
+        return cls(
+            architecture=architectures[0],
+            vocab_size=vocab_size,
+            hidden_size=hidden,
+            intermediate_size=_integer(config, "intermediate_size"),
+            num_hidden_layers=_integer(config, "num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=_integer(config, "num_key_value_heads", 8 if mistral else heads),
+            head_dim=_integer(config, "head_dim", 0) or _divide(hidden, heads, "hidden_size", "num_attention_heads"),
+            rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
+            max_position_embeddings=_integer(config, "max_position_embeddings", 131072 if mistral else 2048),
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            sliding_window=None if window is None else _integer({"sliding_window": window}, "sliding_window"),
+            tie_word_embeddings=_flag(config, "tie_word_embeddings"),
+            attention_bias=_flag(config, "attention_bias"),
+            mlp_bias=_flag(config, "mlp_bias"),
+            hidden_act="silu",
+            bos_token_id=next(iter(_token_ids(config, "bos_token_id")), None),
+            eos_token_ids=_unique(
+                _token_ids(config, "eos_token_id"), _token_ids(generation_config or {}, "eos_token_id")
+            ),
+            dtype=_hf_dtype(config),
+        )
+
+    @classmethod
+    def from_gguf(
+        cls,
+        metadata: Mapping[str, Any],
+        tensor_types: Mapping[str, str],
+        rope_factors: torch.Tensor | None = None,
+    ) -> "ModelConfig":
+        """Reads the metadata of a GGUF whose architecture is "llama": Llama, Mistral, SmolLM2, TinyLlama, CodeLlama.
+
+        Args:
+            metadata: keys and values as they stand in the file.
+            tensor_types: name → ggml type ("F16", "Q4_0") of every tensor. They say what no key does: whether the head
+                is tied to the embedding, whether layers have biases, and the dtype.
+            rope_factors: the tensor `rope_freqs.weight`, `[head_dim / 2]`, by which frequencies are divided, if there
+                is one: that is how llama.cpp writes scaling of type llama3. It becomes a `rope_scaling` of that type.
+
+        Raises:
+            ValueError: naming the key, its value and what is supported.
+        """
+        if metadata.get("general.architecture") != "llama":
+            raise ValueError(
+                f"general.architecture: {metadata.get('general.architecture')!r}; supported: 'llama', which Llama, "
+                "Mistral, SmolLM2, TinyLlama and CodeLlama are stored as"
+            )
+        if metadata.get("llama.expert_count"):
+            raise ValueError(f"llama.expert_count: {metadata['llama.expert_count']}; supported: dense models")
+        heads = _integer(metadata, "llama.attention.head_count")
+        hidden = _integer(metadata, "llama.embedding_length")
+        head_dim = _integer(metadata, "llama.attention.key_length", 0) or _divide(
+            hidden, heads, "llama.embedding_length", "llama.attention.head_count"
+        )
+        for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+            if _integer(metadata, key, head_dim) != head_dim:
+                raise ValueError(f"{key}: {metadata[key]}; supported: the head size ({head_dim})")
+        tokens = metadata.get("tokenizer.ggml.tokens", [])
+        if not isinstance(tokens, list):
+            raise ValueError(f"tokenizer.ggml.tokens: {tokens!r}; expected a list")
+        context = _integer(metadata, "llama.context_length")
+        rope_theta = _number(metadata, "llama.rope.freq_base", 10000.0)
+        if rope_factors is None:
+            rope_scaling = _gguf_rope_scaling(metadata)
+        else:
+            rope_scaling = _llama3_scaling(rope_factors, head_dim, rope_theta)
+        types = set(tensor_types.values())
+        return cls(
+            architecture="LlamaForCausalLM",
+            vocab_size=_integer(metadata, "llama.vocab_size", len(tokens) or _REQUIRED),
+            hidden_size=hidden,
+            intermediate_size=_integer(metadata, "llama.feed_forward_length"),
+            num_hidden_layers=_integer(metadata, "llama.block_count"),
+            num_attention_heads=heads,
+            num_key_value_heads=_integer(metadata, "llama.attention.head_count_kv", heads),
+            head_dim=head_dim,
+            rms_norm_eps=_number(metadata, "llama.attention.layer_norm_rms_epsilon"),
+            max_position_embeddings=context,
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            sliding_window=_integer(metadata, "llama.attention.sliding_window", 0, minimum=0) or None,
+            tie_word_embeddings="output.weight" not in tensor_types,
+            attention_bias="blk.0.attn_q.bias" in tensor_types,
+            mlp_bias="blk.0.ffn_gate.bias" in tensor_types,
+            hidden_act="silu",
+            bos_token_id=next(iter(_token_ids(metadata, "tokenizer.ggml.bos_token_id")), None),
+            eos_token_ids=_unique(
+                *(_token_ids(metadata, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")),
+                tuple(i for i, token in enumerate(tokens) if token in END_OF_TURN),
+            ),
+            dtype=torch.bfloat16 if "BF16" in types else torch.float32 if types == {"F32"} else torch.float16,
+        )
+
+
+def _integer(config: Mapping[str, Any], key: str, default: Any = _REQUIRED, minimum: int = 1) -> int:
+    value = config.get(key)
+    if value is None:
+        if default is _REQUIRED:
+            raise ValueError(f"{key}: missing; expected an integer")
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{key}: {value!r}; expected an integer of at least {minimum}")
+    return value
+
+
+def _number(config: Mapping[str, Any], key: str, default: Any = _REQUIRED) -> float:
+    value = config.get(key)
+    if value is None:
+        if default is _REQUIRED:
+            raise ValueError(f"{key}: missing; expected a positive number")
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{key}: {value!r}; expected a positive number")
+    return float(value)
+
+
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    value = config.get(key, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"{key}: {value!r}; expected true or false")
+    return value
+
+
+def _divide(number: int, by: int, name: str, by_name: str) -> int:
+    if number % by:
+        raise ValueError(f"{name}: {number} is not divisible by {by_name} ({by}), and no head size is given")
+    return number // by
+
+
+def _token_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    """One id, a list of them, or none."""
+    value = config.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(_integer({key: i}, key, minimum=0) for i in ids)
+
+
+def _unique(*groups: Sequence[int]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(i for group in groups for i in group))
+
+
+def _hf_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype: {name!r}; supported: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _hf_rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """The base and the scaling, None where there is none, of either generation of config.json."""
+    name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    parameters = config.get(name) or {}
+    if not isinstance(parameters, dict):
+        raise ValueError(f"{name}: {parameters!r}; expected a dictionary")
+    scaling = dict(parameters)
+    theta = _number(scaling if "rope_theta" in scaling else config, "rope_theta", 10000.0)
+    scaling.pop("rope_theta", None)
+    kind = scaling.pop("type", "default")
+    scaling.setdefault("rope_type", kind)
+    for partial in (scaling, config):
+        if partial.get("partial_rotary_factor", 1) != 1:
+            raise ValueError(f"partial_rotary_factor: {partial['partial_rotary_factor']!r}; supported: 1")
+    return theta, None if scaling["rope_type"] == "default" else scaling
+
+
+def _gguf_rope_scaling(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+    at = "llama.rope.scaling."
+    factor = metadata.get(f"{at}factor", metadata.get("llama.rope.scale_linear"))
+    kind = metadata.get(f"{at}type", "linear" if factor else "none")
+    if kind == "none":
+        return None
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    if kind != "yarn":
+        raise ValueError(f"{at}type: {kind!r}; supported: none, linear, yarn")
+    keys = {
+        "factor": "factor",
+        "original_context_length": "original_max_position_embeddings",
+        "yarn_beta_fast": "beta_fast",
+        "yarn_beta_slow": "beta_slow",
+    }
+    scaling = {"rope_type": "yarn"} | {name: metadata[at + key] for key, name in keys.items() if at + key in metadata}
+    if (attention := _number(metadata, f"{at}attn_factor", 1.0)) != 1:
+        # llama.cpp multiplies this with YaRN's own factor, Hugging Face replaces that one.
+        scaling["attention_factor"] = attention * (1 + 0.1 * math.log(_number(scaling, "factor")))
+    return scaling
+
+
+def _llama3_scaling(rope_factors: torch.Tensor, head_dim: int, rope_theta: float) -> dict[str, Any]:
+    """Finds the parameters of llama3 scaling that give these divisors of the frequencies."""
+    if rope_factors.shape != (head_dim // 2,) or not (rope_factors > 0).all():
+        raise ValueError(
+            f"rope_freqs.weight: shape {tuple(rope_factors.shape)}; expected {head_dim // 2} positive numbers"
+        )
+    scaling = {
+        "rope_type": "llama3",
+        "factor": round(rope_factors.max().item(), 4),
+        "low_freq_factor": 1.0,  # these three are the same in Llama 3.1, 3.2 and 3.3
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    plain, scaled = (
+        # The sines of position 1 determine the frequencies, which are at most 1.
+        octavo.rotary_cos_sin_cache(head_dim, 2, base=rope_theta, scaling=s)[1, head_dim // 2 :].asin()
+        for s in (None, scaling)
+    )
+    if not torch.allclose(plain / scaled, rope_factors.float(), rtol=1e-3):
+        raise ValueError(
+            "rope_freqs.weight: not the factors of Llama 3's scaling; supported: low_freq_factor 1, high_freq_factor 4 "
+            "and an original context of 8192 tokens"
+        )
+    return scaling

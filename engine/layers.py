@@ -1,0 +1,108 @@
+"""Linear layers and the embedding, over whatever format their weights came in.
+
+A layer keeps its weights as the checkpoint has them (dense, or grouped int4 and int8) and picks octavo's op, or torch's
+GEMM, accordingly. Weights that share an input (q, k and v; gate and up) are stacked along their outputs into one GEMM
+where their formats agree.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import octavo
+from octavo.engine.checkpoint import Int4Weight, Int8Weight
+
+Weight = torch.Tensor | Int4Weight | Int8Weight
+Linear = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class DenseLinear:
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Int4Linear:
+    packed: torch.Tensor
+    scale: torch.Tensor  # [K / group_size, N]
+    minimum: torch.Tensor  # [K / group_size, N]
+    bias: torch.Tensor | None
+    group_size: int
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return octavo.int4_linear(x, self.packed, self.scale, self.minimum, self.bias, group_size=self.group_size)
+
+
+@dataclass(frozen=True)
+class Int8Linear:
+    weight: torch.Tensor
+    scale: torch.Tensor  # [K / group_size, N]
+    bias: torch.Tensor | None
+    group_size: int
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return octavo.int8_linear(x, self.weight, self.scale, self.bias, group_size=self.group_size)
+
+
+@dataclass(frozen=True)
+class SplitLinear:
+    """Weights that share an input but not a format: one GEMM each, outputs side by side."""
+
+    parts: tuple[Linear, ...]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
+def weight_shape(weight: Weight) -> tuple[int, ...]:
+    """`(out_features, in_features)` of a weight in any format; a vector's own shape."""
+    return tuple(weight.shape if isinstance(weight, torch.Tensor) else weight.q.shape)
+
+
+def make_linear(
+    weights: list[Weight], biases: list[torch.Tensor | None], device: torch.device, dtype: torch.dtype
+) -> Linear:
+    """One layer that computes all of `weights` on the same input, outputs in order."""
+    if len({type(w) for w in weights}) > 1 or len({b is None for b in biases}) > 1:
+        return SplitLinear(tuple(make_linear([w], [b], device, dtype) for w, b in zip(weights, biases, strict=True)))
+    bias = None if biases[0] is None else torch.cat([b.to(device, dtype) for b in biases if b is not None])
+    if all(isinstance(w, Int4Weight) for w in weights):
+        q, scale, minimum = (_stack(weights, field, device) for field in ("q", "scale", "minimum"))
+        group_size = q.shape[1] // scale.shape[1]
+        return Int4Linear(octavo.int4_pack(q), scale.t().contiguous(), minimum.t().contiguous(), bias, group_size)
+    if all(isinstance(w, Int8Weight) for w in weights):
+        q, scale = (_stack(weights, field, device) for field in ("q", "scale"))
+        return Int8Linear(q, scale.t().contiguous(), bias, q.shape[1] // scale.shape[1])
+    return DenseLinear(torch.cat([w.to(device, dtype) for w in weights if isinstance(w, torch.Tensor)]), bias)
+
+
+def _stack(weights: list[Weight], field: str, device: torch.device) -> torch.Tensor:
+    return torch.cat([getattr(w, field).to(device) for w in weights])
+
+
+def embed(layer: Linear, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of an embedding that is held as the linear layer that it may be tied to: `[T] -> [T, hidden]`."""
+    if isinstance(layer, DenseLinear):
+        return F.embedding(token_ids, layer.weight)
+    if isinstance(layer, Int8Linear):
+        return _rows(layer.weight[token_ids], layer.scale[:, token_ids]).to(dtype)
+    if isinstance(layer, Int4Linear):
+        groups, count = layer.scale.shape[0], len(token_ids)
+        rows = layer.packed[token_ids // 64, :, token_ids % 64]  # tiles of 64 rows: [T, K / 128, 32]
+        tiles = F.pad(rows, (0, 0, 0, 0, 0, -count % 64)).unflatten(0, (-1, 64)).transpose(1, 2)
+        q = octavo.int4_unpack(tiles.contiguous(), count, groups * layer.group_size)
+        minimum = layer.minimum[:, token_ids].t().float().repeat_interleave(layer.group_size, dim=1)
+        return (_rows(q, layer.scale[:, token_ids]) + minimum).to(dtype)
+    raise TypeError(f"layer: {type(layer).__name__} cannot serve as an embedding")
+
+
+def _rows(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Integers `[T, K]` times their groups' scales `[groups, T]`, in fp32."""
+    groups = q.unflatten(1, (scale.shape[0], -1))
+    return (groups * scale.t().unsqueeze(-1).float()).flatten(1)

@@ -1,0 +1,493 @@
+"""Attention of this step's queries over a paged KV cache: decode tokens and prefill chunks in one launch.
+
+    out[i] = sum_j softmax_j(cap(scale · query[i] · key[j])) · value[j]    over the keys j that query i sees
+
+The queries of a sequence are the last positions of its keys: query i of n stands at position seq_len - n + i, and sees
+the keys up to its own position (causal) and not further back than the window. Keys and values lie in pages, position j in
+slot j % page_size of page block_table[sequence, j // page_size].
+
+A program owns BLOCK_M rows of one KV head: row m is token m // PACK of the tile and query head m % PACK of the group, so
+that the heads that share a KV head share its loads, and a decode token fills the tensor core's rows. The softmax is the
+online one of FlashAttention (Dao et al. 2022, https://arxiv.org/abs/2205.14135), in base 2. Paging after Kwon et al. 2023,
+https://arxiv.org/abs/2309.06180.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from octavo.kernels.checks import (
+    FLOATS,
+    check_device,
+    check_dtype,
+    check_last_dim_contiguous,
+    check_ndim,
+    check_shape,
+)
+from octavo.kernels.launch import DeviceProperties, cdiv, device_properties, launch, next_power_of_2
+from octavo.kernels.registry import register
+from octavo.reference import attention as reference
+
+LOG2_E = 1.4426950408889634
+MAX_HEAD_SIZE = 256
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_tiles(
+    head_size: int, group: int, max_seqlen_q: int, dtype: torch.dtype, properties: DeviceProperties
+) -> _Tiles:
+    """Rows (tokens × query heads of a group) and keys of a tile; as many stages as shared memory holds, up to four.
+
+    A decode token has one tile of 16 rows, a longer chunk 64 or 128. What bounds a tile is registers: before Hopper the
+    queries live in them too, so the tile has fewer keys, and above head size 128 a row needs twice the warps.
+    """
+    block_d = max(next_power_of_2(head_size), 16)
+    if dtype == torch.float32:
+        # No tensor cores: a thread holds whole rows of both operands.
+        block_m, block_n, num_warps = 16, 16, 4
+    else:
+        block_m = min(max(next_power_of_2(group * max(max_seqlen_q, 1)), 16), 128 if block_d <= 128 else 64)
+        if block_m == 16:
+            block_n, num_warps = 64 if block_d <= 128 else 32, 2 if block_d <= 64 else 4
+        else:
+            block_n = 64 if block_d <= 64 or (block_d == 128 and properties.capability >= (9, 0)) else 32
+            num_warps = 8 if block_m == 128 or block_d > 128 else 4
+    free = properties.shared_memory - block_m * block_d * dtype.itemsize - 8192
+    # Triton keeps one tile fewer than stages, except where wgmma may still be reading the last one.
+    wgmma = properties.capability >= (9, 0) and block_m >= 64
+    stages = free // (2 * block_n * block_d * dtype.itemsize) + (not wgmma)
+    return _Tiles(block_m, block_n, num_warps, min(max(stages, 1), 4))
+
+
+@triton.jit
+def _tanh(x2):
+    """tanh(x) of `x2` = 2·log2(e)·x: an overflow of exp2 gives 1, an underflow -1, never a NaN."""
+    return 1.0 - 2.0 / (tl.exp2(x2) + 1.0)
+
+
+@triton.jit
+def _find_sequence(cu_seqlens_q_ptr, tile, B, BLOCK_Q: tl.constexpr):
+    """The sequence that `tile` belongs to, and the number of its first tile.
+
+    Sequence b may use the tiles from cu_seqlens_q[b] // BLOCK_Q + b, which leaves it at least as many as it needs and
+    depends on no other sequence's length but through cu_seqlens_q. Counting the sequences that start at or before the
+    tile takes one round trip to memory for 128 of them, where a bisection takes seven. Number B is the padding.
+    """
+    count = 0
+    for start in range(0, B + 1, 128):
+        b = start + tl.arange(0, 128)
+        first = tl.load(cu_seqlens_q_ptr + b, mask=b <= B, other=0) // BLOCK_Q + b
+        count += tl.sum(((first <= tile) & (b <= B)).to(tl.int32), 0)
+    sequence = tl.maximum(count - 1, 0)
+    return sequence, tl.load(cu_seqlens_q_ptr + sequence) // BLOCK_Q + sequence
+
+
+@triton.jit
+def _load_page_ids(table_ptr, key, end, num_pages, PAGE_SIZE: tl.constexpr):
+    """The page of each key position; -1 at and after `end`, where the table may hold anything, and for ids out of range."""
+    page = tl.load(table_ptr + key // PAGE_SIZE, mask=key < end, other=-1)  # [N]
+    return tl.where((page >= 0) & (page < num_pages), page, -1)
+
+
+@triton.jit
+def _attend(
+    q,
+    position,
+    last_key,
+    start,
+    end,
+    key_ptr,
+    value_ptr,
+    table_ptr,
+    num_pages,
+    window,
+    score_scale,
+    cap,
+    stride_key_page,
+    stride_key_slot,
+    stride_value_page,
+    stride_value_slot,
+    D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Attends q [M, D] to the keys start to end: the unnormalised sum of values [M, D], the maximum and the sum [M]."""
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # The next tile's page ids are loaded while this tile is used: a K load that waited for its page id inside the loop
+    # would halve the depth of the software pipeline.
+    page = _load_page_ids(table_ptr, start + n, end, num_pages, PAGE_SIZE)
+    for tile_start in range(start, end, BLOCK_N):
+        key = tile_start + n
+        slot = (key % PAGE_SIZE).to(tl.int64)
+        present = page >= 0
+        page64 = tl.maximum(page, 0).to(tl.int64)  # page 0 stands in for what is not there; its scores are masked
+        k_at = page64 * stride_key_page + slot * stride_key_slot
+        k = tl.load(key_ptr + k_at[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)  # [N, D]
+        v_at = page64 * stride_value_page + slot * stride_value_slot
+        # A slot that no sequence has written may hold NaN, and a weight of zero would not silence it.
+        v_mask = present[:, None] & (d < D)[None, :]
+        v = tl.load(value_ptr + v_at[:, None] + d[None, :], mask=v_mask, other=0.0)  # [N, D]
+        page = _load_page_ids(table_ptr, key + BLOCK_N, end, num_pages, PAGE_SIZE)
+
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale  # [M, N]
+        if SOFTCAP:
+            scores = cap * _tanh(scores)
+        seen = present[None, :] & (key[None, :] <= last_key[:, None])
+        if WINDOW:
+            seen = seen & (key[None, :] > position[:, None] - window)
+        scores = tl.where(seen, scores, -float("inf"))
+
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        # A row that has seen no key yet: subtract 0, not -inf.
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+        rescale = tl.exp2(top - shift)
+        weights = tl.exp2(scores - shift[:, None])  # [M, N]
+        total = total * rescale + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+        top = new_top
+    return acc, top, total
+
+
+@triton.jit(do_not_specialize=["T", "B", "table_width", "num_pages", "window", "stride_table_sequence"])
+def _paged_attention_kernel(
+    # Decode is bound by reading the cache once, long prefill by the tensor cores. One program a query tile and KV head.
+    out_ptr,
+    lse_ptr,
+    query_ptr,
+    key_cache_ptr,
+    value_cache_ptr,
+    block_table_ptr,
+    seq_lens_ptr,
+    cu_seqlens_q_ptr,
+    T,
+    B,
+    num_pages,
+    table_width,
+    window,
+    score_scale,
+    cap,
+    stride_query_token,
+    stride_query_head,
+    stride_key_page,
+    stride_key_slot,
+    stride_key_head,
+    stride_value_page,
+    stride_value_slot,
+    stride_value_head,
+    stride_table_sequence,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PACK: tl.constexpr,
+    D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    RETURN_LSE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    BLOCK_Q: tl.constexpr = BLOCK_M // PACK
+    PACKS: tl.constexpr = (GROUP + PACK - 1) // PACK
+    # Later tiles of a causal prefill have more keys: they start first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1) // PACKS
+    sequence, first_tile = _find_sequence(cu_seqlens_q_ptr, tile, B, BLOCK_Q)
+    # Rows after the last sequence are the padding of a captured graph: a sequence of no keys.
+    query_start = tl.load(cu_seqlens_q_ptr + sequence)
+    query_end = tl.minimum(tl.load(cu_seqlens_q_ptr + sequence + 1, mask=sequence < B, other=T), T)
+    seq_len = tl.load(seq_lens_ptr + sequence, mask=sequence < B, other=0)
+    tile_start = query_start + (tile - first_tile) * BLOCK_Q
+    if tile_start >= query_end:
+        return
+
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    token = tile_start + m // PACK  # [M]
+    group_head = tl.program_id(1) % PACKS * PACK + m % PACK
+    wanted = (m < BLOCK_Q * PACK) & (token < query_end) & (group_head < GROUP)
+    head = kv_head * GROUP + group_head
+    token64 = token.to(tl.int64)
+    q_at = token64 * stride_query_token + head.to(tl.int64) * stride_query_head
+    q = tl.load(query_ptr + q_at[:, None] + d[None, :], mask=wanted[:, None] & (d < D)[None, :], other=0.0)  # [M, D]
+
+    history = seq_len - query_end
+    position = token + history
+    last_position = tl.minimum(tile_start + BLOCK_Q, query_end) - 1 + history
+    start = 0
+    end = tl.minimum(seq_len, table_width * PAGE_SIZE)
+    last_key = tl.where(wanted, seq_len, -1)
+    if CAUSAL:
+        end = tl.minimum(end, last_position + 1)
+        last_key = tl.where(wanted, position, -1)
+    if WINDOW:
+        start = tl.maximum(tile_start + history - window + 1, 0)
+
+    acc, top, total = _attend(
+        q,
+        position,
+        last_key,
+        start,
+        end,
+        key_cache_ptr + kv_head.to(tl.int64) * stride_key_head,
+        value_cache_ptr + kv_head.to(tl.int64) * stride_value_head,
+        block_table_ptr + sequence.to(tl.int64) * stride_table_sequence,
+        num_pages,
+        window,
+        score_scale,
+        cap,
+        stride_key_page,
+        stride_key_slot,
+        stride_value_page,
+        stride_value_slot,
+        D,
+        PAGE_SIZE,
+        WINDOW,
+        SOFTCAP,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+    )
+
+    total = tl.where(total == 0.0, 1.0, total)  # nothing attended to: zeros, and a log-sum-exp of -inf
+    out = acc / total[:, None]
+    row = token64 * (KV_HEADS * GROUP) + head
+    out_at = out_ptr + row[:, None] * D + d[None, :]
+    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=wanted[:, None] & (d < D)[None, :])
+    if RETURN_LSE:
+        tl.store(lse_ptr + row, (top + tl.log2(total)) * 0.6931471805599453, mask=wanted)
+
+
+def _outputs(query: torch.Tensor, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(query.shape[:2] if return_lse else (0,), dtype=torch.float32, device=query.device)
+    return out, lse
+
+
+def _paged_attention_cuda(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    max_seqlen_q: int,
+    scale: float,
+    causal: bool,
+    window_size: int | None,
+    softcap: float,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = _outputs(query, return_lse)
+    tokens, heads, head_size = query.shape
+    sequences, kv_heads = seq_lens.shape[0], key_cache.shape[2]
+    group = heads // kv_heads
+    tiles = choose_tiles(head_size, group, max_seqlen_q, query.dtype, device_properties(query.device))
+    pack = min(group, tiles.block_m)
+    # Σ ceil(query length / BLOCK_Q) ≤ T // BLOCK_Q + B over the sequences, and one more part for the padding.
+    num_tiles = tokens // (tiles.block_m // pack) + sequences + 1 if tokens else 0
+    launch(
+        _paged_attention_kernel,
+        (num_tiles, kv_heads * cdiv(group, pack)),
+        out,
+        lse,
+        query,
+        key_cache,
+        value_cache,
+        block_table,
+        seq_lens,
+        cu_seqlens_q,
+        tokens,
+        sequences,
+        key_cache.shape[0],
+        block_table.shape[1],
+        window_size or 0,
+        2 * LOG2_E * scale / softcap if softcap else LOG2_E * scale,
+        LOG2_E * softcap,
+        *query.stride()[:2],
+        *key_cache.stride()[:3],
+        *value_cache.stride()[:3],
+        block_table.stride(0),
+        device=query.device,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        PACK=pack,
+        D=head_size,
+        PAGE_SIZE=key_cache.shape[1],
+        CAUSAL=causal,
+        WINDOW=window_size is not None,
+        SOFTCAP=softcap > 0,
+        RETURN_LSE=return_lse,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        BLOCK_D=max(next_power_of_2(head_size), 16),
+    )
+    return out, lse
+
+
+def _paged_attention_fake(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    max_seqlen_q: int,
+    scale: float,
+    causal: bool,
+    window_size: int | None,
+    softcap: float,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _outputs(query, return_lse)
+
+
+_paged_attention = register(
+    "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
+    "Tensor cu_seqlens_q, SymInt max_seqlen_q, float scale, bool causal, int? window_size, float softcap, "
+    "bool return_lse) -> (Tensor, Tensor)",
+    reference=reference.paged_attention,
+    launcher=_paged_attention_cuda,
+    fake=_paged_attention_fake,
+)
+
+
+def paged_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    *,
+    max_seqlen_q: int,
+    scale: float | None = None,
+    causal: bool = True,
+    window_size: int | None = None,
+    softcap: float = 0.0,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of new tokens over a paged KV cache that holds their keys and values already (`write_kv`).
+
+    `out[i] = Σ_j softmax_j(score(i, j)) · value[j]`, with `score = scale · query[i] · key[j]`, capped to
+    `softcap · tanh(score / softcap)` where softcap is not 0. Any mix of decode tokens and prefill chunks.
+
+    Args:
+        query: `[tokens, heads, head_size]`, fp16, bf16 or fp32; last dimension contiguous, the others of any stride;
+            head_size a multiple of 8 up to 256. Sequence b owns rows `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1]`: the
+            last positions of its `seq_lens[b]` keys.
+        key_cache: `[pages, page_size, kv_heads, head_size]`, query's dtype; last dimension contiguous, the others of any
+            stride. heads is a multiple of kv_heads; heads `h·group` to `(h+1)·group` use KV head h.
+        value_cache: as key_cache; its strides may differ.
+        block_table: `[sequences, max_pages]` int32, the page ids of each sequence in order; rows of any stride. Entries
+            past the sequence's end, or wholly before the window of its first query, are never read.
+        seq_lens: `[sequences]` int32, keys of each sequence, this step's included; 0 for a padding entry.
+        cu_seqlens_q: `[sequences + 1]` int32, starts at 0; rows from its last value on are padding.
+        max_seqlen_q: upper bound of queries a sequence; it guides the tile choice only, so a wrong one costs speed.
+        scale: of the scores; `head_size ** -0.5` if None.
+        causal: whether a query sees no key after its own position; else it sees all of its sequence's.
+        window_size: a query sees its own position and the `window_size - 1` before it (Hugging Face's sliding_window);
+            None for no limit. Without causal it limits the past alone.
+        softcap: in units of the scores (Gemma 2 has 50.0); 0.0 for none.
+        return_lse: also return the log-sum-exp of each row's scores.
+
+    Returns:
+        `[tokens, heads, head_size]`, contiguous, in query's dtype; with return_lse also `[tokens, heads]` fp32, natural
+        logarithm. Rows with nothing to attend to (padding, a sequence of no keys) are 0, with a log-sum-exp of -inf.
+
+    Raises:
+        TypeError: a dtype that is not accepted.
+        ValueError: a shape, stride, device or option that does not fit; on the CPU, a page id outside of the cache or
+            lengths that contradict each other. A GPU kernel leaves out the keys of such pages, since it can't raise
+            without a synchronisation.
+
+    Sums, softmax and scores are fp32. Safe in a CUDA graph, which may be replayed with other lengths and pages.
+    https://arxiv.org/abs/2309.06180, https://arxiv.org/abs/2205.14135
+    """
+    _check(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q)
+    if max_seqlen_q < 0:
+        raise ValueError(f"max_seqlen_q: {max_seqlen_q}; expected at least 0")
+    if window_size is not None and window_size < 1:
+        raise ValueError(f"window_size: {window_size}; expected at least 1 (the token itself), or None for no window")
+    if softcap < 0:
+        raise ValueError(f"softcap: {softcap}; expected a positive number, or 0.0 for none")
+    if scale is None:
+        scale = query.shape[2] ** -0.5
+    out, lse = _paged_attention(
+        query,
+        key_cache,
+        value_cache,
+        block_table,
+        seq_lens,
+        cu_seqlens_q,
+        max_seqlen_q,
+        scale,
+        causal,
+        window_size,
+        softcap,
+        return_lse,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _check(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+) -> None:
+    check_dtype("query", query, FLOATS)
+    check_ndim("query", query, 3, "[tokens, heads, head_size]")
+    heads, head_size = query.shape[1:]
+    if head_size % 8 or not 0 < head_size <= MAX_HEAD_SIZE:
+        raise ValueError(f"query: head_size {head_size}; expected a multiple of 8 up to {MAX_HEAD_SIZE}")
+    check_dtype("key_cache", key_cache, (query.dtype,))
+    check_ndim("key_cache", key_cache, 4, "[pages, page_size, kv_heads, head_size]")
+    if key_cache.shape[3] != head_size or 0 in key_cache.shape[1:3]:
+        raise ValueError(
+            f"key_cache: shape {tuple(key_cache.shape)}; expected [pages, page_size, kv_heads, {head_size}], the "
+            "head_size of query, with at least one slot a page and one head"
+        )
+    if heads == 0 or heads % key_cache.shape[2]:
+        raise ValueError(f"query: {heads} heads; expected a multiple of the {key_cache.shape[2]} heads of key_cache")
+    check_dtype("value_cache", value_cache, (query.dtype,))
+    check_shape("value_cache", value_cache, key_cache.shape, "the shape of key_cache")
+    check_dtype("block_table", block_table, (torch.int32,))
+    check_ndim("block_table", block_table, 2, "[sequences, max_pages]")
+    sequences = block_table.shape[0]
+    check_dtype("seq_lens", seq_lens, (torch.int32,))
+    check_shape("seq_lens", seq_lens, (sequences,), "[sequences], as many as block_table has rows")
+    check_dtype("cu_seqlens_q", cu_seqlens_q, (torch.int32,))
+    check_shape("cu_seqlens_q", cu_seqlens_q, (sequences + 1,), "[sequences + 1], where each sequence's queries start")
+    for name, x in dict(
+        query=query,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        block_table=block_table,
+        seq_lens=seq_lens,
+        cu_seqlens_q=cu_seqlens_q,
+    ).items():
+        check_last_dim_contiguous(name, x)
+        check_device(name, x, "query", query)

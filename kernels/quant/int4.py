@@ -1,0 +1,289 @@
+"""Linear layer with int4 weights, one scale (and minimum) for each group of consecutive inputs.
+
+    y = x · wᵀ + bias,    w[n, k] = q[n, k] · scale[g, n] + minimum[g, n],    g = k // group_size
+
+or w = (q − 8) · scale without a minimum, as in GGUF's Q4_0 and symmetric GPTQ (Frantar et al., 2022,
+https://arxiv.org/abs/2210.17323). A minimum holds the zero points of GPTQ and AWQ (minimum = −zero · scale) and GGUF's
+Q4_1 and Q4_K. The packed layout is described in `octavo.kernels.quant.packing`.
+
+The kernel multiplies the integers q − 8, which are exact in every float dtype, and applies scale and minimum to the
+fp32 product, a group at a time:
+
+    y = Σ_g scale_g · Σ_{k in g} (q_k − 8) · x_k  +  (minimum_g + 8 · scale_g) · Σ_{k in g} x_k
+
+so no weight is ever rounded to half precision, and q − 8 keeps the two terms from cancelling. The weights are the first
+operand of `tl.dot`: on Hopper they go from registers straight into the tensor cores, and tokens, however few, are the
+short side.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from octavo.kernels.checks import (
+    FLOATS,
+    check_contiguous,
+    check_device,
+    check_dtype,
+    check_last_dim_contiguous,
+    check_ndim,
+    check_shape,
+)
+from octavo.kernels.launch import DeviceProperties, cdiv, device_properties, launch, row_strides
+from octavo.kernels.quant import cpu
+from octavo.kernels.quant.packing import PLANE, packed_shape
+from octavo.kernels.registry import register
+from octavo.reference import quant as reference
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Outputs and tokens of one program, and its schedule."""
+
+    block_n: int
+    block_m: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_tiles(tokens: int, dtype: torch.dtype, weight_bits: int, properties: DeviceProperties) -> Tiles:
+    """Few tokens: small tiles, so that many programs read the weights. Many: large ones, so that each read serves long.
+
+    As many pipeline stages, up to four, as shared memory holds. In fp32 there are no tensor cores to feed, and a
+    program's products must fit its registers.
+    """
+    if tokens <= 16 or dtype == torch.float32:
+        block_n, block_m, num_warps = 64, 16, 4
+    elif tokens <= 64:
+        block_n, block_m, num_warps = 64, 64, 4
+    else:
+        block_n, block_m, num_warps = 128, 128, 8
+    stage = 128 * (block_m * dtype.itemsize + block_n * weight_bits // 8)
+    return Tiles(block_n, block_m, num_warps, max(2, min(4, properties.shared_memory // stage)))
+
+
+@triton.jit
+def token_offsets(m, M, x_inner, stride_x_outer, stride_x_inner):
+    """Where the rows m of x start; those past the last repeat it, and their results are never stored."""
+    m = tl.minimum(m, M - 1)
+    return m // x_inner * stride_x_outer + m % x_inner * stride_x_inner
+
+
+@triton.jit
+def store_outputs(out_ptr, bias_ptr, acc, n, m, N, M):
+    """Adds the bias to acc `[BLOCK_N, BLOCK_M]` and writes it, turned, to out `[M, N]`."""
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    mask = (n < N)[:, None] & (m < M)[None, :]
+    tl.store(out_ptr + m[None, :] * N + n[:, None], acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _scaled(product, x_sum, scale_ptr, minimum_ptr, group, stride_scale_group, stride_minimum_group, n, mask):
+    """One group's part of the result: product `[BLOCK_N, BLOCK_M]` is of q − 8 and x, x_sum `[BLOCK_M]` of x alone."""
+    group = tl.cast(group, tl.int64)
+    scale = tl.load(scale_ptr + group * stride_scale_group + n, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N]
+    product *= scale[:, None]
+    if minimum_ptr is not None:
+        minimum = tl.load(minimum_ptr + group * stride_minimum_group + n, mask=mask, other=0.0).to(tl.float32)
+        product += (minimum + 8 * scale)[:, None] * x_sum[None, :]
+    return product
+
+
+@triton.jit(do_not_specialize=["M"])
+def _int4_linear_kernel(
+    # Few tokens: bound by reading the weights, half a byte each. Many: by the tensor cores. One program computes
+    # BLOCK_N outputs of BLOCK_M tokens and walks all of K, a packed tile of 128 inputs a step.
+    out_ptr,
+    x_ptr,
+    packed_ptr,
+    scale_ptr,
+    minimum_ptr,
+    bias_ptr,
+    M,
+    N,
+    K,
+    group_size,
+    x_inner,
+    stride_x_outer,
+    stride_x_inner,
+    stride_scale_group,
+    stride_minimum_group,
+    WHOLE_TILES: tl.constexpr,  # group_size is a multiple of 128, so a tile lies in one group and within K
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    c = tl.arange(0, 32)
+    tiles = tl.cdiv(K, 128)
+    x_ptrs = x_ptr + token_offsets(m, M, x_inner, stride_x_outer, stride_x_inner)[None, :] + c[:, None]
+    packed_ptrs = packed_ptr + (n // 64 * tiles * 2048 + n % 64 * 32)[:, None] + c[None, :]
+
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for tile in range(tiles):
+        words = tl.load(packed_ptrs + tile * 2048, mask=(n < N)[:, None], other=0)  # [BLOCK_N, 32]
+        product = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        x_sum = tl.zeros([BLOCK_M], tl.float32)
+        for plane in tl.static_range(4):
+            k = tile * 128 + plane * 32
+            if WHOLE_TILES:
+                x = tl.load(x_ptrs + k)  # [32, BLOCK_M]
+            else:
+                x = tl.load(x_ptrs + k, mask=k < K, other=0.0)
+            w = (((words >> (4 * plane)) & 15) - 8).to(x.dtype)  # [BLOCK_N, 32]
+            product = tl.dot(w, x, product, input_precision="ieee")
+            if minimum_ptr is not None:
+                x_sum += tl.sum(x.to(tl.float32), 0)
+            if not WHOLE_TILES:
+                mask = (n < N) & (k < K)
+                acc += _scaled(
+                    product,
+                    x_sum,
+                    scale_ptr,
+                    minimum_ptr,
+                    k // group_size,
+                    stride_scale_group,
+                    stride_minimum_group,
+                    n,
+                    mask,
+                )
+                product = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+                x_sum = tl.zeros([BLOCK_M], tl.float32)
+        if WHOLE_TILES:
+            acc += _scaled(
+                product,
+                x_sum,
+                scale_ptr,
+                minimum_ptr,
+                tile * 128 // group_size,
+                stride_scale_group,
+                stride_minimum_group,
+                n,
+                n < N,
+            )
+    store_outputs(out_ptr, bias_ptr, acc, n, m, N, M)
+
+
+def _int4_linear_cuda(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    minimum: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    group_size: int,
+) -> torch.Tensor:
+    k, n = x.shape[-1], scale.shape[1]
+    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    m = x.numel() // k
+    tiles = choose_tiles(m, x.dtype, 4, device_properties(x.device))
+    launch(
+        _int4_linear_kernel,
+        (cdiv(m, tiles.block_m), cdiv(n, tiles.block_n)),
+        out,
+        x,
+        packed,
+        scale,
+        minimum,
+        bias,
+        m,
+        n,
+        k,
+        group_size,
+        *row_strides("x", x),
+        scale.stride(0),
+        0 if minimum is None else minimum.stride(0),
+        device=x.device,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        WHOLE_TILES=group_size % 128 == 0,
+        BLOCK_N=tiles.block_n,
+        BLOCK_M=tiles.block_m,
+    )
+    return out
+
+
+def _int4_linear_fake(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    minimum: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    group_size: int,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], scale.shape[1]))
+
+
+_int4_linear = register(
+    "int4_linear(Tensor x, Tensor packed, Tensor scale, Tensor? minimum, Tensor? bias, int group_size) -> Tensor",
+    reference=reference.int4_linear,
+    launcher=_int4_linear_cuda,
+    fake=_int4_linear_fake,
+    cpu=cpu.int4_linear,
+)
+
+
+def check_linear(x: torch.Tensor, groups: dict[str, torch.Tensor], bias: torch.Tensor | None, group_size: int) -> None:
+    """Checks what weight-only linear layers have in common; `groups` are the tensors of one value a group, by name."""
+    check_dtype("x", x, FLOATS)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x: shape {tuple(x.shape)}; expected a last dimension of at least {PLANE} inputs")
+    check_last_dim_contiguous("x", x)
+    k = x.shape[-1]
+    if group_size <= 0 or group_size % PLANE or k % group_size:
+        raise ValueError(f"group_size: {group_size}; expected a multiple of {PLANE} that divides x's {k} inputs")
+    check_ndim("scale", groups["scale"], 2, "[inputs / group_size, outputs]")
+    n = groups["scale"].shape[1]
+    for name, values in groups.items():
+        check_dtype(name, values, FLOATS)
+        check_shape(name, values, (k // group_size, n), "[inputs / group_size, outputs]")
+        check_last_dim_contiguous(name, values)
+        check_device(name, values, "x", x)
+    if bias is not None:
+        check_dtype("bias", bias, FLOATS)
+        check_shape("bias", bias, (n,), "[outputs]")
+        check_last_dim_contiguous("bias", bias)
+        check_device("bias", bias, "x", x)
+
+
+def int4_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    minimum: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    group_size: int,
+) -> torch.Tensor:
+    """Linear layer with int4 weights in groups, as GPTQ, AWQ and GGUF's 4-bit types store them.
+
+    `y = x · wᵀ + bias`, `w[n, k] = q[n, k] · scale[k // group_size, n] + minimum[k // group_size, n]`, and
+    `w = (q − 8) · scale` where minimum is None.
+
+    Args:
+        x: `[..., K]`, fp16, bf16 or fp32; last dimension contiguous, the others of any two strides.
+        packed: `[ceil(N/64), ceil(K/128), 64, 32]`, int16, contiguous: `int4_pack(q)` of q `[N, K]`.
+        scale: `[K / group_size, N]`, fp16, bf16 or fp32, its dtype free of x's; last dimension contiguous.
+        minimum: None, or the value of q = 0, as scale; −zero · scale for a zero point. Its dtype is free too.
+        bias: None, or `[N]`, fp16, bf16 or fp32.
+        group_size: consecutive inputs that share a scale: a multiple of 32 that divides K, K itself included.
+
+    Returns:
+        `[..., N]`, contiguous, in x's dtype. Products and sums are fp32, rounded once; weights are not rounded at all.
+
+    Raises:
+        TypeError: a dtype that is not accepted.
+        ValueError: a group size, shape, stride or device that does not fit.
+
+    Safe in a CUDA graph. Deterministic; a row's bits may depend on how many other rows there are (16, 64 or more).
+    On a CPU, weights are kept dequantised: see `octavo.kernels.quant.cpu`. https://arxiv.org/abs/2210.17323
+    """
+    check_linear(x, {"scale": scale} if minimum is None else {"scale": scale, "minimum": minimum}, bias, group_size)
+    check_dtype("packed", packed, (torch.int16,))
+    shape = packed_shape(scale.shape[1], x.shape[-1])
+    check_shape("packed", packed, shape, "[ceil(outputs/64), ceil(inputs/128), 64, 32], from int4_pack")
+    check_contiguous("packed", packed)
+    check_device("packed", packed, "x", x)
+    return _int4_linear(x, packed, scale, minimum, bias, group_size)

@@ -1,0 +1,81 @@
+"""The command as a user types it: text on stdout, the rest on stderr, exit code 2 and one line for a mistake."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import octavo
+
+
+def run(*arguments, **kwargs):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"COLUMNS": "200"}
+    command = [sys.executable, "-m", "octavo.engine.cli", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, **kwargs)
+
+
+def test_generate_answers_from_the_real_model():
+    done = run("generate", "What is the capital of France?", "--device", "cpu", "--max-tokens", "24")
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout and "tokens/s" not in done.stdout
+    assert "tokens/s" in done.stderr.splitlines()[-1]
+
+
+def test_chat_remembers_and_ends_with_its_input():
+    done = run("chat", "--device", "cpu", "--max-tokens", "24", input="My name is Ada.\nWhat is my name?\n")
+    assert done.returncode == 0, done.stderr
+    assert "Ada" in done.stdout.splitlines()[-1]
+
+
+def test_env_lists_every_op():
+    done = run("env")
+    assert done.returncode == 0, done.stderr
+    assert "torch" in done.stdout and "triton" in done.stdout
+    for op in octavo.backends("cpu"):
+        assert op in done.stdout
+
+
+@pytest.fixture
+def unknown_architecture(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"], "vocab_size": 5}))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", ""], "prompt: empty"),
+        (["generate", "hi", "--model", "/no/such/model"], "/no/such/model"),
+        (["generate", "hi", "--temperature", "-1"], "temperature: -1.0"),
+        (["generate", "hi", "--max-tokens", "0"], "max_tokens: 0"),
+        (["generate", "hi", "--device", "tpu9"], "device: 'tpu9'"),
+        (["generate", "word " * 9000, "--device", "cpu"], "the context holds 8192"),
+    ],
+)
+def test_mistakes_are_one_readable_line(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout == ""
+
+
+def test_unknown_architecture_is_named(unknown_architecture):
+    done = run("generate", "hi", "--model", unknown_architecture)
+    assert done.returncode == 2 and "BertModel" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_cut_off_gguf_is_named(tmp_path):
+    from octavo.engine.hub import resolve
+
+    cut = tmp_path / "cut.gguf"
+    with open(resolve("smollm2"), "rb") as whole:
+        cut.write_bytes(whole.read(5_000_000))
+    done = run("generate", "hi", "--model", str(cut))
+    assert done.returncode == 2 and "cut.gguf" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_unknown_option_is_clicks_own_error():
+    assert run("generate", "hi", "--no-such-option").returncode == 2

@@ -1,0 +1,148 @@
+"""A checkpoint that does not fit its configuration is refused by name."""
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+import octavo
+from octavo.engine.checkpoint import Int4Weight, Int8Weight
+from octavo.engine.config import ModelConfig
+from octavo.engine.layers import DenseLinear, Int4Linear, Int8Linear, SplitLinear, embed, make_linear
+from octavo.engine.loader import _expected_shapes, load_model
+
+CPU, F32 = torch.device("cpu"), torch.float32
+CONFIG = ModelConfig.from_hf(
+    dict(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        hidden_act="silu",
+        bos_token_id=1,
+        eos_token_id=2,
+        rope_theta=10000.0,
+        torch_dtype="float32",
+    )
+)
+
+
+@dataclass
+class Made:
+    """A checkpoint out of thin air."""
+
+    weights: dict
+    config: ModelConfig = CONFIG
+    notes: list = field(default_factory=list)
+    num_bytes: int = 0
+
+    def tensors(self):
+        yield from self.weights.items()
+
+
+def weights(config=CONFIG):
+    return {name: torch.randn(shape) for name, shape in _expected_shapes(config).items()}
+
+
+def load(made):
+    return load_model(made, CPU, F32, 64)
+
+
+def test_any_order_of_tensors_gives_the_same_model():
+    made = weights()
+    forwards, backwards = load(Made(made)), load(Made(dict(reversed(made.items()))))
+    assert torch.equal(forwards.layers[1].qkv.weight, backwards.layers[1].qkv.weight)
+    q, k, v = (made[f"model.layers.1.self_attn.{p}_proj.weight"] for p in "qkv")
+    assert torch.equal(forwards.layers[1].qkv.weight, torch.cat([q, k, v]))
+
+
+def test_progress_counts_every_byte():
+    made, seen = weights(), []
+    load_model(Made(made), CPU, F32, 64, seen.append)
+    assert sum(seen) == sum(w.numel() * 4 for w in made.values())
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.self_attn.k_proj.weight", "lm_head.weight"])
+def test_missing_tensor(name):
+    made = weights()
+    del made[name]
+    with pytest.raises(ValueError, match=f"{name}: missing"):
+        load(Made(made))
+
+
+def test_unexpected_tensor():
+    with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj.bias: unexpected"):
+        load(Made({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)} | weights()))
+
+
+def test_wrong_shape():
+    with pytest.raises(ValueError, match=r"model.layers.0.mlp.up_proj.weight: shape \(64, 31\).* says \(64, 32\)"):
+        load(Made(weights() | {"model.layers.0.mlp.up_proj.weight": torch.zeros(64, 31)}))
+
+
+def test_a_tied_head_stored_twice_is_ignored():
+    config = replace(CONFIG, tie_word_embeddings=True)
+    made = weights(config) | {"lm_head.weight": torch.zeros(50, 32)}
+    model = load(Made(made, config))
+    assert model.head is model.embedding
+
+
+def int4(n, k=64):
+    q = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+    scale, minimum = torch.rand(n, k // 32).half(), torch.randn(n, k // 32).half()
+    dense = q.float() * scale.float().repeat_interleave(32, 1) + minimum.float().repeat_interleave(32, 1)
+    return Int4Weight(q=q, scale=scale, minimum=minimum), dense
+
+
+def int8(n, k=64):
+    q = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+    scale = torch.rand(n, k // 32).half()
+    return Int8Weight(q=q, scale=scale), q.float() * scale.float().repeat_interleave(32, 1)
+
+
+@pytest.mark.parametrize(
+    ("makers", "kind"),
+    [
+        ((int4, int4, int4), Int4Linear),
+        ((int8, int8), Int8Linear),
+        ((int4, int8, int4), SplitLinear),
+        ((lambda n: (torch.randn(n, 64),) * 2, int8), SplitLinear),
+    ],
+)
+def test_stacked_layers_compute_what_their_parts_would(makers, kind):
+    parts = [make(n) for make, n in zip(makers, (24, 8, 40), strict=False)]
+    layer = make_linear([w for w, _ in parts], [None] * len(parts), CPU, F32)
+    assert isinstance(layer, kind)
+    x = torch.randn(3, 64)
+    dense = torch.cat([(w[0] if isinstance(w, tuple) else w) for _, w in parts])
+    torch.testing.assert_close(layer(x), x @ dense.t(), rtol=1e-4, atol=1e-3)
+
+
+def test_biases_are_stacked_too():
+    a, b = torch.randn(4, 8), torch.randn(2, 8)
+    layer = make_linear([a, b], [torch.ones(4), torch.full((2,), 2.0)], CPU, F32)
+    assert isinstance(layer, DenseLinear)
+    assert torch.equal(layer(torch.zeros(1, 8)), torch.tensor([[1.0, 1, 1, 1, 2, 2]]))
+
+
+@pytest.mark.parametrize("make", [int4, int8])
+def test_embedding_rows_are_the_weights_rows(make):
+    weight, dense = make(50)
+    layer = make_linear([weight], [None], CPU, F32)
+    ids = torch.tensor([3, 0, 49, 3])
+    torch.testing.assert_close(embed(layer, ids, F32), dense[ids], rtol=1e-6, atol=1e-6)
+
+
+def test_quantised_weights_stay_quantised():
+    made = weights()
+    made["model.layers.0.mlp.gate_proj.weight"], _ = int4(64, 32)
+    made["model.layers.0.mlp.up_proj.weight"], _ = int4(64, 32)
+    layer = load(Made(made)).layers[0].gate_up
+    assert isinstance(layer, Int4Linear) and layer.packed.dtype == torch.int16
+    assert octavo.int4_unpack(layer.packed, 128, 32).shape == (128, 32)
