@@ -74,9 +74,8 @@ class Tokenizer:
         else:
             raise ValueError(f"tokenizer.ggml.model: {kind!r}; supported: 'gpt2', 'llama'")
         _add_special_tokens(backend, metadata, tokens)
-        names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-        ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for key, name in names.items()}
-        special = {name: tokens[i] for name, i in ids.items() if i is not None and i < len(tokens)}
+        names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+        special = {name: token for name, key in names.items() if (token := _named_token(metadata, tokens, key))}
         fast = PreTrainedTokenizerFast(
             tokenizer_object=backend, chat_template=metadata.get("tokenizer.chat_template"), **special
         )
@@ -168,6 +167,16 @@ def _list(metadata: Mapping[str, Any], key: str) -> list:
     return value
 
 
+def _named_token(metadata: Mapping[str, Any], tokens: list[str], name: str) -> str | None:
+    key = f"tokenizer.ggml.{name}_token_id"
+    token_id = metadata.get(key)
+    if token_id is None:
+        return None
+    if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
+        raise ValueError(f"{key}: {token_id!r}; expected 0 to {len(tokens) - 1}")
+    return tokens[token_id]
+
+
 def _byte_level_bpe(metadata: Mapping[str, Any], tokens: list[str]) -> "tokenizers.Tokenizer":
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
@@ -200,10 +209,8 @@ def _sentencepiece_bpe(metadata: Mapping[str, Any], tokens: list[str]) -> "token
     if len(scores) != len(tokens):
         raise ValueError(f"tokenizer.ggml.scores: {len(scores)} of them; expected one a token ({len(tokens)})")
     vocabulary = _vocabulary(tokens)
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
-    model = models.BPE(
-        vocabulary, _merges(vocabulary, scores), unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True
-    )
+    unknown = _named_token(metadata, tokens, "unknown") or tokens[0]
+    model = models.BPE(vocabulary, _merges(vocabulary, scores), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     backend = tokenizers.Tokenizer(model)
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     space = [normalizers.Replace(" ", "▁")]
@@ -247,11 +254,10 @@ def _add_bos_and_eos(
     """What `encode` puts around a text; `add_bos` holds where the file says nothing, as in llama.cpp."""
     from tokenizers import processors
 
-    def wanted(name: str, default: bool) -> list[tuple[str, int]]:
-        token_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        add = metadata.get(f"tokenizer.ggml.add_{name}_token", default)
-        return [(tokens[token_id], token_id)] if add and token_id is not None else []
+    def wanted(name: str, default: bool) -> list[str]:
+        token = _named_token(metadata, tokens, name)
+        return [token] if token and metadata.get(f"tokenizer.ggml.add_{name}_token", default) else []
 
     before, after = wanted("bos", add_bos), wanted("eos", False)
-    pieces = [*(t for t, _ in before), "$A", *(t for t, _ in after)]
-    backend.post_processor = processors.TemplateProcessing(single=pieces, special_tokens=before + after)
+    special = [(token, tokens.index(token)) for token in before + after]
+    backend.post_processor = processors.TemplateProcessing(single=[*before, "$A", *after], special_tokens=special)

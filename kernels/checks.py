@@ -50,7 +50,7 @@ def check_ndim(name: str, x: torch.Tensor, ndim: int, layout: str) -> None:
 
 def check_shape(name: str, x: torch.Tensor, expected: Sequence[int], layout: str) -> None:
     """Raises ValueError unless `x` has exactly the `expected` shape."""
-    if x.dim() != len(expected) or any(a != b for a, b in zip(x.shape, expected, strict=True)):
+    if x.shape != tuple(expected):
         raise ValueError(f"{name}: shape {tuple(x.shape)}; expected {tuple(expected)}: {layout}")
 
 

@@ -15,8 +15,8 @@ def write_kv(
     for token, slot in enumerate(slots):
         if not -1 <= slot < pages * page_size:
             raise ValueError(
-                f"slot_mapping: slot {slot} of token {token}; expected -1 (skip) or 0 to {pages * page_size - 1}, as the "
-                f"cache has {pages} pages of {page_size}"
+                f"slot_mapping: slot {slot} of token {token}; expected -1 (skip) or 0 to {pages * page_size - 1}, "
+                f"as the cache has {pages} pages of {page_size}"
             )
     if -1 in slots:
         kept = slot_mapping >= 0
@@ -44,7 +44,7 @@ def paged_attention(
     out = query.new_zeros(query.shape)
     lse = query.new_full((tokens, heads) if return_lse else (0,), -torch.inf, dtype=torch.float32)
     starts = cu_seqlens_q.tolist()
-    if starts[0] != 0 or starts[-1] > tokens or any(a > b for a, b in zip(starts, starts[1:], strict=False)):
+    if starts[0] != 0 or starts[-1] > tokens or starts != sorted(starts):
         raise ValueError(f"cu_seqlens_q: {starts}; expected 0 first, then no decrease and at most {tokens} (tokens)")
     for b, seq_len in enumerate(seq_lens.tolist()):
         end, query_len = starts[b + 1], starts[b + 1] - starts[b]

@@ -4,8 +4,10 @@ import torch
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float) -> torch.Tensor:
-    w = weight.float() + weight_offset if weight_offset else weight.float()
-    return torch.nn.functional.rms_norm(x.float(), (x.shape[-1],), w, eps).to(x.dtype)
+    # torch.nn.functional.rms_norm takes twice the time on a CPU, where it is composed of more steps.
+    x32, w = x.float(), weight.float()
+    y = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return (y * (w + weight_offset if weight_offset else w)).to(x.dtype)
 
 
 def add_rms_norm(

@@ -11,13 +11,14 @@ def rotary_embedding(
     interleaved: bool,
 ) -> None:
     rows, rotary_dim = cos_sin_cache.shape
-    outside = positions[(positions < 0) | (positions >= rows)]
-    if outside.numel():
+    lowest, highest = (int(p) for p in positions.aminmax()) if positions.numel() else (0, 0)
+    if lowest < 0 or highest >= rows:
         raise ValueError(
-            f"positions: {outside[0].item()} has no row in cos_sin_cache; expected 0 to {rows - 1} (build a longer one)"
+            f"positions: {lowest if lowest < 0 else highest} has no row in cos_sin_cache; expected 0 to {rows - 1} "
+            "(build a longer one)"
         )
     half = rotary_dim // 2
-    cos, sin = cos_sin_cache[positions].float().unsqueeze(1).chunk(2, -1)
+    cos, sin = cos_sin_cache.index_select(0, positions).float().unsqueeze(1).chunk(2, -1)
     for x in (query, key):
         if x is None:
             continue
@@ -26,6 +27,6 @@ def rotary_embedding(
         else:
             first, second = x[..., :half], x[..., half:rotary_dim]
         a, b = first.float(), second.float()
-        rotated_first, rotated_second = a * cos - b * sin, b * cos + a * sin
-        first.copy_(rotated_first)
-        second.copy_(rotated_second)
+        turned = a * cos - b * sin, b * cos + a * sin
+        first.copy_(turned[0])
+        second.copy_(turned[1])

@@ -3,13 +3,13 @@
     out[i] = sum_j softmax_j(cap(scale · query[i] · key[j])) · value[j]    over the keys j that query i sees
 
 The queries of a sequence are the last positions of its keys: query i of n stands at position seq_len - n + i, and sees
-the keys up to its own position (causal) and not further back than the window. Keys and values lie in pages, position j in
-slot j % page_size of page block_table[sequence, j // page_size].
+the keys up to its own position (causal) and not further back than the window. Keys and values lie in pages: position j
+in slot j % page_size of page block_table[sequence, j // page_size].
 
-A program owns BLOCK_M rows of one KV head: row m is token m // PACK of the tile and query head m % PACK of the group, so
-that the heads that share a KV head share its loads, and a decode token fills the tensor core's rows. The softmax is the
-online one of FlashAttention (Dao et al. 2022, https://arxiv.org/abs/2205.14135), in base 2. Paging after Kwon et al. 2023,
-https://arxiv.org/abs/2309.06180.
+A program owns BLOCK_M rows of one KV head: row m is token m // PACK of the tile and query head m % PACK of the group,
+so that the heads that share a KV head share its loads, and a decode token fills the tensor core's rows. The softmax is
+the online one of FlashAttention (Dao et al. 2022, https://arxiv.org/abs/2205.14135), in base 2. Paging after Kwon et
+al. 2023, https://arxiv.org/abs/2309.06180.
 """
 
 from dataclasses import dataclass
@@ -38,6 +38,7 @@ MAX_HEAD_SIZE = 256
 class _Tiles:
     block_m: int
     block_n: int
+    block_d: int
     num_warps: int
     num_stages: int
 
@@ -55,7 +56,8 @@ def choose_tiles(
         # No tensor cores: a thread holds whole rows of both operands.
         block_m, block_n, num_warps = 16, 16, 4
     else:
-        block_m = min(max(next_power_of_2(group * max(max_seqlen_q, 1)), 16), 128 if block_d <= 128 else 64)
+        rows = group * max_seqlen_q
+        block_m = 16 if rows <= 16 else 64 if rows <= 64 or block_d > 128 else 128
         if block_m == 16:
             block_n, num_warps = 64 if block_d <= 128 else 32, 2 if block_d <= 64 else 4
         else:
@@ -65,7 +67,7 @@ def choose_tiles(
     # Triton keeps one tile fewer than stages, except where wgmma may still be reading the last one.
     wgmma = properties.capability >= (9, 0) and block_m >= 64
     stages = free // (2 * block_n * block_d * dtype.itemsize) + (not wgmma)
-    return _Tiles(block_m, block_n, num_warps, min(max(stages, 1), 4))
+    return _Tiles(block_m, block_n, block_d, num_warps, min(max(stages, 1), 4))
 
 
 @triton.jit
@@ -93,7 +95,7 @@ def _find_sequence(cu_seqlens_q_ptr, tile, B, BLOCK_Q: tl.constexpr):
 
 @triton.jit
 def _load_page_ids(table_ptr, key, end, num_pages, PAGE_SIZE: tl.constexpr):
-    """The page of each key position; -1 at and after `end`, where the table may hold anything, and for ids out of range."""
+    """The page of each key position; -1 for ids out of range, and from `end` on, where the table may hold anything."""
     page = tl.load(table_ptr + key // PAGE_SIZE, mask=key < end, other=-1)  # [N]
     return tl.where((page >= 0) & (page < num_pages), page, -1)
 
@@ -273,7 +275,9 @@ def _paged_attention_kernel(
     out_at = out_ptr + row[:, None] * D + d[None, :]
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=wanted[:, None] & (d < D)[None, :])
     if RETURN_LSE:
-        tl.store(lse_ptr + row, (top + tl.log2(total)) * 0.6931471805599453, mask=wanted)
+        # In this form one fused multiply-add rounds the large term once.
+        ln2 = 0.6931471805599453
+        tl.store(lse_ptr + row, top * ln2 + tl.log2(total) * ln2, mask=wanted)
 
 
 def _outputs(query: torch.Tensor, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -340,7 +344,7 @@ def _paged_attention_cuda(
         RETURN_LSE=return_lse,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
-        BLOCK_D=max(next_power_of_2(head_size), 16),
+        BLOCK_D=tiles.block_d,
     )
     return out, lse
 
@@ -396,8 +400,8 @@ def paged_attention(
         query: `[tokens, heads, head_size]`, fp16, bf16 or fp32; last dimension contiguous, the others of any stride;
             head_size a multiple of 8 up to 256. Sequence b owns rows `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1]`: the
             last positions of its `seq_lens[b]` keys.
-        key_cache: `[pages, page_size, kv_heads, head_size]`, query's dtype; last dimension contiguous, the others of any
-            stride. heads is a multiple of kv_heads; heads `h·group` to `(h+1)·group` use KV head h.
+        key_cache: `[pages, page_size, kv_heads, head_size]`, query's dtype; last dimension contiguous, the others of
+            any stride. heads is a multiple of kv_heads; heads `h·group` to `(h+1)·group` use KV head h.
         value_cache: as key_cache; its strides may differ.
         block_table: `[sequences, max_pages]` int32, the page ids of each sequence in order; rows of any stride. Entries
             past the sequence's end, or wholly before the window of its first query, are never read.
@@ -465,10 +469,10 @@ def _check(
         raise ValueError(f"query: head_size {head_size}; expected a multiple of 8 up to {MAX_HEAD_SIZE}")
     check_dtype("key_cache", key_cache, (query.dtype,))
     check_ndim("key_cache", key_cache, 4, "[pages, page_size, kv_heads, head_size]")
-    if key_cache.shape[3] != head_size or 0 in key_cache.shape[1:3]:
+    if key_cache.shape[3] != head_size or 0 in key_cache.shape:
         raise ValueError(
             f"key_cache: shape {tuple(key_cache.shape)}; expected [pages, page_size, kv_heads, {head_size}], the "
-            "head_size of query, with at least one slot a page and one head"
+            "head_size of query, with at least one page, slot and head"
         )
     if heads == 0 or heads % key_cache.shape[2]:
         raise ValueError(f"query: {heads} heads; expected a multiple of the {key_cache.shape[2]} heads of key_cache")

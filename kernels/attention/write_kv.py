@@ -1,10 +1,11 @@
 """Writing this step's keys and values into the paged cache.
 
-    key_cache[slot // page_size, slot % page_size] = key[token]    with slot = slot_mapping[token], and the same for value
+    key_cache[slot // page_size, slot % page_size] = key[token],    slot = slot_mapping[token]
 
-The caches are `[pages, page_size, kv_heads, head_size]`; the strides of the first three dimensions are free, so that K
-and V may be halves of one buffer, or heads may stand before tokens in memory. Paging after Kwon et al., "Efficient Memory
-Management for Large Language Model Serving with PagedAttention" (2023), https://arxiv.org/abs/2309.06180.
+and the same for values. The caches are `[pages, page_size, kv_heads, head_size]`; the strides of the first three
+dimensions are free, so that K and V may be halves of one buffer, or heads may stand before tokens in memory. Paging
+after Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention" (2023),
+https://arxiv.org/abs/2309.06180.
 """
 
 from dataclasses import dataclass
@@ -150,7 +151,7 @@ def write_kv(
 ) -> None:
     """Writes one key and one value a token into the slots of a paged cache.
 
-    `key_cache[slot // page_size, slot % page_size] = key[token]`, `slot = slot_mapping[token]`, and the same for values.
+    `key_cache[slot // page_size, slot % page_size] = key[token]`, `slot = slot_mapping[token]`; and so for value.
 
     Args:
         key: `[tokens, kv_heads, head_size]`, fp16, bf16 or fp32; last dimension contiguous, the others of any stride.
@@ -159,8 +160,8 @@ def write_kv(
             contiguous, the others of any stride: a view into a buffer that K and V share, or `[pages, kv_heads,
             page_size, head_size]` transposed, will do.
         value_cache: as key_cache, **written in place**; its strides may differ.
-        slot_mapping: `[tokens]`, int32 or int64, contiguous: `page · page_size + offset`; -1 skips the token (padding of a
-            CUDA graph). No slot may occur twice.
+        slot_mapping: `[tokens]`, int32 or int64, contiguous: `page · page_size + offset`; -1 skips the token (padding
+            of a CUDA graph). No slot may occur twice.
 
     Raises:
         TypeError: a dtype that is not accepted.

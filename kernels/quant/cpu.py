@@ -31,7 +31,7 @@ class _Copy:
     packed: weakref.ref[torch.Tensor]
     scale: torch.Tensor
     minimum: torch.Tensor | None
-    stamp: tuple[int, ...]
+    stamp: list[int]
 
 
 _copies: dict[int, _Copy] = {}
@@ -45,13 +45,13 @@ def _budget() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
 
 
-def _stamp(group_size: int, packed: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None) -> tuple[int, ...]:
+def _stamp(group_size: int, packed: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None) -> list[int]:
     """Differs once a tensor has been changed in place (its version) or given other memory (`Tensor.data = …`)."""
-    stamp = (group_size, packed.data_ptr(), scale.data_ptr())
+    stamp = [group_size]
     for x in (packed, scale, minimum):
-        if x is not None and not x.is_inference():
-            stamp += (x._version,)
-    return stamp if minimum is None else (*stamp, minimum.data_ptr())
+        if x is not None:
+            stamp += x.data_ptr(), 0 if x.is_inference() else x._version
+    return stamp
 
 
 def _working_copy(

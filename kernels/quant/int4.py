@@ -51,15 +51,17 @@ class Tiles:
 def choose_tiles(tokens: int, dtype: torch.dtype, weight_bits: int, properties: DeviceProperties) -> Tiles:
     """Few tokens: small tiles, so that many programs read the weights. Many: large ones, so that each read serves long.
 
-    As many pipeline stages, up to four, as shared memory holds. In fp32 there are no tensor cores to feed, and a
-    program's products must fit its registers.
+    As many pipeline stages, up to four, as shared memory holds. In fp32 there are no tensor cores to feed: a program's
+    products, unrolled, must fit its registers.
     """
-    if tokens <= 16 or dtype == torch.float32:
+    if dtype == torch.float32:
+        block_n, block_m, num_warps = 64, 16, 8
+    elif tokens <= 16:
         block_n, block_m, num_warps = 64, 16, 4
     elif tokens <= 64:
         block_n, block_m, num_warps = 64, 64, 4
     else:
-        block_n, block_m, num_warps = 128, 128, 8
+        block_n, block_m, num_warps = 128, 64, 8  # 128 × 128 spills where there is a minimum
     stage = 128 * (block_m * dtype.itemsize + block_n * weight_bits // 8)
     return Tiles(block_n, block_m, num_warps, max(2, min(4, properties.shared_memory // stage)))
 
@@ -81,15 +83,15 @@ def store_outputs(out_ptr, bias_ptr, acc, n, m, N, M):
 
 
 @triton.jit
-def _scaled(product, x_sum, scale_ptr, minimum_ptr, group, stride_scale_group, stride_minimum_group, n, mask):
-    """One group's part of the result: product `[BLOCK_N, BLOCK_M]` is of q − 8 and x, x_sum `[BLOCK_M]` of x alone."""
+def _add_group(acc, product, x_sum, group, rows, scale_ptr, minimum_ptr, stride_scale_group, stride_minimum_group):
+    """Adds a group to acc: product `[BLOCK_N, BLOCK_M]` of its (q − 8) and x, x_sum `[32, BLOCK_M]` of x alone."""
     group = tl.cast(group, tl.int64)
-    scale = tl.load(scale_ptr + group * stride_scale_group + n, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N]
-    product *= scale[:, None]
+    scale = tl.load(scale_ptr + group * stride_scale_group + rows).to(tl.float32)  # [BLOCK_N]
+    acc += product * scale[:, None]
     if minimum_ptr is not None:
-        minimum = tl.load(minimum_ptr + group * stride_minimum_group + n, mask=mask, other=0.0).to(tl.float32)
-        product += (minimum + 8 * scale)[:, None] * x_sum[None, :]
-    return product
+        minimum = tl.load(minimum_ptr + group * stride_minimum_group + rows).to(tl.float32)  # [BLOCK_N]
+        acc += (minimum + 8 * scale)[:, None] * tl.sum(x_sum, 0)[None, :]
+    return acc
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -117,16 +119,17 @@ def _int4_linear_kernel(
 ):
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    rows = tl.minimum(n, N - 1)  # outputs past the last repeat it, and are never stored
     c = tl.arange(0, 32)
     tiles = tl.cdiv(K, 128)
     x_ptrs = x_ptr + token_offsets(m, M, x_inner, stride_x_outer, stride_x_inner)[None, :] + c[:, None]
-    packed_ptrs = packed_ptr + (n // 64 * tiles * 2048 + n % 64 * 32)[:, None] + c[None, :]
+    packed_ptrs = packed_ptr + (rows // 64 * tiles * 2048 + rows % 64 * 32)[:, None] + c[None, :]
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for tile in range(tiles):
-        words = tl.load(packed_ptrs + tile * 2048, mask=(n < N)[:, None], other=0)  # [BLOCK_N, 32]
+        words = tl.load(packed_ptrs + tile * 2048)  # [BLOCK_N, 32]
         product = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        x_sum = tl.zeros([BLOCK_M], tl.float32)
+        x_sum = tl.zeros([32, BLOCK_M], tl.float32)
         for plane in tl.static_range(4):
             k = tile * 128 + plane * 32
             if WHOLE_TILES:
@@ -136,33 +139,19 @@ def _int4_linear_kernel(
             w = (((words >> (4 * plane)) & 15) - 8).to(x.dtype)  # [BLOCK_N, 32]
             product = tl.dot(w, x, product, input_precision="ieee")
             if minimum_ptr is not None:
-                x_sum += tl.sum(x.to(tl.float32), 0)
+                x_sum += x.to(tl.float32)
             if not WHOLE_TILES:
-                mask = (n < N) & (k < K)
-                acc += _scaled(
-                    product,
-                    x_sum,
-                    scale_ptr,
-                    minimum_ptr,
-                    k // group_size,
-                    stride_scale_group,
-                    stride_minimum_group,
-                    n,
-                    mask,
+                # K may end before the last tile does: what is left of it adds zeros, with the last group's scale.
+                group = tl.minimum(k, K - 32) // group_size
+                acc = _add_group(
+                    acc, product, x_sum, group, rows, scale_ptr, minimum_ptr, stride_scale_group, stride_minimum_group
                 )
                 product = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-                x_sum = tl.zeros([BLOCK_M], tl.float32)
+                x_sum = tl.zeros([32, BLOCK_M], tl.float32)
         if WHOLE_TILES:
-            acc += _scaled(
-                product,
-                x_sum,
-                scale_ptr,
-                minimum_ptr,
-                tile * 128 // group_size,
-                stride_scale_group,
-                stride_minimum_group,
-                n,
-                n < N,
+            group = tile * 128 // group_size
+            acc = _add_group(
+                acc, product, x_sum, group, rows, scale_ptr, minimum_ptr, stride_scale_group, stride_minimum_group
             )
     store_outputs(out_ptr, bias_ptr, acc, n, m, N, M)
 

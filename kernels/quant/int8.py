@@ -43,16 +43,17 @@ def _int8_linear_kernel(
 ):
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    rows = tl.minimum(n, N - 1)  # outputs past the last repeat it, and are never stored
     c = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + token_offsets(m, M, x_inner, stride_x_outer, stride_x_inner)[None, :] + c[:, None]
-    weight_ptrs = weight_ptr + n[:, None] * K + c[None, :]
+    weight_ptrs = weight_ptr + rows[:, None] * K + c[None, :]
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for k in range(0, K, BLOCK_K):
-        w = tl.load(weight_ptrs + k, mask=(n < N)[:, None], other=0)  # [BLOCK_N, BLOCK_K]
+        w = tl.load(weight_ptrs + k)  # [BLOCK_N, BLOCK_K]
         x = tl.load(x_ptrs + k)  # [BLOCK_K, BLOCK_M]
         group = tl.cast(k // group_size, tl.int64)
-        scale = tl.load(scale_ptr + group * stride_scale_group + n, mask=n < N, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + group * stride_scale_group + rows).to(tl.float32)
         acc += tl.dot(w.to(x.dtype), x, input_precision="ieee") * scale[:, None]
     store_outputs(out_ptr, bias_ptr, acc, n, m, N, M)
 
