@@ -59,7 +59,7 @@ def paged_attention(
         )
         o, sums = _attend(query[start:end], k, v, seq_len - first_key, scale, causal, window_size, softcap, return_lse)
         out[start:end] = o
-        if return_lse:
+        if sums is not None:
             lse[start:end] = sums
     return out, lse
 

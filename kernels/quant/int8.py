@@ -15,7 +15,7 @@ import triton.language as tl
 from octavo.kernels.checks import check_contiguous, check_device, check_dtype, check_shape
 from octavo.kernels.launch import cdiv, device_properties, launch, row_strides
 from octavo.kernels.quant import cpu
-from octavo.kernels.quant.int4 import check_linear, choose_tiles, store_outputs, token_offsets
+from octavo.kernels.quant.weight_only import check_linear, choose_tiles, store_outputs, token_offsets
 from octavo.kernels.registry import register
 from octavo.reference import quant as reference
 
