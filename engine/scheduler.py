@@ -50,8 +50,8 @@ class Scheduler:
         needed = self.blocks.pages_for(sequence.max_length)
         if needed > self.blocks.num_pages:
             raise ValueError(
-                f"prompt: {sequence.prompt_length} tokens + max_tokens {sequence.params.max_tokens} need "
-                f"{needed} pages of {self.blocks.page_size} tokens, but the cache has {self.blocks.num_pages}: raise cache_tokens"
+                f"prompt: {sequence.prompt_length} tokens + max_tokens {sequence.params.max_tokens} need {needed} "
+                f"pages of {self.blocks.page_size}, but the cache has {self.blocks.num_pages}: raise cache_tokens"
             )
         self.waiting.append(sequence)
 

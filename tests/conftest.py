@@ -26,10 +26,15 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else torch.get_nu
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     wanted = config.getoption("-m") or ""
     skipped = {m for m, unwanted in (("gpu", not HAS_GPU), ("slow", "slow" not in wanted)) if unwanted}
-    dropped = [item for item in items if any(item.get_closest_marker(m) for m in skipped)]
+    dropped = [item for item in items if any(item.get_closest_marker(m) for m in skipped) or _is_interpreted(item)]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in set(dropped)]
+
+
+def _is_interpreted(item: pytest.Item) -> bool:
+    """Whether an op test wants the interpreter on a machine whose GPU runs the kernels natively."""
+    return HAS_GPU and "device" in item.fixturenames and item.callspec.params.get("device") == "cpu"
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

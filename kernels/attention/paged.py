@@ -54,7 +54,7 @@ def choose_tiles(
     block_d = max(next_power_of_2(head_size), 16)
     if dtype == torch.float32:
         # No tensor cores: a thread holds whole rows of both operands.
-        block_m, block_n, num_warps = 16, 16, 4
+        block_m, block_n, num_warps = 16, 16, 8
     else:
         rows = group * max_seqlen_q
         block_m = 16 if rows <= 16 else 64 if rows <= 64 or block_d > 128 else 128
@@ -105,7 +105,6 @@ def _load_page_ids(table_ptr, key, end, num_pages, PAGE_SIZE: tl.constexpr):
 def _attend(
     q,
     position,
-    last_key,
     start,
     end,
     key_ptr,
@@ -121,6 +120,7 @@ def _attend(
     stride_value_slot,
     D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -152,7 +152,9 @@ def _attend(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale  # [M, N]
         if SOFTCAP:
             scores = cap * _tanh(scores)
-        seen = present[None, :] & (key[None, :] <= last_key[:, None])
+        seen = present[None, :]
+        if CAUSAL:
+            seen = seen & (key[None, :] <= position[:, None])
         if WINDOW:
             seen = seen & (key[None, :] > position[:, None] - window)
         scores = tl.where(seen, scores, -float("inf"))
@@ -237,17 +239,14 @@ def _paged_attention_kernel(
     last_position = tl.minimum(tile_start + BLOCK_Q, query_end) - 1 + history
     start = 0
     end = tl.minimum(seq_len, table_width * PAGE_SIZE)
-    last_key = tl.where(wanted, seq_len, -1)
     if CAUSAL:
         end = tl.minimum(end, last_position + 1)
-        last_key = tl.where(wanted, position, -1)
     if WINDOW:
         start = tl.maximum(tile_start + history - window + 1, 0)
 
     acc, top, total = _attend(
         q,
         position,
-        last_key,
         start,
         end,
         key_cache_ptr + kv_head.to(tl.int64) * stride_key_head,
@@ -263,6 +262,7 @@ def _paged_attention_kernel(
         stride_value_slot,
         D,
         PAGE_SIZE,
+        CAUSAL,
         WINDOW,
         SOFTCAP,
         BLOCK_M,

@@ -1,5 +1,6 @@
 """The engine beside transformers: same tokens from a real model, same logits from tiny ones."""
 
+import copy
 import warnings
 
 import pytest
@@ -110,16 +111,22 @@ def _word_tokenizer(size):
     return tokenizer
 
 
+WHERE = [("cpu", torch.float32)]
+WHERE += [pytest.param(("cuda", d), marks=pytest.mark.gpu) for d in (torch.float32, torch.float16, torch.bfloat16)]
+
+
 @pytest.mark.parametrize("chunk", [40, 7, 1], ids=["whole", "chunks-of-7", "token-by-token"])
-def test_tiny_models_give_the_same_logits_at_every_position(tiny, chunk):
+@pytest.mark.parametrize("where", WHERE, ids=str)
+def test_tiny_models_give_the_same_logits_at_every_position(tiny, chunk, where):
     folder, model = tiny
+    device, dtype = where
     ids = torch.randint(0, COMMON["vocab_size"], (1, 40), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
-        plain = model.float()(ids).logits[0]
-        exact = model.double()(ids).logits[0]
-    llm = LLM(str(folder), device="cpu", page_size=5)
-    logits = torch.cat(list(llm.runner.prompt_logits(ids[0].tolist(), chunk)))
-    assert_accurate(logits, exact, plain)
+        exact = copy.deepcopy(model).double()(ids).logits[0]
+        plain = copy.deepcopy(model).to(device, dtype)(ids.to(device)).logits[0].cpu()
+    llm = LLM(str(folder), device=device, dtype=dtype, page_size=5)
+    logits = torch.cat(list(llm.runner.prompt_logits(ids[0].tolist(), chunk))).cpu()
+    assert_accurate(logits.to(dtype), exact, plain)
     assert llm.blocks.num_free == llm.blocks.num_pages
 
 

@@ -39,7 +39,7 @@ def test_decodes_come_before_prompts_and_prompts_are_chunked():
 
 def test_a_request_larger_than_the_cache_is_refused_at_once():
     scheduler = Scheduler(BlockManager(3, 4), 8, 8)
-    with pytest.raises(ValueError, match="prompt: 10 tokens .* need 4 pages .* cache has 3"):
+    with pytest.raises(ValueError, match="prompt: 10 tokens .* need 4 pages of 4, but the cache has 3"):
         scheduler.add(sequence(0, prompt=10, max_tokens=3))
     assert not scheduler.has_work
 
