@@ -71,11 +71,14 @@ def _gather(cache: torch.Tensor, table: torch.Tensor, start: int, end: int, name
     if last_page >= table.shape[0]:
         raise ValueError(f"{name}: {table.shape[0]} pages of {page_size} slots are too few for seq_lens = {end}")
     used = table[first_page : last_page + 1]
-    wrong = [page for page in used.tolist() if not 0 <= page < cache.shape[0]]
+    ids = used.tolist()
+    wrong = [page for page in ids if not 0 <= page < cache.shape[0]]
     if wrong:
         raise ValueError(f"{name}: page id {wrong[0]}; expected 0 to {cache.shape[0] - 1}, as the cache has that many")
-    # index_select takes a fifth of the time of cache[used] on a CPU
-    slots = cache.index_select(0, used).flatten(0, 1)[start - first_page * page_size : end - first_page * page_size]
+    # Neighbouring pages, the usual case, need no copy; for others, index_select takes a fifth of cache[used]'s time.
+    in_order = ids == list(range(ids[0], ids[0] + len(ids)))
+    pages = cache[ids[0] : ids[-1] + 1] if in_order else cache.index_select(0, used)
+    slots = pages.flatten(0, 1)[start - first_page * page_size : end - first_page * page_size]
     return slots.transpose(0, 1).float()
 
 
@@ -94,6 +97,9 @@ def _attend(
     n, heads, d = query.shape
     kv_heads = k.shape[0]
     q = query.view(n, kv_heads, heads // kv_heads, d).permute(1, 2, 0, 3).reshape(kv_heads, -1, d).float()
+    if n == 1 and not softcap and not return_lse:  # a decode token sees every key that was gathered
+        out = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale)
+        return out.view(1, heads, d), None
     scores = torch.bmm(q * scale, k.transpose(1, 2))  # [Hkv, G·n, L]
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)

@@ -13,11 +13,13 @@ al. 2023, https://arxiv.org/abs/2309.06180.
 """
 
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 import triton
 import triton.language as tl
 
+from octavo.kernels.attention.online_softmax import attend, find_sequence
 from octavo.kernels.checks import (
     FLOATS,
     check_device,
@@ -70,106 +72,6 @@ def choose_tiles(
     return _Tiles(block_m, block_n, block_d, num_warps, min(max(stages, 1), 4))
 
 
-@triton.jit
-def _tanh(x2):
-    """tanh(x) of `x2` = 2·log2(e)·x; the exponent is never positive, so nothing overflows."""
-    t = tl.exp2(-tl.abs(x2))
-    return tl.where(x2 < 0, t - 1.0, 1.0 - t) / (1.0 + t)
-
-
-@triton.jit
-def _find_sequence(cu_seqlens_q_ptr, tile, B, BLOCK_Q: tl.constexpr):
-    """The sequence that `tile` belongs to, and the number of its first tile.
-
-    Sequence b may use the tiles from cu_seqlens_q[b] // BLOCK_Q + b, which leaves it at least as many as it needs and
-    depends on no other sequence's length but through cu_seqlens_q. Counting the sequences that start at or before the
-    tile takes one round trip to memory for 128 of them, where a bisection takes seven. Number B is the padding.
-    """
-    count = 0
-    for start in range(0, B + 1, 128):
-        b = start + tl.arange(0, 128)
-        first = tl.load(cu_seqlens_q_ptr + b, mask=b <= B, other=0) // BLOCK_Q + b
-        count += tl.sum(((first <= tile) & (b <= B)).to(tl.int32), 0)
-    sequence = tl.maximum(count - 1, 0)
-    return sequence, tl.load(cu_seqlens_q_ptr + sequence) // BLOCK_Q + sequence
-
-
-@triton.jit
-def _load_page_ids(table_ptr, key, end, num_pages, PAGE_SIZE: tl.constexpr):
-    """The page of each key position; -1 for ids out of range, and from `end` on, where the table may hold anything."""
-    page = tl.load(table_ptr + key // PAGE_SIZE, mask=key < end, other=-1)  # [N]
-    return tl.where((page >= 0) & (page < num_pages), page, -1)
-
-
-@triton.jit
-def _attend(
-    q,
-    position,
-    start,
-    end,
-    key_ptr,
-    value_ptr,
-    table_ptr,
-    num_pages,
-    window,
-    score_scale,
-    cap,
-    stride_key_page,
-    stride_key_slot,
-    stride_value_page,
-    stride_value_slot,
-    D: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Attends q [M, D] to the keys start to end: the unnormalised sum of values [M, D], the maximum and the sum [M]."""
-    n = tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # The next tile's page ids are loaded while this tile is used: a K load that waited for its page id inside the loop
-    # would halve the depth of the software pipeline.
-    page = _load_page_ids(table_ptr, start + n, end, num_pages, PAGE_SIZE)
-    for tile_start in range(start, end, BLOCK_N):
-        key = tile_start + n
-        slot = (key % PAGE_SIZE).to(tl.int64)
-        present = page >= 0
-        page64 = tl.maximum(page, 0).to(tl.int64)  # page 0 stands in for what is not there; its scores are masked
-        k_at = page64 * stride_key_page + slot * stride_key_slot
-        k = tl.load(key_ptr + k_at[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)  # [N, D]
-        v_at = page64 * stride_value_page + slot * stride_value_slot
-        # A slot that no sequence has written may hold NaN, and a weight of zero would not silence it.
-        v_mask = present[:, None] & (d < D)[None, :]
-        v = tl.load(value_ptr + v_at[:, None] + d[None, :], mask=v_mask, other=0.0)  # [N, D]
-        page = _load_page_ids(table_ptr, key + BLOCK_N, end, num_pages, PAGE_SIZE)
-
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale  # [M, N]
-        if SOFTCAP:
-            scores = cap * _tanh(scores)
-        seen = present[None, :]
-        if CAUSAL:
-            seen = seen & (key[None, :] <= position[:, None])
-        if WINDOW:
-            seen = seen & (key[None, :] > position[:, None] - window)
-        scores = tl.where(seen, scores, -float("inf"))
-
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        # A row that has seen no key yet: subtract 0, not -inf.
-        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-        rescale = tl.exp2(top - shift)
-        weights = tl.exp2(scores - shift[:, None])  # [M, N]
-        total = total * rescale + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
-        top = new_top
-    return acc, top, total
-
-
 @triton.jit(do_not_specialize=["T", "B", "table_width", "num_pages", "window", "stride_table_sequence"])
 def _paged_attention_kernel(
     # Decode is bound by reading the cache once, long prefill by the tensor cores. One program a query tile and KV head.
@@ -215,7 +117,7 @@ def _paged_attention_kernel(
     # Later tiles of a causal prefill have more keys: they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1) // PACKS
-    sequence, first_tile = _find_sequence(cu_seqlens_q_ptr, tile, B, BLOCK_Q)
+    sequence, first_tile = find_sequence(cu_seqlens_q_ptr, tile, B, BLOCK_Q)
     # Rows after the last sequence are the padding of a captured graph: a sequence of no keys.
     query_start = tl.load(cu_seqlens_q_ptr + sequence)
     query_end = tl.minimum(tl.load(cu_seqlens_q_ptr + sequence + 1, mask=sequence < B, other=T), T)
@@ -244,7 +146,7 @@ def _paged_attention_kernel(
     if WINDOW:
         start = tl.maximum(tile_start + history - window + 1, 0)
 
-    acc, top, total = _attend(
+    acc, top, total = attend(
         q,
         position,
         start,
@@ -377,6 +279,38 @@ _paged_attention = register(
 )
 
 
+@overload
+def paged_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    *,
+    max_seqlen_q: int,
+    scale: float | None = None,
+    causal: bool = True,
+    window_size: int | None = None,
+    softcap: float = 0.0,
+    return_lse: Literal[False] = False,
+) -> torch.Tensor: ...
+@overload
+def paged_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    *,
+    max_seqlen_q: int,
+    scale: float | None = None,
+    causal: bool = True,
+    window_size: int | None = None,
+    softcap: float = 0.0,
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def paged_attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,

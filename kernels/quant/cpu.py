@@ -13,8 +13,12 @@ Tensors made under `torch.inference_mode()` count no changes, so changing those 
 The copies together stay within `OCTAVO_CPU_WEIGHT_CACHE` gigabytes (10⁹ bytes; 0 for no copies; a quarter of the
 physical memory where it is not set). Weights that come once it is full are dequantised on every call: a model walks its
 weights in a circle, and evicting the oldest would miss each time.
+
+One token is a product of a matrix and a vector, and `F.linear` runs that on one core. In as many parts as `bmm` has
+threads to give, it takes 0.55 of the time on two (SmolLM2's layers: 18 ms against 33).
 """
 
+import math
 import os
 import weakref
 from collections.abc import Callable
@@ -76,6 +80,16 @@ def _working_copy(
     return weight
 
 
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    n, k = weight.shape
+    threads = torch.get_num_threads()
+    parts = math.gcd(n, 4 * threads)
+    if x.numel() != k or threads == 1 or parts == 1:
+        return reference.linear(x, weight, bias)
+    y = torch.bmm(x.float().view(1, 1, k).expand(parts, 1, k), weight.view(parts, -1, k).transpose(1, 2))
+    return (y.view(*x.shape[:-1], n) if bias is None else y.view(*x.shape[:-1], n) + bias.float()).to(x.dtype)
+
+
 def int4_linear(
     x: torch.Tensor,
     packed: torch.Tensor,
@@ -87,7 +101,7 @@ def int4_linear(
     def dequantize() -> torch.Tensor:
         return reference.dequantize_int4(packed, scale, minimum, group_size)
 
-    return reference.linear(x, _working_copy(dequantize, group_size, packed, scale, minimum), bias)
+    return _linear(x, _working_copy(dequantize, group_size, packed, scale, minimum), bias)
 
 
 def int8_linear(
@@ -96,4 +110,4 @@ def int8_linear(
     def dequantize() -> torch.Tensor:
         return reference.dequantize_int8(weight, scale, group_size)
 
-    return reference.linear(x, _working_copy(dequantize, group_size, weight, scale, None), bias)
+    return _linear(x, _working_copy(dequantize, group_size, weight, scale, None), bias)

@@ -1,0 +1,117 @@
+"""Parts of attention kernels over a paged cache: which sequence a query tile belongs to, and the softmax over its keys.
+
+The softmax is the online one of FlashAttention (Dao et al. 2022, https://arxiv.org/abs/2205.14135), in base 2.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _tanh(x2, EXACT: tl.constexpr):
+    """tanh(x) of `x2` = 2·log2(e)·x; the exponent is never positive, so nothing overflows.
+
+    Near 0 the difference cancels, to an error of one fp32 unit of 1: nothing to half-precision queries, but fp32 ones
+    (EXACT) take the series there.
+    """
+    t = tl.exp2(-tl.abs(x2))
+    t = tl.where(x2 < 0, t - 1.0, 1.0 - t) / (1.0 + t)
+    if EXACT:
+        x = x2 * 0.34657359027997264  # ln(2) / 2
+        s = x * x
+        series = x * (1 + s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835)))))
+        t = tl.where(s < 0.0625, series, t)
+    return t
+
+
+@triton.jit
+def find_sequence(cu_seqlens_q_ptr, tile, B, BLOCK_Q: tl.constexpr):
+    """The sequence that `tile` belongs to, and the number of its first tile.
+
+    Sequence b may use the tiles from cu_seqlens_q[b] // BLOCK_Q + b, which leaves it at least as many as it needs and
+    depends on no other sequence's length but through cu_seqlens_q. Counting the sequences that start at or before the
+    tile takes one round trip to memory for 128 of them, where a bisection takes seven. Number B is the padding.
+    """
+    count = 0
+    for start in range(0, B + 1, 128):
+        b = start + tl.arange(0, 128)
+        first = tl.load(cu_seqlens_q_ptr + b, mask=b <= B, other=0) // BLOCK_Q + b
+        count += tl.sum(((first <= tile) & (b <= B)).to(tl.int32), 0)
+    sequence = tl.maximum(count - 1, 0)
+    return sequence, tl.load(cu_seqlens_q_ptr + sequence) // BLOCK_Q + sequence
+
+
+@triton.jit
+def _load_page_ids(table_ptr, key, end, num_pages, PAGE_SIZE: tl.constexpr):
+    """The page of each key position; -1 for ids out of range, and from `end` on, where the table may hold anything."""
+    page = tl.load(table_ptr + key // PAGE_SIZE, mask=key < end, other=-1)  # [N]
+    return tl.where((page >= 0) & (page < num_pages), page, -1)
+
+
+@triton.jit
+def attend(
+    q,
+    position,
+    start,
+    end,
+    key_ptr,
+    value_ptr,
+    table_ptr,
+    num_pages,
+    window,
+    score_scale,
+    cap,
+    stride_key_page,
+    stride_key_slot,
+    stride_value_page,
+    stride_value_slot,
+    D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Attends q [M, D] to the keys start to end: the unnormalised sum of values [M, D], the maximum and the sum [M]."""
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # The next tile's page ids are loaded while this tile is used: a K load that waited for its page id inside the loop
+    # would halve the depth of the software pipeline.
+    page = _load_page_ids(table_ptr, start + n, end, num_pages, PAGE_SIZE)
+    for tile_start in range(start, end, BLOCK_N):
+        key = tile_start + n
+        slot = (key % PAGE_SIZE).to(tl.int64)
+        present = page >= 0
+        page64 = tl.maximum(page, 0).to(tl.int64)  # page 0 stands in for what is not there; its scores are masked
+        k_at = page64 * stride_key_page + slot * stride_key_slot
+        k = tl.load(key_ptr + k_at[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)  # [N, D]
+        v_at = page64 * stride_value_page + slot * stride_value_slot
+        # A slot that no sequence has written may hold NaN, and a weight of zero would not silence it.
+        v_mask = present[:, None] & (d < D)[None, :]
+        v = tl.load(value_ptr + v_at[:, None] + d[None, :], mask=v_mask, other=0.0)  # [N, D]
+        page = _load_page_ids(table_ptr, key + BLOCK_N, end, num_pages, PAGE_SIZE)
+
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale  # [M, N]
+        if SOFTCAP:
+            scores = cap * _tanh(scores, q.dtype == tl.float32)
+        seen = present[None, :]
+        if CAUSAL:
+            seen = seen & (key[None, :] <= position[:, None])
+        if WINDOW:
+            seen = seen & (key[None, :] > position[:, None] - window)
+        scores = tl.where(seen, scores, -float("inf"))
+
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        # A row that has seen no key yet: subtract 0, not -inf.
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+        rescale = tl.exp2(top - shift)
+        weights = tl.exp2(scores - shift[:, None])  # [M, N]
+        total = total * rescale + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+        top = new_top
+    return acc, top, total
