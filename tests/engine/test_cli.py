@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
 import octavo
+from octavo.engine import cli
+from octavo.engine.llm import Token
 
 
 def run(*arguments, **kwargs):
@@ -23,10 +26,30 @@ def test_generate_answers_from_the_real_model():
     assert "tokens/s" in done.stderr.splitlines()[-1]
 
 
-def test_chat_remembers_and_ends_with_its_input():
-    done = run("chat", "--device", "cpu", "--max-tokens", "24", input="My name is Ada.\nWhat is my name?\n")
+def test_chat_answers_each_line_and_ends_with_its_input():
+    lines = "What is the capital of France?\nWhat is the capital of Germany?\n"
+    done = run("chat", "--device", "cpu", "--max-tokens", "24", input=lines)
     assert done.returncode == 0, done.stderr
-    assert "Ada" in done.stdout.splitlines()[-1]
+    assert "Paris" in done.stdout and "Berlin" in done.stdout
+    assert done.stderr.count("tokens/s") == 2
+
+
+def test_chat_sends_the_whole_conversation(monkeypatch):
+    seen = []
+
+    class Echo:
+        def stream(self, messages, params):
+            seen.append([dict(m) for m in messages])
+            return [Token(0, 7, f"answer {len(seen)}", "stop")]
+
+    monkeypatch.setattr(cli, "_load", lambda *args: Echo())
+    done = CliRunner().invoke(cli.app, ["chat", "--system", "Be brief."], input="one\ntwo\nexit\nthree\n")
+    assert done.exit_code == 0
+    system = {"role": "system", "content": "Be brief."}
+    first = {"role": "user", "content": "one"}
+    assert seen[0] == [system, first]
+    assert seen[1] == [system, first, {"role": "assistant", "content": "answer 1"}, {"role": "user", "content": "two"}]
+    assert len(seen) == 2
 
 
 def test_env_lists_every_op():
