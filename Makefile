@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TRITONS := $(VENV)/triton-3.6.0
 INSTALLED := $(VENV)/.installed
 QUESTION ?= What is the capital of France?
 
@@ -12,8 +13,13 @@ QUESTION ?= What is the capital of France?
 demo: $(INSTALLED)
 	$(BIN)/octavo generate "$(QUESTION)"
 
-test: lint
+test: lint $(TRITONS)
 	$(BIN)/python -m pytest -n auto
+
+# The launch path is tested with every Triton that octavo supports, beside the one that torch goes with.
+$(VENV)/triton-%: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$*
+	touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import platform
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -29,7 +30,9 @@ def main() -> None:
     args = parser.parse_args()
     path = resolve("smollm2")
     llm = LLM(str(path), device="cpu")
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
     prompt = llm.tokenizer.apply_chat_template(QUESTION)
 
     def octavo_decode(tokens: int) -> list[int]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Annotated
 
 try:
@@ -89,6 +90,32 @@ def chat(
             return
         messages.append({"role": "user", "content": line})
         messages.append({"role": "assistant", "content": _print_stream(llm.stream(messages, params))})
+
+
+bench = typer.Typer(help="Measure octavo on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command()
+def kernels(
+    op: Annotated[
+        list[str] | None, typer.Option(help="An op; repeat it for several. All, where none is named.")
+    ] = None,
+    shapes: Annotated[list[str] | None, typer.Option(help="T=64, or a part of a shape's name; repeatable.")] = None,
+    provider: Annotated[
+        list[str] | None, typer.Option(help="octavo, torch, torch.compile, a peer; repeatable.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Timed rounds a case.")] = 20,
+    out: Annotated[
+        Path | None, typer.Option(help="Results; by default ./octavo-bench, in a checkout bench/results.")
+    ] = None,
+) -> None:
+    """Time the ops beside torch and the peers that are installed; outputs are checked first."""
+    from octavo.bench import harness, run
+    from octavo.bench.worker import Job
+
+    job = Job(op or harness.benchmarks(), names=provider or [], shapes=shapes or [], rounds=rounds)
+    raise typer.Exit(run.measure(job, out))
 
 
 @app.command()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+import octavo
 from octavo.engine.block_manager import BlockManager
 from octavo.engine.checkpoint import open_checkpoint
 from octavo.engine.config import ModelConfig
@@ -15,6 +16,7 @@ from octavo.engine.sampler import Sampler
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.sequence import SamplingParams, Sequence
 from octavo.engine.tokenizer import TokenStream
+from octavo.engine.warmup import step_calls
 
 Message = dict[str, str]
 CPU_CACHE_BYTES = 1 << 30
@@ -59,6 +61,8 @@ class LLM:
         max_num_seqs: requests in one batch at most.
         max_num_batched_tokens: tokens in one step at most; longer prompts are computed in chunks.
         progress: called with (bytes read so far, bytes in all) while the weights load.
+        warmup: on a GPU, compile every kernel that the model needs before the first request, so that none waits for
+            the compiler; or False, and call `warmup()` at your own time.
 
     Raises:
         FileNotFoundError: no such model.
@@ -77,6 +81,7 @@ class LLM:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 2048,
         progress: Callable[[int, int], None] | None = None,
+        warmup: bool = True,
     ) -> None:
         limits = dict(page_size=page_size, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
         for name, value in (limits | dict(max_model_len=max_model_len, cache_tokens=cache_tokens)).items():
@@ -102,6 +107,27 @@ class LLM:
         self.scheduler = Scheduler(self.blocks, max_num_seqs, max_num_batched_tokens)
         self.sampler = Sampler(self.device)
         self._next_id = 0
+        if warmup and self.device.type == "cuda":
+            self.warmup()
+
+    def warmup(self, progress: Callable[[int, int], None] | None = None) -> octavo.WarmupReport:
+        """Compiles, and loads, every kernel that batches of this model need, in parallel processes.
+
+        Args:
+            progress: called with (kernels done, kernels in all).
+
+        Returns:
+            What was compiled, what Triton's cache had, and how long it took.
+
+        Raises:
+            ValueError: the model is not on a GPU.
+        """
+        if self.device.type != "cuda":
+            raise ValueError(f"device: {self.device}; only a GPU's kernels are compiled")
+        calls = step_calls(
+            self.model, self.runner.kv_cache, self.scheduler.max_num_batched_tokens, self.scheduler.max_num_seqs
+        )
+        return octavo.warmup(calls, device=self.device, progress=progress)
 
     def generate(
         self, prompts: str | list[str] | list[list[int]], params: SamplingParams | None = None

@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.checks import FLOATS, check_dtype, check_last_dim_contiguous
-from octavo.kernels.launch import cdiv, launch, next_power_of_2, row_strides
+from octavo.kernels.launch import empty, launch
 from octavo.kernels.registry import register
+from octavo.kernels.replay import replayed
+from octavo.kernels.tiles import cdiv, next_power_of_2, row_strides
 from octavo.reference import activation as reference
 
 
@@ -47,7 +49,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_inner"])
 def _activation_kernel(
     # Bound by memory: x read once, the output written once; one program a block of a row.
     out_ptr,
@@ -74,7 +76,7 @@ def _activation_kernel(
 
 def _activation_cuda(x: torch.Tensor, activation: str, gated: bool) -> torch.Tensor:
     width = x.shape[-1] // 2 if gated else x.shape[-1]
-    out = x.new_empty((*x.shape[:-1], width))
+    out = empty((*x.shape[:-1], width), x.dtype, x.device)
     tiles = choose_tiles(width)
     blocks = cdiv(width, tiles.block)
     launch(
@@ -145,6 +147,7 @@ def _check(x: torch.Tensor, *, gated: bool) -> None:
         )
 
 
+@replayed
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """SwiGLU's activation: SiLU of the first half of the last dimension times the second half.
 
@@ -166,6 +169,7 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     return _silu_and_mul(x)
 
 
+@replayed
 def gelu_and_mul(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
     """GeGLU's activation: GELU of the first half of the last dimension times the second half.
 
@@ -191,6 +195,7 @@ def gelu_and_mul(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
     return _gelu_and_mul(x, approximate)
 
 
+@replayed
 def relu2(x: torch.Tensor) -> torch.Tensor:
     """The squared rectifier.
 

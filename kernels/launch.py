@@ -1,53 +1,64 @@
-"""Launching kernels: the one place where a Triton kernel starts, and what tile choices may ask about the device.
+"""Launching kernels: the one place where a Triton kernel starts.
 
-Every launcher calls `launch(kernel, grid, *args, device=…, **constexprs)`. That keeps three things out of the op
-modules: the current device (tensors on `cuda:1` while `cuda:0` is current), empty grids, and compiling without a GPU:
-inside `record_launches(properties)` nothing runs, and each launch is kept as a `Launch` that `compile_launch` turns
-into a binary for any target. A launcher given meta tensors there shows exactly the kernels that it would start.
+Every launcher allocates its outputs with `empty(…)` and starts its kernels with `launch(kernel, grid, *args, device=…,
+**constexprs)`. That keeps out of the op modules: the current device (tensors on `cuda:1` while `cuda:0` is current),
+empty grids, compiling without a GPU (`octavo.kernels.warmup`), repeating a call cheaply (`octavo.kernels.replay`), and
+the cost of Triton's own launch, which is what most of this module is about.
+
+`kernel[grid](…)` costs 17 µs of CPU on an H100's host, most of it spent on finding out again which compiled kernel fits
+these arguments. `launch` keeps the compiled kernels itself, by (kernel, device, constexprs, and of each argument what
+Triton compiles differently for: dtype and 16-byte alignment of a pointer; width, divisibility by 16 and being 1 of an
+integer), and calls the C function behind `CompiledKernel.run` with addresses in place of tensors: 4 µs. That function's
+arguments are Triton's private business, so this is done for the versions in `_STARTERS` alone; with any other version,
+on another backend than CUDA, and while a launch hook is set (Proton, or a user's), Triton launches as usual.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
+from threading import Lock
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton import knobs
-from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 INTERPRET: bool = knobs.runtime.interpret
 """True under `TRITON_INTERPRET=1`: kernels run on CPU tensors in Python, without bfloat16 `tl.dot` and inline asm."""
 
 
+DEVICES = {"cuda"}
+"""Types of devices whose kernels are started directly; ROCm's GPUs carry CUDA's name, but have no starter."""
+
+
+class Ready(NamedTuple):
+    """A compiled kernel, loaded on one device, and what starting it takes."""
+
+    start: Callable[..., None]
+    function: int
+    """The CUfunction."""
+    middle: tuple[Any, ...]
+    """What the C function wants between the function and the kernel's arguments; its layout is the version's."""
+    compiled: Any
+
+
 @dataclass(frozen=True)
-class DeviceProperties:
-    """What a tile choice may depend on."""
+class Pointer:
+    """What compiling needs to know of a tensor: it stands for one among the arguments where nothing is started."""
 
-    name: str
-    capability: tuple[int, int]
-    """CUDA compute capability."""
-    num_sms: int
-    shared_memory: int
-    """Bytes of shared memory that one block may use (opt-in limit)."""
+    dtype: torch.dtype
+    address: int = 0
+    """Any number that is aligned as the tensor will be."""
 
-
-KNOWN_DEVICES = {
-    80: DeviceProperties("A100", (8, 0), 108, 166_912),
-    89: DeviceProperties("L40S", (8, 9), 142, 101_376),
-    90: DeviceProperties("H100", (9, 0), 132, 232_448),
-}
-"""A representative of each architecture that octavo is compiled for in its tests."""
-
-_INTERPRETER = DeviceProperties("interpreter", (8, 0), 4, 101_376)
+    def data_ptr(self) -> int:
+        return self.address
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One recorded launch."""
+    """One recorded launch; `ready` is None where it was not started directly."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -55,42 +66,161 @@ class Launch:
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int
+    ready: Ready | None = None
 
 
 @dataclass
-class _Recorder:
-    properties: DeviceProperties
+class Recorder:
+    """What the launchers did while it was current: every launch, and every tensor that they allocated."""
+
+    properties: Any = None
+    """The device that is compiled for; then nothing is started. None: launches are started as well as recorded."""
+    launched: bool = False
+    """Whether a launcher came as far as `launch`, be it with an empty grid."""
     launches: list[Launch] = field(default_factory=list)
+    outputs: list[torch.Tensor] = field(default_factory=list)
 
 
-_recorder: ContextVar[_Recorder | None] = ContextVar("octavo_recorder", default=None)
+_recorder: ContextVar[Recorder | None] = ContextVar("octavo_recorder", default=None)
+current_recorder = _recorder.get
 
 
 @contextmanager
-def record_launches(properties: DeviceProperties) -> Iterator[list[Launch]]:
-    """Inside, `launch` records instead of launching, and tile choices see a device with `properties`."""
-    recorder = _Recorder(properties)
+def recording(recorder: Recorder) -> Iterator[Recorder]:
+    """Inside, in this thread, launchers report to `recorder`."""
     token = _recorder.set(recorder)
     try:
-        yield recorder.launches
+        yield recorder
     finally:
         _recorder.reset(token)
 
 
-@cache
-def _cuda_properties(index: int) -> DeviceProperties:
-    p = torch.cuda.get_device_properties(index)
-    return DeviceProperties(p.name, (p.major, p.minor), p.multi_processor_count, p.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+@contextmanager
+def record_launches(properties: Any) -> Iterator[list[Launch]]:
+    """Inside, `launch` records instead of launching, and tile choices see a device with `properties`."""
+    with recording(Recorder(properties)) as recorder:
+        yield recorder.launches
 
 
-def device_properties(device: torch.device) -> DeviceProperties:
-    """The properties that tile choices use for tensors on `device`."""
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Contiguous memory for an output or a workspace; the only tensors that a launcher makes."""
+    out = torch.empty(shape, dtype=dtype, device=device)
     recorder = _recorder.get()
     if recorder is not None:
-        return recorder.properties
-    if device.type == "cuda":
-        return _cuda_properties(torch.cuda.current_device() if device.index is None else device.index)
-    return _INTERPRETER
+        recorder.outputs.append(out)
+    return out
+
+
+# Triton 3.6 builds a C function for each signature, which takes the kernel's arguments one by one; 3.7 has one for all,
+# which takes them as a sequence. Both take integers for pointers, and skip the arguments that are constexpr.
+
+
+def _start_3_6(ready: Ready, grid: tuple[int, int, int], stream: int, args: list[Any]) -> None:
+    ready.start(*grid, stream, ready.function, *ready.middle, *args)
+
+
+def _start_3_7(ready: Ready, grid: tuple[int, int, int], stream: int, args: list[Any]) -> None:
+    ready.start(*grid, stream, ready.function, *ready.middle, args)
+
+
+def _middle_3_6(compiled: Any) -> tuple[Any, ...]:
+    run = compiled.run
+    return run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata, None, None, None
+
+
+def _middle_3_7(compiled: Any) -> tuple[Any, ...]:
+    run = compiled.run
+    options = run.launch_cooperative_grid, run.launch_pdl, compiled.packed_metadata
+    return *options, None, None, None, None, None, run.arg_annotations, run.kernel_signature
+
+
+_STARTERS = {"3.6": (_start_3_6, _middle_3_6), "3.7": (_start_3_7, _middle_3_7)}
+_starter = None if torch.version.hip else _STARTERS.get(".".join(triton.__version__.split(".")[:2]))
+start = _starter[0] if _starter else None
+"""`start(ready, grid, stream, args)`: args in the kernel's order, addresses for tensors, anything for constexprs."""
+
+# Taken from torch.cuda and Triton's driver once, because going through them costs half a microsecond a launch.
+_current_device = getattr(torch._C, "_cuda_getDevice", None)
+current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+"""The CUDA stream, as an integer, that is current in this thread on the device of the given index."""
+
+
+def is_current(index: int) -> bool:
+    """Whether the CUDA device of that index is this thread's current one."""
+    return _current_device() == index  # type: ignore[misc]
+
+
+def hooked() -> bool:
+    """Whether Triton's launch hooks are set, which only its own launch calls."""
+    runtime = knobs.runtime
+    return bool(getattr(runtime.launch_enter_hook, "calls", True) or getattr(runtime.launch_exit_hook, "calls", True))
+
+
+_ready: dict[tuple[Any, ...], Ready | None] = {}
+_specialized: dict[int, tuple[bool, ...]] = {}
+_preparing = Lock()
+
+
+def _class_of(value: Any, specialize: bool) -> Any:
+    """What of an argument decides which compiled kernel fits."""
+    if isinstance(value, (torch.Tensor, Pointer)):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if type(value) is int:
+        wide = not -(2**31) <= value < 2**31
+        return (wide, value % 16 == 0, value == 1) if specialize else wide
+    return type(value)
+
+
+def launch_key(
+    kernel: Any, index: int, args: tuple[Any, ...], constexprs: dict[str, Any], num_warps: int, num_stages: int
+) -> tuple[Any, ...]:
+    """What two launches share when one compiled kernel serves both."""
+    specialized = _specialized.get(id(kernel))
+    if specialized is None:
+        specialized = tuple(not p.do_not_specialize for p in kernel.params)
+        _specialized[id(kernel)] = specialized
+    classes = tuple(map(_class_of, args, specialized))
+    return id(kernel), index, num_warps, num_stages, tuple(constexprs.values()), classes
+
+
+def _prepare(
+    kernel: JITFunction[Any],
+    args: tuple[Any, ...],
+    constexprs: dict[str, Any],
+    num_warps: int,
+    num_stages: int,
+) -> Ready | None:
+    """Has Triton find, or compile, the kernel for these arguments; None where it can't be started directly."""
+    compiled = kernel.run(*args, grid=(1,), warmup=True, num_warps=num_warps, num_stages=num_stages, **constexprs)
+    if compiled is None or _starter is None:
+        return None
+    run = compiled.run  # loads it
+    if run.global_scratch_size or run.profile_scratch_size:
+        return None
+    return Ready(run.launch, compiled.function, _starter[1](compiled), compiled)
+
+
+def ready_kernel(
+    kernel: Any,
+    index: int,
+    args: tuple[Any, ...],
+    constexprs: dict[str, Any],
+    num_warps: int,
+    num_stages: int,
+) -> Ready | None:
+    """The compiled kernel for these arguments on the current device, whose index is given; compiled at the first call.
+
+    Nothing is started, so tensors may be given as `Pointer`s.
+    """
+    key = launch_key(kernel, index, args, constexprs, num_warps, num_stages)
+    try:
+        return _ready[key]
+    except KeyError:
+        pass
+    with _preparing:  # threads that need the same kernel first wait for one to compile it
+        if key not in _ready:
+            _ready[key] = _prepare(kernel, args, constexprs, num_warps, num_stages)
+        return _ready[key]
 
 
 def launch(
@@ -102,107 +232,30 @@ def launch(
     num_stages: int = 2,
     **constexprs: Any,
 ) -> None:
-    """Starts `kernel` over `grid` on `device`; a grid with no programs starts nothing."""
-    if 0 in grid:
-        return
+    """Starts `kernel` over `grid` on `device`; a grid with no programs starts nothing.
+
+    `args` are the kernel's arguments in order, without its constexprs, which come last in its signature.
+    """
     recorder = _recorder.get()
     if recorder is not None:
+        recorder.launched = True
+    if 0 in grid:
+        return
+    if recorder is not None and recorder.properties is not None:
         recorder.launches.append(Launch(kernel, grid, args, constexprs, num_warps, num_stages))
-    elif device.type == "cuda" and device.index != torch.cuda.current_device():
+        return
+    if device.type == "cuda" and not is_current(device.index):
         with torch.cuda.device(device):
-            kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
-    else:
+            launch(kernel, grid, *args, device=device, num_warps=num_warps, num_stages=num_stages, **constexprs)
+        return
+    ready = None
+    if start is not None and device.type in DEVICES and not hooked():
+        ready = ready_kernel(kernel, device.index, args, constexprs, num_warps, num_stages)
+    if ready is None:
         kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
-
-
-_TYPE_NAMES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float64: "fp64",
-    torch.float8_e4m3fn: "fp8e4nv",
-    torch.float8_e5m2: "fp8e5",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.int16: "i16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.bool: "i1",
-}
-
-
-def _signature(kernel: Any, launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
-    """Types, constants and alignment of a launch, specialised as Triton's own launcher would do it."""
-    types: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], Any] = {}
-    values = dict(zip(kernel.arg_names, launch.args, strict=False)) | launch.constexprs
-    for index, parameter in enumerate(kernel.params):
-        name, value = parameter.name, values[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            types[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            types[name] = "*" + _TYPE_NAMES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, bool):
-            types[name] = "i1"
-        elif isinstance(value, int):
-            types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            types[name] = "fp32"
-    return types, constants, attributes
-
-
-def compile_launch(launch: Launch, properties: DeviceProperties) -> Any:
-    """Compiles a recorded launch for a CUDA device with `properties` to Triton's `CompiledKernel`; needs no GPU."""
-    kernel = launch.kernel
-    if not isinstance(kernel, JITFunction):
-        raise RuntimeError("compile_launch needs real kernels: unset TRITON_INTERPRET")
-    types, constants, attributes = _signature(kernel, launch)
-    source = ASTSource(kernel, types, constants, attributes)
-    major, minor = properties.capability
-    target = triton.backends.compiler.GPUTarget("cuda", major * 10 + minor, 32)
-    return triton.compile(
-        source, target=target, options={"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    )
-
-
-def cdiv(a: int, b: int) -> int:
-    """Ceiling division."""
-    return -(-a // b)
-
-
-def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least `n`, for n ≥ 1."""
-    return 1 << (n - 1).bit_length()
-
-
-def row_strides(name: str, x: torch.Tensor) -> tuple[int, int, int]:
-    """How to walk the rows (all but the last dimension) of `x`: `(inner rows, outer stride, inner stride)`.
-
-    Row r starts at element `r // inner * outer_stride + r % inner * inner_stride`. Covers every tensor whose leading
-    dimensions merge into at most two, such as heads cut out of a fused qkv projection.
-
-    Raises:
-        ValueError: the leading dimensions of `x` need three or more strides.
-    """
-    dims: list[tuple[int, int]] = []
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if dims and dims[-1][1] == size * stride:
-            dims[-1] = (dims[-1][0] * size, stride)
-        else:
-            dims.append((size, stride))
-    if len(dims) > 2:
-        raise ValueError(
-            f"{name}: shape {tuple(x.shape)} with strides {x.stride()} needs {len(dims)} strides to walk its rows; "
-            f"at most two are supported: pass {name}.contiguous()"
-        )
-    if not dims:
-        return 1, 0, 0
-    if len(dims) == 1:
-        return 1, dims[0][1], 0
-    return dims[1][0], dims[0][1], dims[1][1]
+    else:
+        addresses = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]
+        addresses += [None] * len(constexprs)
+        start(ready, (*grid, 1, 1)[:3], current_stream(device.index), addresses)  # type: ignore[misc, arg-type]
+    if recorder is not None:
+        recorder.launches.append(Launch(kernel, grid, args, constexprs, num_warps, num_stages, ready))

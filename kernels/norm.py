@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.checks import FLOATS, check_device, check_dtype, check_last_dim_contiguous, check_shape
-from octavo.kernels.launch import launch, next_power_of_2, row_strides
+from octavo.kernels.launch import empty, launch
 from octavo.kernels.registry import register
+from octavo.kernels.replay import replayed
+from octavo.kernels.tiles import next_power_of_2, row_strides
 from octavo.reference import norm as reference
 
 
@@ -40,7 +42,7 @@ def _load_row(x_ptr, residual_ptr, cols, mask, ADD: tl.constexpr):
     return x.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_inner", "residual_inner"])
 def _rms_norm_kernel(
     # Bound by memory: x (and residual) read once and written once; one program a row.
     out_ptr,
@@ -91,7 +93,7 @@ def _rms_norm_kernel(
 def _norm_cuda(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, weight_offset: float
 ) -> torch.Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = empty(x.shape, x.dtype, x.device)
     width = x.shape[-1]
     tiles = choose_tiles(width)
     launch(
@@ -156,6 +158,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
         raise ValueError(f"eps: {eps}; expected a number of at least 0")
 
 
+@replayed
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, weight_offset: float = 0.0) -> torch.Tensor:
     """Root-mean-square layer normalisation over the last dimension.
 
@@ -180,6 +183,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, weight
     return _rms_norm(x, weight, eps, weight_offset)
 
 
+@replayed
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, weight_offset: float = 0.0
 ) -> torch.Tensor:

@@ -27,8 +27,10 @@ from octavo.kernels.checks import (
     check_same_dtype,
     check_shape,
 )
-from octavo.kernels.launch import cdiv, launch, next_power_of_2
+from octavo.kernels.launch import launch
 from octavo.kernels.registry import register
+from octavo.kernels.replay import replayed
+from octavo.kernels.tiles import cdiv, next_power_of_2
 from octavo.reference import rope as reference
 
 
@@ -215,6 +217,7 @@ def _check_heads(name: str, x: torch.Tensor, layout: str) -> None:
         )
 
 
+@replayed
 def rotary_embedding(
     query: torch.Tensor,
     key: torch.Tensor | None,

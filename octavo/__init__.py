@@ -15,6 +15,9 @@ from octavo.kernels.quant.packing import int4_pack, int4_unpack
 from octavo.kernels.quant.int4 import int4_linear
 from octavo.kernels.quant.int8 import int8_linear
 from octavo.kernels.registry import backends
+from octavo.kernels.warmup import WarmupReport, warmup
+from octavo.kernels.model_calls import model_calls
+from octavo.kernels.compilation import compile_count
 
 __version__ = "0.1.0"
 
@@ -33,4 +36,8 @@ __all__ = [
     "int4_unpack",
     "int8_linear",
     "backends",
+    "warmup",
+    "WarmupReport",
+    "model_calls",
+    "compile_count",
 ]

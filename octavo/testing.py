@@ -3,7 +3,8 @@
 - `assert_accurate` is the one tolerance rule: no test has a tolerance of its own.
 - `poisoned_memory` fills what `torch.empty` returns with NaN (or the largest integer), so that an element that a kernel
   forgets shows.
-- `check_op` runs `torch.library.opcheck` and `torch.compile(fullgraph=True)` on one call.
+- `check_op` runs `torch.library.opcheck` and `torch.compile(fullgraph=True)` on one call, and holds the launcher to
+  what `octavo.kernels.replay` rests on.
 - `without_interpreter` gives the CPU backend its say under `TRITON_INTERPRET=1`.
 """
 
@@ -12,9 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from octavo.kernels.launch import INTERPRET
+from octavo.kernels.launch import INTERPRET, record_launches
 from octavo.kernels.registry import OPS, without_interpreter
+from octavo.kernels.tiles import KNOWN_DEVICES
 
 __all__ = ["INTERPRET", "OPS", "assert_accurate", "check_op", "poisoned_memory", "without_interpreter"]
 
@@ -51,6 +54,18 @@ def assert_accurate(actual: torch.Tensor, exact: torch.Tensor, plain: torch.Tens
     assert rms_error <= rms_limit, f"root mean square error {rms_error:.3e}, limit {rms_limit:.3e}"
 
 
+class _TensorOperations(TorchDispatchMode):
+    """Notes which tensor operations run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 def _rms(x: torch.Tensor) -> torch.Tensor:
     return x.square().mean().sqrt()
 
@@ -69,10 +84,14 @@ def poisoned_memory() -> Iterator[None]:
 def check_op(name: str, function: Callable[..., Any], op_args: tuple[Any, ...], *args: Any, **kwargs: Any) -> None:
     """`opcheck` of `torch.ops.octavo.<name>` on `op_args`, and the public `function` compiled as one graph.
 
-    `args` and `kwargs` go to `function`, once eagerly and once compiled, on clones; results and mutated arguments must
-    be the same bits.
+    The launcher, given meta tensors, may do nothing but `empty` and `launch`. `args` and `kwargs` go to `function`,
+    once eagerly and once compiled, on clones; results and mutated arguments must be the same bits.
     """
     torch.library.opcheck(getattr(torch.ops.octavo, name).default, op_args)
+    metas = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in op_args]
+    with record_launches(KNOWN_DEVICES[90]), _TensorOperations() as seen:
+        OPS[name].launcher(*metas)
+    assert seen.names <= {"aten.empty.memory_format"}, f"{name}: its launcher also calls {seen.names}"
     torch.compiler.reset()
     on_gpu = any(isinstance(a, torch.Tensor) and a.is_cuda for a in args)
     compiled = torch.compile(function, fullgraph=True, backend="inductor" if on_gpu else "aot_eager")

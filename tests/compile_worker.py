@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 import triton
 
-from octavo.kernels.launch import KNOWN_DEVICES, compile_launch, record_launches
+from octavo.kernels.compilation import compile_for
+from octavo.kernels.launch import record_launches
+from octavo.kernels.tiles import KNOWN_DEVICES
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -42,7 +44,7 @@ def main(path: str) -> None:
             with record_launches(properties) as recorded:
                 module.launches(dtype)
             for launch in recorded:
-                compiled = compile_launch(launch, properties)
+                compiled = compile_for(launch, properties.capability)
                 if compiled.hash in seen:
                     continue
                 seen.add(compiled.hash)

@@ -1,6 +1,7 @@
 """The layout, the layers and the names that the rest relies on."""
 
 import ast
+import inspect
 import subprocess
 import sys
 import tomllib
@@ -9,10 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TREES = ("octavo", "kernels", "reference", "engine")
+TREES = ("octavo", "kernels", "reference", "engine", "bench")
 NO_TORCH = {"engine/scheduler.py", "engine/block_manager.py", "engine/sequence.py"}
 ENGINE_FRIENDS = {"torch", "numpy", "transformers", "tokenizers", "safetensors", "gguf", "huggingface_hub", "jinja2"}
 ENGINE_FRIENDS |= {"typer", "rich"}
+# What bench/ may import when it is imported; peers are imported inside the functions that need them.
+BENCH_FRIENDS = {"torch", "triton", "numpy", "octavo"}
+BENCH_EXTRAS = {"bench/figures.py": {"matplotlib", "PIL"}, "bench/cpu_decode.py": {"transformers"}}
 MODULES = sorted(p for tree in TREES for p in (ROOT / tree).rglob("*.py"))
 MODULES = [p for p in MODULES if not any(folder.is_symlink() for folder in p.parents)]
 
@@ -23,9 +27,16 @@ def name_of(path):
     return ".".join(parts).removesuffix(".__init__")
 
 
-def imports(path):
+def outside_functions(tree):
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+            yield from outside_functions(node)
+
+
+def imports(path, walk=ast.walk):
     """Full names of what a module imports; `from a import b` counts as a.b where that is a module."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -48,13 +59,29 @@ def allowed(path, name):
         return top in ("torch", "triton", "numpy") or name.startswith(("octavo.kernels", "octavo.reference"))
     if tree == "octavo":
         return top == "torch" or name.startswith("octavo.kernels")
+    if tree == "bench":
+        return top in BENCH_FRIENDS | BENCH_EXTRAS.get(relative, set())
+    if name.startswith("octavo.bench"):  # the command line starts it; inside a function: see below
+        return relative == "engine/cli.py"
     return top in ENGINE_FRIENDS or name == "octavo" or name.startswith("octavo.engine")
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_layers(path):
-    wrong = [name for name in imports(path) if not allowed(path, name)]
+    walk = outside_functions if path.is_relative_to(ROOT / "bench") else ast.walk
+    wrong = [name for name in imports(path, walk) if not allowed(path, name)]
     assert not wrong, f"{path.relative_to(ROOT)} must not import {wrong}"
+
+
+def test_the_command_line_imports_bench_only_when_asked():
+    path = ROOT / "engine/cli.py"
+    assert any(name.startswith("octavo.bench") for name in imports(path))
+    assert not any(name.startswith("octavo.bench") for name in imports(path, outside_functions))
+
+
+def test_nobody_imports_tests():
+    for path in MODULES:
+        assert not any(name.split(".")[0] == "tests" for name in imports(path)), path
 
 
 def test_op_modules_share_jit_helpers_only():
@@ -86,6 +113,7 @@ def test_symlinks_are_relative_and_kernels_is_no_top_level_package():
         assert link.is_symlink() and link.readlink() == Path("..") / tree
     assert not (ROOT / "kernels/__init__.py").exists()
     assert not (ROOT / "reference/__init__.py").exists()
+    assert not (ROOT / "bench/__init__.py").exists()
 
 
 def test_every_public_name_is_documented_and_registered():
@@ -94,8 +122,10 @@ def test_every_public_name_is_documented_and_registered():
 
     assert len(set(octavo.__all__)) == len(octavo.__all__)
     for name in octavo.__all__:
-        doc = getattr(octavo, name).__doc__
-        assert doc and "Args:" in doc and "Raises:" in doc, name
+        public = getattr(octavo, name)
+        doc = public.__doc__
+        assert doc and (isinstance(public, type) or "Raises:" in doc), name
+        assert "Args:" in doc or isinstance(public, type) or not inspect.signature(public).parameters, name
     assert set(OPS) <= set(octavo.__all__), "an op without a public function of its name"
 
 
@@ -103,9 +133,12 @@ def test_import_touches_no_driver_and_no_heavy_library():
     code = (
         "import sys, torch\n"
         "torch.cuda.init = torch._C._cuda_init = lambda *a: sys.exit('CUDA was initialised')\n"
-        "import octavo, octavo.engine\n"
+        "import octavo, octavo.engine, octavo.bench.run\n"
+        "from octavo.bench.harness import benchmarks, load\n"
+        "assert len([load(name) for name in benchmarks()]) > 5\n"
         "assert not torch.cuda.is_initialized()\n"
-        "heavy = {'transformers', 'gguf', 'safetensors', 'huggingface_hub', 'typer'} & set(sys.modules)\n"
+        "heavy = {'transformers', 'gguf', 'safetensors', 'huggingface_hub', 'typer', 'matplotlib', 'rich'}\n"
+        "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

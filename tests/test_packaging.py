@@ -11,9 +11,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PROBE = """
 import importlib.util, pathlib, octavo, octavo.engine, octavo.testing
-import octavo.kernels.attention.paged, octavo.kernels.quant.int4, octavo.reference.norm
+import octavo.kernels.attention.paged, octavo.kernels.quant.int4, octavo.reference.norm, octavo.bench.run
 import torch
-assert importlib.util.find_spec("kernels") is None and importlib.util.find_spec("reference") is None
+assert all(importlib.util.find_spec(name) is None for name in ("kernels", "reference", "bench"))
+assert "rms_norm" in octavo.bench.harness.benchmarks()
 assert torch.equal(octavo.rms_norm(torch.ones(1, 4), torch.ones(4), 0.0), torch.ones(1, 4))
 assert (pathlib.Path(octavo.__file__).parent / "py.typed").exists()
 print(pathlib.Path(octavo.__file__).parent)
@@ -32,7 +33,7 @@ def tree(tmp_path_factory):
     tree = tmp_path_factory.mktemp("tree")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    for name in ("octavo", "kernels", "reference", "engine"):
+    for name in ("octavo", "kernels", "reference", "engine", "bench"):
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     return tree
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import octavo
 from octavo import reference
 from octavo.kernels.attention import paged
-from octavo.kernels.launch import KNOWN_DEVICES
+from octavo.kernels.tiles import KNOWN_DEVICES
 from octavo.testing import assert_accurate, check_op
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1

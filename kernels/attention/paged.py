@@ -28,8 +28,10 @@ from octavo.kernels.checks import (
     check_ndim,
     check_shape,
 )
-from octavo.kernels.launch import DeviceProperties, cdiv, device_properties, launch, next_power_of_2
+from octavo.kernels.launch import empty, launch
 from octavo.kernels.registry import register
+from octavo.kernels.replay import replayed
+from octavo.kernels.tiles import DeviceProperties, cdiv, device_properties, next_power_of_2
 from octavo.reference import attention as reference
 
 LOG2_E = 1.4426950408889634
@@ -184,8 +186,8 @@ def _paged_attention_kernel(
 
 
 def _outputs(query: torch.Tensor, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    lse = torch.empty(query.shape[:2] if return_lse else (0,), dtype=torch.float32, device=query.device)
+    out = empty(query.shape, query.dtype, query.device)
+    lse = empty(query.shape[:2] if return_lse else (0,), torch.float32, query.device)
     return out, lse
 
 
@@ -311,6 +313,7 @@ def paged_attention(
     softcap: float = 0.0,
     return_lse: Literal[True],
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
+@replayed
 def paged_attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,

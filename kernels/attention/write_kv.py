@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.checks import FLOATS, INTS, check_device, check_dtype, check_last_dim_contiguous, check_shape
-from octavo.kernels.launch import cdiv, launch, next_power_of_2
+from octavo.kernels.launch import launch
 from octavo.kernels.registry import register
+from octavo.kernels.replay import replayed
+from octavo.kernels.tiles import cdiv, next_power_of_2
 from octavo.reference import attention as reference
 
 
@@ -142,6 +144,7 @@ _write_kv = register(
 )
 
 
+@replayed
 def write_kv(
     key: torch.Tensor,
     value: torch.Tensor,

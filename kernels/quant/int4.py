@@ -21,11 +21,13 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.checks import check_contiguous, check_device, check_dtype, check_shape
-from octavo.kernels.launch import cdiv, device_properties, launch, row_strides
+from octavo.kernels.launch import empty, launch
 from octavo.kernels.quant import cpu
 from octavo.kernels.quant.packing import packed_shape
 from octavo.kernels.quant.weight_only import check_linear, choose_tiles, store_outputs, token_offsets
 from octavo.kernels.registry import register
+from octavo.kernels.replay import replayed
+from octavo.kernels.tiles import cdiv, device_properties, row_strides
 from octavo.reference import quant as reference
 
 
@@ -41,7 +43,7 @@ def _add_group(acc, product, x_sum, group, rows, scale_ptr, minimum_ptr, stride_
     return acc
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "x_inner"])
 def _int4_linear_kernel(
     # Few tokens: bound by reading the weights, half a byte each. Many: by the tensor cores. One program computes
     # BLOCK_N outputs of BLOCK_M tokens and walks all of K, a packed tile of 128 inputs a step.
@@ -112,7 +114,7 @@ def _int4_linear_cuda(
     group_size: int,
 ) -> torch.Tensor:
     k, n = x.shape[-1], scale.shape[1]
-    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    out = empty((*x.shape[:-1], n), x.dtype, x.device)
     m = x.numel() // k
     tiles = choose_tiles(m, x.dtype, 4, device_properties(x.device))
     launch(
@@ -161,6 +163,7 @@ _int4_linear = register(
 )
 
 
+@replayed
 def int4_linear(
     x: torch.Tensor,
     packed: torch.Tensor,

@@ -13,14 +13,16 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.checks import check_contiguous, check_device, check_dtype, check_shape
-from octavo.kernels.launch import cdiv, device_properties, launch, row_strides
+from octavo.kernels.launch import empty, launch
 from octavo.kernels.quant import cpu
 from octavo.kernels.quant.weight_only import check_linear, choose_tiles, store_outputs, token_offsets
 from octavo.kernels.registry import register
+from octavo.kernels.replay import replayed
+from octavo.kernels.tiles import cdiv, device_properties, row_strides
 from octavo.reference import quant as reference
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "x_inner"])
 def _int8_linear_kernel(
     # Few tokens: bound by reading the weights, a byte each. Many: by the tensor cores. One program computes BLOCK_N
     # outputs of BLOCK_M tokens and walks all of K; a step of BLOCK_K inputs lies in one group.
@@ -62,7 +64,7 @@ def _int8_linear_cuda(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, group_size: int
 ) -> torch.Tensor:
     n, k = weight.shape
-    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    out = empty((*x.shape[:-1], n), x.dtype, x.device)
     m = x.numel() // k
     tiles = choose_tiles(m, x.dtype, 8, device_properties(x.device))
     launch(
@@ -104,6 +106,7 @@ _int8_linear = register(
 )
 
 
+@replayed
 def int8_linear(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -14,7 +14,7 @@ and a whole group at group size 32, the smallest in use. Rows beyond N and input
 import torch
 
 from octavo.kernels.checks import check_dtype, check_ndim, check_shape
-from octavo.kernels.launch import cdiv
+from octavo.kernels.tiles import cdiv
 from octavo.reference import quant as reference
 
 TILE_N = 64

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.checks import FLOATS, check_device, check_dtype, check_last_dim_contiguous, check_ndim, check_shape
-from octavo.kernels.launch import DeviceProperties
 from octavo.kernels.quant.packing import PLANE
+from octavo.kernels.tiles import DeviceProperties
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,140 @@
+"""The models whose shapes are measured, and what is derived from them. Numbers are those of each `config.json`.
+
+Models share sizes (Llama-3-8B, Mistral-7B and a Mixtral-8x7B expert have the same layers), so the derived lists name
+each size once; `models_of` says where a size comes from.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from octavo.bench.harness import Shape
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder's sizes.
+
+    Attributes:
+        experts, experts_per_token: 0 for a dense MLP.
+        window: of sliding-window attention; None for full attention.
+        gated: whether the MLP multiplies by a gate (two projections up, one down).
+        layer_norms: full layer norms with bias in each layer; 0 for a model with two RMSNorms.
+        tied: whether the output head is the embedding.
+    """
+
+    name: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    experts: int = 0
+    experts_per_token: int = 0
+    window: int | None = None
+    gated: bool = True
+    layer_norms: int = 0
+    tied: bool = False
+
+
+LLAMA_3_8B = Model("Llama-3-8B", 4096, 14336, 32, 32, 8, 128, 128256)
+LLAMA_2_70B = Model("Llama-2-70B", 8192, 28672, 80, 64, 8, 128, 32000)
+MISTRAL_7B = Model("Mistral-7B", 4096, 14336, 32, 32, 8, 128, 32000, window=4096)
+MIXTRAL_8X7B = Model("Mixtral-8x7B", 4096, 14336, 32, 32, 8, 128, 32000, experts=8, experts_per_token=2)
+FALCON_7B = Model("Falcon-7B", 4544, 18176, 32, 71, 1, 64, 65024, gated=False, layer_norms=1, tied=True)
+MODELS = (LLAMA_3_8B, LLAMA_2_70B, MISTRAL_7B, MIXTRAL_8X7B, FALCON_7B)
+
+# One decode step of 1 to 1024 sequences, and a prefill; the GEMMs' largest is what a server's token budget allows.
+TOKENS = (1, 16, 64, 256, 1024, 8192)
+GEMM_TOKENS = (1, 16, 64, 256, 1024, 4096)
+
+
+def linears(model: Model) -> dict[str, tuple[int, int]]:
+    """The linear layers of one decoder layer: name → (outputs N, inputs K); of one expert in a mixture."""
+    attention = model.heads * model.head_dim
+    up = "gate_up" if model.gated else "up"
+    return {
+        "qkv": (attention + 2 * model.kv_heads * model.head_dim, model.hidden),
+        "o": (model.hidden, attention),
+        up: (model.intermediate * (2 if model.gated else 1), model.hidden),
+        "down": (model.hidden, model.intermediate),
+    }
+
+
+def parameters(model: Model) -> int:
+    """All of a model's parameters, each counted once."""
+    sizes = {name: n * k for name, (n, k) in linears(model).items()}
+    attention = sizes["qkv"] + sizes["o"]
+    mlp = sum(sizes.values()) - attention
+    router = model.experts * model.hidden
+    # A layer norm has a weight and a bias, as wide as two RMSNorms.
+    norms = 2 * model.hidden * max(model.layer_norms, 1)
+    final_norm = model.hidden * (2 if model.layer_norms else 1)
+    embedding = model.vocab * model.hidden
+    layer = attention + mlp * max(model.experts, 1) + router + norms
+    return model.layers * layer + final_norm + embedding * (1 if model.tied else 2)
+
+
+def distinct(values: Iterable[int]) -> list[int]:
+    """Each value once, in the order of its first appearance."""
+    return list(dict.fromkeys(values))
+
+
+def hidden_sizes() -> list[int]:
+    """The widths that a norm sees. Falcon's is a layer norm, and here the width that is no power of two."""
+    return distinct(model.hidden for model in MODELS)
+
+
+def gated_sizes() -> list[int]:
+    """The widths of a gated activation's output."""
+    return distinct(model.intermediate for model in MODELS if model.gated)
+
+
+def intermediate_sizes() -> list[int]:
+    """The widths of every MLP, gated or not."""
+    return distinct(model.intermediate for model in MODELS)
+
+
+def head_layouts() -> list[Shape]:
+    """Query heads, KV heads and head size."""
+    return _each_once({"heads": m.heads, "kv_heads": m.kv_heads, "D": m.head_dim} for m in MODELS)
+
+
+def kv_layouts() -> list[Shape]:
+    """KV heads and head size: what a cache is made of."""
+    return _each_once({"kv_heads": m.kv_heads, "D": m.head_dim} for m in MODELS)
+
+
+def linear_shapes(models: Iterable[Model]) -> list[Shape]:
+    """N and K of the models' linear layers."""
+    return _each_once({"N": n, "K": k} for model in models for n, k in linears(model).values())
+
+
+def models_of(shape: Mapping[str, int]) -> list[str]:
+    """The names of the models that a benchmark's shape comes from: all that its model dimensions fit.
+
+    Token counts, contexts and page sizes belong to no model; a window of 0 fits every model.
+    """
+    return [model.name for model in MODELS if _fits(model, shape)]
+
+
+def _fits(model: Model, shape: Mapping[str, int]) -> bool:
+    facts = {
+        "hidden": model.hidden,
+        "intermediate": model.intermediate,
+        "heads": model.heads,
+        "kv_heads": model.kv_heads,
+        "D": model.head_dim,
+    }
+    known = facts.keys() & shape.keys()
+    if "N" in shape and "K" in shape:
+        if (shape["N"], shape["K"]) not in linears(model).values():
+            return False
+    elif not known:
+        return False
+    return all(shape[name] == facts[name] for name in known) and shape.get("window", 0) in (0, model.window)
+
+
+def _each_once(shapes: Iterable[Shape]) -> list[Shape]:
+    return list({tuple(shape.items()): shape for shape in shapes}.values())

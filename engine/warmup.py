@@ -1,0 +1,77 @@
+"""The steps that a model will be asked for, on meta tensors, so that `octavo.warmup` can compile for them ahead."""
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from octavo.engine.config import ModelConfig
+from octavo.engine.model import AttentionMetadata, Decoder
+
+
+def step_calls(
+    model: Decoder, kv_cache: torch.Tensor, max_num_batched_tokens: int, max_num_seqs: int
+) -> list[Callable[[], Any]]:
+    """Functions that each do one step of a meta twin of `model`: decodes, and chunks of prompts, of many sizes.
+
+    Layers whose tensors look the same are done once. Sizes lie on both sides of every power of two, because that is
+    where tile choices change.
+    """
+    model = _distinct_layers(_meta(model))
+    shape = (len(model.layers), *kv_cache.shape[1:])
+    cache = torch.empty(shape, dtype=kv_cache.dtype, device="meta")
+    calls: list[Callable[[], Any]] = []
+    for tokens in _sizes(max_num_batched_tokens):
+        calls.append(partial(_step, model, cache, tokens, 1))
+        if tokens <= max_num_seqs:
+            calls.append(partial(_step, model, cache, tokens, tokens))
+    return calls
+
+
+def _sizes(most: int) -> list[int]:
+    powers = [1 << i for i in range(most.bit_length())]
+    return sorted({n for p in powers for n in (p, p + 1) if n <= most} | {most})
+
+
+def _step(model: Decoder, kv_cache: torch.Tensor, tokens: int, sequences: int) -> None:
+    def new(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    metadata = AttentionMetadata(
+        positions=new(tokens, dtype=torch.int64),
+        slot_mapping=new(tokens, dtype=torch.int64),
+        block_table=new(sequences, 8),
+        seq_lens=new(sequences),
+        cu_seqlens_q=new(sequences + 1),
+        max_seqlen_q=tokens // sequences,
+    )
+    hidden = model.hidden(new(tokens, dtype=torch.int64), kv_cache, metadata)
+    model.logits(hidden)
+
+
+def _meta(value: Any) -> Any:
+    """The same structure with meta tensors."""
+    if isinstance(value, torch.Tensor):
+        return value.to("meta")
+    if isinstance(value, tuple):
+        return tuple(_meta(v) for v in value)
+    if is_dataclass(value) and not isinstance(value, type | ModelConfig):
+        return replace(value, **{f.name: _meta(getattr(value, f.name)) for f in fields(value)})
+    return value
+
+
+def _look(value: Any) -> Any:
+    """What of a layer decides the kernels that it starts."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.stride()
+    if isinstance(value, tuple):
+        return tuple(_look(v) for v in value)
+    if is_dataclass(value):
+        return (type(value).__name__, *(_look(getattr(value, f.name)) for f in fields(value)))
+    return value
+
+
+def _distinct_layers(model: Decoder) -> Decoder:
+    return replace(model, layers=tuple({_look(layer): layer for layer in model.layers}.values()))

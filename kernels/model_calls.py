@@ -1,0 +1,179 @@
+"""The calls of octavo's ops that a decoder of the Llama family makes, as `warmup` wants them.
+
+A model is known by its configuration and the format of its weights. Each call is made for several numbers of tokens,
+because tile choices depend on that: 1, 2, 4, … up to the largest batch, and one more than each.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from octavo.kernels.activation import gelu_and_mul, silu_and_mul
+from octavo.kernels.attention.paged import paged_attention
+from octavo.kernels.attention.write_kv import write_kv
+from octavo.kernels.checks import FLOATS
+from octavo.kernels.norm import add_rms_norm, rms_norm
+from octavo.kernels.quant.int4 import int4_linear
+from octavo.kernels.quant.int8 import int8_linear
+from octavo.kernels.quant.packing import packed_shape
+from octavo.kernels.rope import rotary_embedding
+
+WEIGHTS = ("dense", "int4", "int8")
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": silu_and_mul,
+    "gelu": gelu_and_mul,
+    "gelu_pytorch_tanh": partial(gelu_and_mul, approximate="tanh"),
+}
+Call = Callable[[], Any]
+
+
+def model_calls(
+    config: Any,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    weights: str = "dense",
+    group_size: int = 128,
+    page_size: int = 16,
+    max_num_batched_tokens: int = 8192,
+    index_dtype: torch.dtype = torch.int64,
+) -> list[Call]:
+    """Lists the calls of octavo's ops that a Llama, Mistral or Mixtral model makes, for `warmup`.
+
+    `octavo.warmup(octavo.model_calls(transformers.AutoConfig.from_pretrained("mistralai/Mistral-7B-v0.1")))`
+
+    Args:
+        config: a Hugging Face configuration, octavo.engine's `ModelConfig`, or a dictionary with the same names:
+            hidden_size, intermediate_size, num_attention_heads; optional num_key_value_heads, head_dim, hidden_act,
+            sliding_window.
+        dtype: of activations, cache and norm weights.
+        weights: "dense" (the GEMMs are torch's), "int4" (scales without a minimum and with one) or "int8".
+        group_size: of int4 and int8 weights.
+        page_size: tokens a page of the KV cache.
+        max_num_batched_tokens: tokens in one step at most.
+        index_dtype: of positions and slots, int32 or int64.
+
+    Returns:
+        Functions without arguments, each calling one op on meta tensors.
+
+    Raises:
+        TypeError: a dtype that is not accepted.
+        ValueError: a key that config lacks, or a value that is not supported.
+    """
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype: {dtype}; expected float16, bfloat16 or float32")
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights: {weights!r}; expected one of {', '.join(WEIGHTS)}")
+    if max_num_batched_tokens < 1:
+        raise ValueError(f"max_num_batched_tokens: {max_num_batched_tokens}; expected at least 1")
+    activation = _get(config, "hidden_act", "silu")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"hidden_act: {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    hidden, intermediate, heads = (
+        _get(config, key) for key in ("hidden_size", "intermediate_size", "num_attention_heads")
+    )
+    kv_heads = _get(config, "num_key_value_heads", heads)
+    head_dim = _get(config, "head_dim", hidden // heads)
+    linears = {
+        ((heads + 2 * kv_heads) * head_dim, hidden),
+        (hidden, heads * head_dim),
+        (2 * intermediate, hidden),
+        (hidden, intermediate),
+    }
+    calls: list[Call] = []
+    for tokens in _token_counts(max_num_batched_tokens):
+        calls += [
+            partial(_norms, tokens, hidden, dtype),
+            partial(_activation, ACTIVATIONS[activation], tokens, intermediate, dtype),
+            partial(_rope_and_cache, tokens, heads, kv_heads, head_dim, page_size, dtype, index_dtype),
+        ]
+        for max_seqlen_q in {1, tokens}:
+            sizes = tokens, max_seqlen_q, heads, kv_heads, head_dim, page_size
+            calls.append(partial(_attention, *sizes, _get(config, "sliding_window", None), dtype))
+        if weights != "dense":
+            linear = {"int4": _int4, "int8": _int8}[weights]
+            calls += [partial(linear, tokens, n, k, group_size, dtype) for n, k in sorted(linears)]
+    return calls
+
+
+_REQUIRED = object()
+
+
+def _get(config: Any, key: str, default: Any = _REQUIRED) -> Any:
+    value = config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
+    if value is None and default is _REQUIRED:
+        raise ValueError(f"config: {key} is missing; expected a decoder's configuration such as Llama's")
+    return default if value is None else value
+
+
+def _token_counts(most: int) -> list[int]:
+    """Both sides of every power of two, which is where tile choices change, up to `most`."""
+    powers = [1 << i for i in range(most.bit_length())]
+    return sorted({n for p in powers for n in (p, p + 1) if n <= most} | {most})
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _norms(tokens: int, hidden: int, dtype: torch.dtype) -> None:
+    x, weight = _empty(tokens, hidden, dtype=dtype), _empty(hidden, dtype=dtype)
+    rms_norm(x, weight)
+    add_rms_norm(x, torch.empty_like(x), weight)
+
+
+def _activation(activation: Callable[[torch.Tensor], Any], tokens: int, intermediate: int, dtype: torch.dtype) -> None:
+    activation(_empty(tokens, 2 * intermediate, dtype=dtype))
+
+
+def _rope_and_cache(
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    dtype: torch.dtype,
+    index_dtype: torch.dtype,
+) -> None:
+    qkv = _empty(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    index = _empty(tokens, dtype=index_dtype)
+    for table_dtype in {torch.float32, dtype}:
+        rotary_embedding(query, key, index, _empty(16, head_dim, dtype=table_dtype))
+    cache = _empty(16, page_size, kv_heads, head_dim, dtype=dtype)
+    write_kv(key, value, cache, torch.empty_like(cache), index)
+
+
+def _attention(
+    tokens: int,
+    max_seqlen_q: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    window_size: int | None,
+    dtype: torch.dtype,
+) -> None:
+    sequences = max(tokens // max_seqlen_q, 1)
+    query = _empty(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)[:, :heads]
+    cache = _empty(16, page_size, kv_heads, head_dim, dtype=dtype)
+    table, seq_lens, cu_seqlens = (
+        _empty(*shape, dtype=torch.int32) for shape in ((sequences, 16), (sequences,), (sequences + 1,))
+    )
+    other = torch.empty_like(cache)
+    paged_attention(
+        query, cache, other, table, seq_lens, cu_seqlens, max_seqlen_q=max_seqlen_q, window_size=window_size
+    )
+
+
+def _int4(tokens: int, n: int, k: int, group_size: int, dtype: torch.dtype) -> None:
+    x, packed = _empty(tokens, k, dtype=dtype), _empty(*packed_shape(n, k), dtype=torch.int16)
+    scale = _empty(k // group_size, n, dtype=dtype)
+    int4_linear(x, packed, scale, group_size=group_size)
+    int4_linear(x, packed, scale, torch.empty_like(scale), group_size=group_size)
+
+
+def _int8(tokens: int, n: int, k: int, group_size: int, dtype: torch.dtype) -> None:
+    weight, scale = _empty(n, k, dtype=torch.int8), _empty(k // group_size, n, dtype=dtype)
+    int8_linear(_empty(tokens, k, dtype=dtype), weight, scale, group_size=group_size)

@@ -1,0 +1,338 @@
+"""The benchmarks' declarations: shapes and sizes against numbers worked out by hand, providers against `exact`."""
+
+import functools
+import inspect
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import octavo
+from octavo.bench import bench_write_kv, providers, shapes, weight_only
+from octavo.bench.check import difference, tensors
+from octavo.bench.harness import Provider, benchmarks, label, load, parse_label
+from octavo.testing import OPS, without_interpreter
+
+CPU = torch.device("cpu")
+
+# Small enough for a CPU, with odd sizes where the op allows them.
+TINY = {
+    "rms_norm": [{"T": 3, "hidden": 71}],
+    "add_rms_norm": [{"T": 3, "hidden": 71}],
+    "silu_and_mul": [{"T": 3, "intermediate": 45}],
+    "gelu_and_mul": [{"T": 3, "intermediate": 45, "tanh": 0}, {"T": 3, "intermediate": 45, "tanh": 1}],
+    "relu2": [{"T": 3, "intermediate": 45}],
+    "rotary_embedding": [{"T": 5, "heads": 6, "kv_heads": 2, "D": 16}],
+    "write_kv": [{"T": 7, "kv_heads": 2, "D": 8, "page": 4}],
+    "paged_attention": [
+        {"B": b, "q": q, "ctx": ctx, "heads": 6, "kv_heads": 2, "D": 16, "page": page, "window": window}
+        for b, q, ctx, page, window in (
+            (3, 1, 37, 16, 0),
+            (3, 1, 37, 16, 9),
+            (1, 1, 5, 16, 9),
+            (2, 21, 21, 4, 0),
+            (2, 5, 21, 4, 0),
+            (2, 5, 21, 4, 7),
+        )
+    ],
+    "int4_linear": [{"M": 3, "N": 40, "K": 256, "group": 128}],
+    "int8_linear": [{"M": 3, "N": 40, "K": 256, "group": 128}, {"M": 3, "N": 40, "K": 256, "group": 256}],
+}
+
+# One shape of each benchmark: its label, flops, and bytes in bfloat16, from the op's definition.
+BY_HAND = {
+    "rms_norm": ("T=64,hidden=4096", 4 * 262144, 2 * (262144 + 262144 + 4096)),
+    "add_rms_norm": ("T=64,hidden=4096", 5 * 262144, 2 * (4 * 262144 + 4096)),
+    "silu_and_mul": ("T=16,intermediate=14336", 5 * 229376, 2 * (2 * 229376 + 229376)),
+    "gelu_and_mul": ("T=16,intermediate=14336,tanh=0", 6 * 229376, 2 * (2 * 229376 + 229376)),
+    "relu2": ("T=1,intermediate=18176", 36352, 72704),
+    # 40 heads of 64 pairs, 6 operations a pair; 5,120 elements in and out, an 8-byte position, 128 fp32 of the table.
+    "rotary_embedding": ("T=1,heads=32,kv_heads=8,D=128", 40 * 64 * 6, 2 * 2 * 5120 + 8 + 512),
+    "write_kv": ("T=16,kv_heads=8,D=128,page=16", 0, 16 * (2 * 2 * 2 * 1024 + 8)),
+    # 65,536 pairs of 32 heads; as many keys and values, query and output of 16; 4,096 pages, 16 lengths, 17 starts.
+    "paged_attention": (
+        "B=16,q=1,ctx=4096,heads=32,kv_heads=8,D=128,page=16,window=0",
+        65536 * 32 * 2 * 256,
+        2 * 65536 * 8 * 128 * 2 + 2 * 16 * 4096 * 2 + 4 * (4096 + 16 + 17),
+    ),
+    # A nibble a weight; 32 groups of 4096 inputs.
+    "int4_linear": ("M=1,N=6144,K=4096,group=128", 50331648, 12582912 + 2 * (4096 + 32 * 6144 + 6144)),
+    "int8_linear": ("M=16,N=8192,K=8192,group=8192", 2147483648, 67108864 + 2 * (131072 + 8192 + 131072)),
+}
+
+PAIRS = [(name, shape) for name, tiny in TINY.items() for shape in tiny]
+IDS = [f"{name}-{label(shape)}" for name, shape in PAIRS]
+
+
+@pytest.fixture(autouse=True)
+def _reference():
+    with without_interpreter():
+        yield
+
+
+def draw(name, shape, dtype=torch.float32, seed=0):
+    return load(name).inputs(shape, dtype, CPU, torch.Generator().manual_seed(seed))
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a.keys() | b.keys())
+
+
+def copy(inputs):
+    return {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+
+
+def test_every_op_has_a_benchmark():
+    assert set(benchmarks()) == set(OPS) == set(TINY) == set(BY_HAND)
+
+
+@pytest.mark.parametrize("name", benchmarks())
+def test_contract(name):
+    module = load(name)
+    assert name == module.OP and hasattr(octavo, name)
+    assert module.DTYPES and all(isinstance(dtype, torch.dtype) for dtype in module.DTYPES)
+    expected = {
+        "shapes": [],
+        "inputs": ["shape", "dtype", "device", "generator"],
+        "exact": ["inputs"],
+        "flops": ["shape"],
+        "bytes_moved": ["shape", "dtype"],
+    }
+    for function, parameters in expected.items():
+        assert list(inspect.signature(getattr(module, function)).parameters) == parameters, function
+    providers = module.PROVIDERS
+    assert all(isinstance(p, Provider) and p.package for p in providers.values())
+    first, second = list(providers)[:2]
+    assert first == "octavo" and second.split(" ")[0] == "torch"
+    peers = [p.peer for p in providers.values()]
+    assert peers == sorted(peers, key=lambda peer: peer is not None), "what runs beside octavo comes first"
+    assert set(peers) <= {None, "flashinfer", "vllm", "triton-peers"} and "vllm" in peers
+    on_cpu = [n for n, p in providers.items() if "cpu" in p.devices]
+    assert on_cpu == list(providers)[:2] and all("cuda" in p.devices for p in providers.values())
+
+
+@pytest.mark.parametrize("name", benchmarks())
+def test_shapes(name):
+    module = load(name)
+    labels = [label(shape) for shape in module.shapes()]
+    assert len(set(labels)) == len(labels) > 1
+    assert [parse_label(text) for text in labels] == module.shapes()
+    assert len({tuple(shape) for shape in module.shapes()}) == 1, "one set of dimensions, in one order"
+    for shape in module.shapes():
+        assert shapes.models_of(shape), shape
+        for dtype in module.DTYPES:
+            assert type(module.flops(shape)) is int and type(module.bytes_moved(shape, dtype)) is int
+            assert module.bytes_moved(shape, dtype) > 0
+            assert module.flops(shape) > 0 or name == "write_kv"
+
+
+@pytest.mark.parametrize("name", benchmarks())
+def test_flops_and_bytes_by_hand(name):
+    module = load(name)
+    text, flops, size = BY_HAND[name]
+    assert text in [label(shape) for shape in module.shapes()]
+    assert module.flops(parse_label(text)) == flops
+    assert module.bytes_moved(parse_label(text), torch.bfloat16) == size
+
+
+def test_attention_counts_visible_pairs():
+    module = load("paged_attention")
+    for shape in TINY["paged_attention"]:
+        at = torch.arange(shape["ctx"] - shape["q"], shape["ctx"])[:, None]
+        keys = torch.arange(shape["ctx"])
+        seen = (keys <= at) & (keys > at - (shape["window"] or shape["ctx"]))
+        assert module.visible_pairs(shape) == shape["B"] * int(seen.sum())
+        read = shape["B"] * int(seen.any(0).sum())
+        rows = shape["B"] * shape["q"]
+        floor = 2 * (2 * rows * shape["heads"] + 2 * read * shape["kv_heads"]) * shape["D"]
+        assert 0 < module.bytes_moved(shape, torch.float16) - floor < 4 * (read + 2 * shape["B"] + 2)
+
+
+@pytest.mark.parametrize(("name", "shape"), PAIRS, ids=IDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_what_runs_without_peers_is_right(name, shape, dtype):
+    module = load(name)
+    inputs = draw(name, shape, dtype)
+    exact = module.exact(inputs)
+    assert same(inputs, draw(name, shape, dtype)), "exact changes its inputs"
+    for provider in [p for p in module.PROVIDERS.values() if "cpu" in p.devices]:
+        if unsupported(name, shape, provider):
+            continue
+        call = provider.make(copy(inputs))
+        assert difference(call(), exact) is None
+    nudged = tuple(t + torch.where(t == 0, 0, 0.1 * t) if t.is_floating_point() else t for t in tensors(exact))
+    assert difference(tuple(t.to(dtype) for t in nudged), exact), "the rule cannot fail on these inputs"
+
+
+def unsupported(name, shape, provider):
+    """torch's dense attention has no window for more than one query, and says so."""
+    if name != "paged_attention" or not shape["window"] or shape["q"] == 1:
+        return False
+    return provider is load(name).PROVIDERS["torch (dense K/V)"]
+
+
+@pytest.mark.parametrize(("name", "shape"), PAIRS, ids=IDS)
+def test_compiled_formulas_are_right_and_whole(name, shape, monkeypatch):
+    """As one graph, without the backend that needs a compiler."""
+    provider = load(name).PROVIDERS.get("torch.compile")
+    if provider is None:
+        assert name in ("paged_attention", "int4_linear", "int8_linear"), "bound by memory"
+        return
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    inputs = draw(name, shape)
+    exact = load(name).exact(inputs)
+    call = provider.make(inputs)
+    assert difference(call(), exact) is None
+
+
+def test_many_shapes_compile_past_the_recompile_limit(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    torch.compiler.reset()
+    for size in range(1, 8):
+        x = torch.arange(float(size))
+        assert torch.equal(providers.compiled(square, x)(), x * x)
+
+
+def square(x):
+    return x * x
+
+
+@pytest.mark.parametrize(("name", "shape"), PAIRS, ids=IDS)
+def test_inputs_follow_the_generator(name, shape):
+    first, again, other = draw(name, shape), draw(name, shape), draw(name, shape, seed=1)
+    assert same(first, again)
+    drawn = [k for k, v in first.items() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    if name == "rotary_embedding":
+        drawn.remove("cos_sin_cache")
+    for key in drawn:
+        assert not torch.equal(first[key], other[key]), key
+        assert (first[key] != 0).float().mean() > 0.9, f"{key} holds zeros"
+
+
+def test_scattered_indices():
+    inputs = draw("write_kv", {"T": 64, "kv_heads": 1, "D": 8, "page": 16})
+    slots, room = inputs["slots"], inputs["key_cache"].shape[0] * 16
+    assert slots.unique().numel() == 64 and slots.min() >= 0 and slots.max() < room
+    assert not torch.equal(slots.sort().values, slots)
+    inputs = draw("paged_attention", {**TINY["paged_attention"][0], "B": 4, "ctx": 256})
+    table = inputs["block_table"]
+    assert torch.equal(table.flatten().sort().values, torch.arange(64, dtype=torch.int32))
+    assert not torch.equal(table.flatten(), torch.arange(64, dtype=torch.int32))
+    positions = draw("rotary_embedding", TINY["rotary_embedding"][0])["positions"]
+    assert positions.unique().numel() == positions.numel()
+
+
+def test_in_place_calls_stay_finite():
+    for name in ("add_rms_norm", "rotary_embedding"):
+        call = load(name).PROVIDERS["octavo"].make(draw(name, TINY[name][0], torch.bfloat16))
+        for _ in range(3000):
+            result = call()
+        assert all(t.isfinite().all() and t.abs().max() < 1e5 for t in result), name
+
+
+def test_writes_leave_other_slots_alone():
+    inputs = draw("write_kv", TINY["write_kv"][0])
+    before = inputs["key_cache"].clone().view(-1, 2, 8)
+    after = bench_write_kv.exact(inputs)[0].view(-1, 2, 8)
+    changed = (before != after).flatten(1).any(1).nonzero().flatten()
+    assert torch.equal(changed, inputs["slots"].sort().values)
+
+
+PEERS = [
+    (name, shape, provider)
+    for name, tiny in TINY.items()
+    for shape in tiny
+    for provider, declared in load(name).PROVIDERS.items()
+    if declared.peer
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "provider"), PEERS, ids=[f"{n}-{p}-{label(s)}" for n, s, p in PEERS])
+def test_a_missing_peer_is_an_import_error(name, shape, provider, monkeypatch):
+    for package in ("flashinfer", "vllm", "liger_kernel", "conch"):
+        for loaded in [m for m in sys.modules if m.split(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, loaded)
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError):
+        load(name).PROVIDERS[provider].make(draw(name, shape, torch.bfloat16))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_words(bits):
+    q = torch.randint(0, 1 << bits, (5, 64), dtype=torch.uint8)
+    words = providers.pack_words(q, bits).numpy().view(np.uint32)
+    factor = 32 // bits
+    for row in range(5):
+        for word in range(64 // factor):
+            digits = [int(v) for v in q[row, word * factor : (word + 1) * factor]]
+            assert words[row, word] == sum(v << (bits * i) for i, v in enumerate(digits))
+
+
+def test_unsigned_weights_mean_the_same():
+    for name, bits in (("int4_linear", 4), ("int8_linear", 8)):
+        inputs = draw(name, TINY[name][0])
+        stored = weight_only.unsigned(inputs, bits)
+        assert stored.dtype == torch.uint8 and int(stored.max()) < 1 << bits
+        assert torch.equal(stored.int() - (1 << (bits - 1)), inputs["q"].int() - inputs["zero"])
+
+
+def test_page_tables():
+    table = torch.tensor([[5, 2, 9], [7, 1, 9], [4, 9, 9]], dtype=torch.int32)
+    starts, pages, last = providers.page_tables(table, torch.tensor([33, 32, 1], dtype=torch.int32), 16)
+    assert starts.tolist() == [0, 3, 5, 6] and pages.tolist() == [5, 2, 9, 7, 1, 4] and last.tolist() == [1, 16, 1]
+    assert {t.dtype for t in (starts, pages, last)} == {torch.int32}
+
+
+def test_exact_in_pieces(monkeypatch):
+    """The same result however small the pieces."""
+    whole = {name: tensors(load(name).exact(draw(name, tiny[-1]))) for name, tiny in TINY.items()}
+    monkeypatch.setattr(providers, "PIECE", 1)
+    monkeypatch.setattr(weight_only, "PIECE", 600)
+    monkeypatch.setattr(load("paged_attention"), "SCORES", 256)
+    for name, tiny in TINY.items():
+        for piecewise, once in zip(tensors(load(name).exact(draw(name, tiny[-1]))), whole[name], strict=True):
+            torch.testing.assert_close(piecewise, once, rtol=1e-12, atol=1e-12)
+
+
+# As the models' cards and weight files have them.
+@pytest.mark.parametrize(
+    ("model", "count"),
+    [
+        (shapes.LLAMA_3_8B, 8_030_261_248),
+        (shapes.LLAMA_2_70B, 68_976_648_192),
+        (shapes.MISTRAL_7B, 7_241_732_096),
+        (shapes.MIXTRAL_8X7B, 46_702_792_704),
+        (shapes.FALCON_7B, 6_921_720_704),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_parameters(model, count):
+    assert shapes.parameters(model) == count
+
+
+def test_linears_and_where_shapes_come_from():
+    assert shapes.linears(shapes.LLAMA_3_8B) == {
+        "qkv": (6144, 4096),
+        "o": (4096, 4096),
+        "gate_up": (28672, 4096),
+        "down": (4096, 14336),
+    }
+    assert shapes.linears(shapes.LLAMA_2_70B) == {
+        "qkv": (10240, 8192),
+        "o": (8192, 8192),
+        "gate_up": (57344, 8192),
+        "down": (8192, 28672),
+    }
+    assert shapes.linears(shapes.FALCON_7B)["up"] == (18176, 4544)
+    small = ["Llama-3-8B", "Mistral-7B", "Mixtral-8x7B"]
+    assert shapes.models_of({"T": 1, "hidden": 4096}) == small
+    assert shapes.models_of({"M": 1, "N": 10240, "K": 8192, "group": 128}) == ["Llama-2-70B"]
+    heads = {"heads": 32, "kv_heads": 8, "D": 128}
+    assert shapes.models_of({**heads, "window": 0}) == small
+    assert shapes.models_of({**heads, "window": 4096}) == ["Mistral-7B"]
+    assert shapes.models_of({"kv_heads": 1, "D": 64}) == ["Falcon-7B"]
+    assert shapes.models_of({"hidden": 4095}) == shapes.models_of({"T": 1}) == shapes.models_of({"N": 1, "K": 1}) == []
+    for model in shapes.MODELS:
+        assert model.hidden == model.heads * model.head_dim and model.heads % model.kv_heads == 0

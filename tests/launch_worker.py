@@ -1,0 +1,374 @@
+"""The direct launch, its repetition, and warming up, on a machine without a GPU: what would reach CUDA is compared.
+
+python tests/launch_worker.py CHECK          # one of the functions named check_*, in a process of its own
+
+Triton's driver is replaced by one that compiles for sm_90 and keeps what its launcher would hand to the C function,
+which is where Triton's own launch, octavo's direct one and a repeated call must agree. CPU tensors stand for CUDA's.
+Runs under whichever Triton is first on the path: tests/test_launch.py runs it with every supported version.
+"""
+
+import sys
+import threading
+import warnings
+from contextlib import contextmanager
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaLauncher
+from triton.compiler.compiler import LazyDict
+
+import octavo
+from octavo.kernels import launch as launching
+from octavo.kernels import registry, replay
+from octavo.kernels.registry import OPS
+
+STREAM, FUNCTION = 7, 4321
+calls: list[tuple] = []
+"""What reached the C function."""
+
+
+class Launcher(CudaLauncher):
+    """Triton's launcher for CUDA, with a C function that notes its arguments."""
+
+    def __init__(self, src, metadata):
+        self.num_ctas = 1
+        self.global_scratch_size = self.profile_scratch_size = 0
+        self.global_scratch_align = self.profile_scratch_align = 1
+        self.launch_cooperative_grid = metadata.launch_cooperative_grid
+        self.launch_pdl = metadata.launch_pdl
+        self.arg_annotations, self.kernel_signature = "annotations", tuple(src.signature.values())
+        types = list(src.signature.values())
+        self.launch = lambda *args: calls.append(normal(args, types))
+
+
+def normal(args: tuple, types: list[str]) -> tuple:
+    """Arguments of the C function with addresses for tensors, and without what it skips."""
+    if isinstance(args[-1], tuple | list):  # Triton 3.7: the kernel's arguments are a sequence at the end
+        head, kernel_args = args[:-1], args[-1]
+    else:
+        head, kernel_args = args[: -len(types)], args[-len(types) :]
+    assert len(kernel_args) == len(types), (len(kernel_args), types)
+    # Triton's own launch also passes its hooks, and what it would tell them, where none is set.
+    head = tuple(None if isinstance(v, LazyDict) or getattr(v, "calls", 1) == [] else v for v in head)
+    values = [v for v, kind in zip(kernel_args, types, strict=True) if kind != "constexpr"]
+    values = [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in values]
+    return head, tuple((v or 0) for v in values)
+
+
+class Driver:
+    """A driver for a GPU that is not there."""
+
+    launcher_cls = Launcher
+
+    class utils:
+        @staticmethod
+        def get_device_properties(device):
+            return {"max_shared_mem": 232448}
+
+        @staticmethod
+        def load_binary(name, binary, shared, device):
+            return 1, FUNCTION, 32, 0, 1024
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return STREAM
+
+
+def pretend() -> None:
+    """From here on, CPU tensors are launched on."""
+    triton.runtime.driver.set_active(Driver())
+    launching.DEVICES.add("cpu")
+    for module in (launching, replay):
+        module.is_current = lambda index: True
+        module.current_stream = lambda index: STREAM
+    for name, op in OPS.items():
+        with warnings.catch_warnings(action="ignore"):  # the CPU backend is replaced on purpose
+            registry._library.impl(name, op.launcher, "CPU", allow_override=op.cpu is not None)
+
+
+@contextmanager
+def ordinary():
+    """Inside, kernels start by Triton's own launch, and nothing is repeated."""
+    run, replay.Plan.run = replay.Plan.run, lambda self, given: replay.MISS
+    start, launching.start, replay.start = launching.start, None, None
+    try:
+        yield
+    finally:
+        launching.start = replay.start = start
+        replay.Plan.run = run
+
+
+def cases(tokens: int, dtype=torch.bfloat16) -> dict:
+    """Name -> (function, tensors by name, other arguments), fresh tensors each time."""
+
+    def new(*shape, dtype=dtype):
+        return torch.zeros(shape, dtype=dtype)
+
+    heads, kv_heads, d, page = 8, 2, 64, 16
+    qkv = new(tokens, heads + 2 * kv_heads, d)
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    kv = new(9, 2, page, kv_heads, d)
+    index = torch.zeros(tokens, dtype=torch.int64)
+    attention = dict(
+        query=q,
+        key_cache=kv[:, 0],
+        value_cache=kv[:, 1],
+        block_table=torch.zeros(3, 4, dtype=torch.int32),
+        seq_lens=torch.zeros(3, dtype=torch.int32),
+        cu_seqlens_q=torch.zeros(4, dtype=torch.int32),
+    )
+    int4 = dict(x=new(tokens, 128), packed=new(2, 1, 64, 32, dtype=torch.int16), scale=new(1, 80))
+    int8 = dict(x=new(tokens, 128), weight=new(80, 128, dtype=torch.int8), scale=new(1, 80))
+    return {
+        "rms_norm": (octavo.rms_norm, dict(x=new(tokens, 512), weight=new(512)), dict(eps=1e-5)),
+        "rms_norm of heads": (octavo.rms_norm, dict(x=k, weight=new(d)), {}),
+        "add_rms_norm": (
+            octavo.add_rms_norm,
+            dict(x=new(tokens, 512), residual=new(tokens, 512), weight=new(512, dtype=torch.float32)),
+            dict(weight_offset=1.0),
+        ),
+        "silu_and_mul": (octavo.silu_and_mul, dict(x=new(tokens, 1024)), {}),
+        "gelu_and_mul": (octavo.gelu_and_mul, dict(x=new(tokens, 1024)), dict(approximate="tanh")),
+        "relu2": (octavo.relu2, dict(x=new(tokens, 1000)), {}),
+        "rotary_embedding": (
+            octavo.rotary_embedding,
+            dict(query=q, key=k, positions=index, cos_sin_cache=new(32, d)),
+            {},
+        ),
+        "rotary_embedding of query": (
+            octavo.rotary_embedding,
+            dict(query=q, key=None, positions=index, cos_sin_cache=new(32, d)),
+            dict(interleaved=True),
+        ),
+        "write_kv": (
+            octavo.write_kv,
+            dict(key=k, value=v, key_cache=kv[:, 0], value_cache=kv[:, 1], slot_mapping=index),
+            {},
+        ),
+        "paged_attention": (octavo.paged_attention, attention, dict(max_seqlen_q=1)),
+        "paged_attention with lse": (octavo.paged_attention, attention, dict(max_seqlen_q=1, return_lse=True)),
+        "paged_attention with window": (octavo.paged_attention, attention, dict(max_seqlen_q=1, window_size=7)),
+        "int4_linear": (octavo.int4_linear, int4, dict(group_size=128)),
+        "int4_linear with minimum": (
+            octavo.int4_linear,
+            int4 | dict(minimum=new(1, 80), bias=new(80)),
+            dict(group_size=128),
+        ),
+        "int8_linear": (octavo.int8_linear, int8, dict(group_size=128)),
+        "int8_linear with bias": (octavo.int8_linear, int8 | dict(bias=new(80)), dict(group_size=128)),
+    }
+
+
+def run(function, tensors: dict, others: dict) -> list:
+    """Calls it, and returns what reached the C function, with names for the outputs' addresses."""
+    calls.clear()
+    result = function(**tensors, **others)
+    results = result if isinstance(result, tuple) else () if result is None else (result,)
+    assert all(r.is_contiguous() for r in results)
+    names = {r.data_ptr(): f"out{i}" for i, r in enumerate(results) if r.numel()}
+    return [(head, tuple(names.get(v, v) if v else v for v in values)) for head, values in calls]
+
+
+def check_same_launches() -> None:
+    """Triton's own launch, the direct launch and a repeated call hand the same things to CUDA."""
+    pretend()
+    for tokens in (0, 1, 3, 16, 40):
+        for name, (function, tensors, others) in cases(tokens).items():
+            with ordinary():
+                expected = run(function, tensors, others)
+            assert len(expected) == (tokens > 0), (name, expected)
+            before = sum(map(len, function.plans.values()))
+            direct = run(function, tensors, others)
+            assert direct == expected, (name, tokens, direct, expected)
+            assert sum(map(len, function.plans.values())) == before + 1, f"{name}: no plan"
+            plan = next(reversed(function.plans.values()))[-1]
+            repeated = run(function, tensors, others)
+            assert repeated == expected, (name, tokens, repeated, expected)
+            # Other tensors of the same kind, through the same plan.
+            function, tensors, others = cases(tokens)[name]
+            with ordinary():
+                expected = run(function, tensors, others)
+            runs = []
+            real = type(plan).run
+            type(plan).run = lambda self, given, real=real, runs=runs: runs.append(self) or real(self, given)
+            repeated = run(function, tensors, others)
+            type(plan).run = real
+            assert runs == [plan] and repeated == expected, (name, tokens, repeated, expected)
+
+
+def check_who_must_see_the_op() -> None:
+    """Where something must see the op itself, its plan is not used, and none is made."""
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    pretend()
+    x, weight = torch.zeros(4, 512, dtype=torch.bfloat16), torch.zeros(512, dtype=torch.bfloat16)
+    seen = []
+
+    class Function(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    class Dispatch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    used = []
+    real = replay.Plan.run
+
+    def watched(self, given):
+        result = real(self, given)
+        if result is not replay.MISS:
+            used.append(self)
+        return result
+
+    replay.Plan.run = watched
+
+    def ran_plan(x=x, weight=weight) -> bool:
+        used.clear()
+        octavo.rms_norm(x, weight)
+        return bool(used)
+
+    for first in (True, False):  # without a plan, then with one
+        plans = sum(map(len, octavo.rms_norm.plans.values()))
+        for mode in (Function, Dispatch):
+            seen.clear()
+            with mode():
+                assert not ran_plan()
+            assert any("octavo" in name and "rms_norm" in name for name in seen), (mode, seen)
+        with torch.profiler.profile() as profile:
+            assert not ran_plan()
+        assert "octavo::rms_norm" in {event.name for event in profile.events()}
+        assert not ran_plan(x.clone().requires_grad_())
+        assert not ran_plan(torch.zeros(2049, dtype=torch.bfloat16)[1:].view(4, 512))  # not aligned
+        assert not ran_plan(weight, weight)
+        entered = []
+        triton.knobs.runtime.launch_enter_hook.add(entered.append)
+        calls.clear()
+        octavo.rms_norm(x, weight)
+        assert not used and len(calls) == 1 and calls[0][0].count(triton.knobs.runtime.launch_enter_hook) == 1
+        triton.knobs.runtime.launch_enter_hook.remove(entered.append)
+        assert sum(map(len, octavo.rms_norm.plans.values())) == plans
+        if first:
+            assert not ran_plan() and ran_plan()
+    with torch.inference_mode():
+        assert not ran_plan() and ran_plan()  # another kind of call: a plan of its own
+    with torch.device("cpu"):  # a function mode, but one that watches nothing
+        assert ran_plan()
+    assert torch.equal(torch.compile(octavo.rms_norm, backend="eager", fullgraph=True)(x, weight)[:0], x[:0])
+    for bad, error in ((dict(x=[1.0], weight=weight), TypeError), (dict(x=x, weight=weight[:5]), ValueError)):
+        try:
+            octavo.rms_norm(**bad)
+        except error:
+            continue
+        raise AssertionError(bad)
+
+
+def check_token_counts() -> None:
+    """A new number of tokens compiles nothing beyond the tile choices that depend on it."""
+    pretend()
+    variants = {"int4_linear": 3, "int8_linear": 3}  # tile choices for up to 16, up to 64, and more tokens
+    for name in cases(1):
+        launching._ready.clear()
+        before = octavo.compile_count()
+        for tokens in (1, 2, 5, 16, 17, 32, 64, 65, 100, 128, 1000):
+            function, tensors, others = cases(tokens)[name]
+            function(**tensors, **others)
+        assert len(launching._ready) == variants.get(name.split()[0], 1), (name, list(launching._ready))
+        assert octavo.compile_count() - before <= len(launching._ready)
+
+
+def check_threads() -> None:
+    """Threads that make and use plans at the same time start what each of them asked for."""
+    pretend()
+    mine = threading.local()
+    finished, failures = [], []
+
+    class PerThread:
+        def append(self, item):
+            mine.calls.append(item)
+
+    globals()["calls"] = PerThread()
+
+    def work(seed: int) -> None:
+        mine.calls = []
+        weight = torch.zeros(512, dtype=torch.bfloat16)
+        for i in range(200):
+            x = torch.zeros(1 + (seed + i) % 5, 512, dtype=torch.bfloat16)
+            mine.calls.clear()
+            out = octavo.rms_norm(x, weight)
+            ((head, values),) = mine.calls
+            if (head[0], *values[:3]) != (x.shape[0], out.data_ptr(), x.data_ptr(), weight.data_ptr()):
+                failures.append((head, values))
+        finished.append(seed)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and len(finished) == 8, failures[:3]
+
+
+def check_warm() -> None:
+    """After `warmup` from a configuration, mixed batches of the model compile nothing."""
+    config = dict(hidden_size=512, intermediate_size=512, num_attention_heads=8, num_key_value_heads=2, head_dim=64)
+    options = dict(weights="int4", max_num_batched_tokens=128)
+    steps = []
+    work = octavo.model_calls(config, **options)
+    report = octavo.warmup(work, device="sm_90", processes=2, progress=lambda *done: steps.append(done))
+    total = len(report.kernels)
+    assert total >= 8 and all(k.compiled for k in report.kernels), report
+    assert steps == [(i + 1, total) for i in range(total)]
+    assert octavo.compile_count() == 0  # the workers did it
+    again = octavo.warmup(work, device="sm_90", processes=1)
+    assert not any(k.compiled for k in again.kernels) and len(again.kernels) == total
+    pretend()
+    for tokens in (1, 3, 16, 33, 64, 100, 128):
+        serve(tokens)
+    assert octavo.compile_count() == 0
+    ready = len(launching._ready)
+    for tokens in (2, 5, 17, 90, 127):
+        serve(tokens)
+    assert octavo.compile_count() == 0 and len(launching._ready) == ready
+    octavo.relu2(torch.zeros(1, 64, dtype=torch.bfloat16))  # not part of that model
+    assert octavo.compile_count() == 1
+
+
+def serve(tokens: int) -> None:
+    """A layer of the model of `check_warm`, decoding and in chunks."""
+
+    def new(*shape, dtype=torch.bfloat16):
+        return torch.zeros(shape, dtype=dtype)
+
+    def linear(x, n):
+        scale = new(x.shape[1] // 128, n)
+        packed = new(-(-n // 64), x.shape[1] // 128, 64, 32, dtype=torch.int16)
+        return octavo.int4_linear(x, packed, scale, group_size=128)
+
+    residual = new(tokens, 512)
+    x = octavo.rms_norm(residual, new(512))
+    q, k, v = linear(x, 768).view(tokens, 12, 64).split([8, 2, 2], dim=1)
+    index = new(tokens, dtype=torch.int64)
+    octavo.rotary_embedding(q, k, index, new(32, 64, dtype=torch.float32))
+    cache = new(2, 40, 16, 2, 64)
+    octavo.write_kv(k, v, cache[0], cache[1], index)
+    for length in (1, tokens):
+        b = tokens // length
+        table, lens, cu = new(b, 5, dtype=torch.int32), new(b, dtype=torch.int32), new(b + 1, dtype=torch.int32)
+        out = octavo.paged_attention(q, cache[0], cache[1], table, lens, cu, max_seqlen_q=length)
+    x = octavo.add_rms_norm(linear(out.flatten(1), 512), residual, new(512))
+    octavo.add_rms_norm(linear(octavo.silu_and_mul(linear(x, 1024)), 512), residual, new(512))
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()
+    print(f"{sys.argv[1]} passed with Triton {triton.__version__}")
