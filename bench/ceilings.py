@@ -248,7 +248,7 @@ def launches(device: torch.device, rounds: int) -> dict[str, float | None]:
         compiled.run(1, 1, 1, stream, compiled.function, compiled.packed_metadata, None, *hooks, a, b, 256)
 
     costs["triton kernel[grid]"] = cpu_us(lambda: _empty_kernel[(1,)](a, b, 256), device)
-    costs["triton CompiledKernel[grid]"] = cpu_us(lambda: compiled[(1,)](a, b, 256), device)
+    costs["triton CompiledKernel[grid]"] = cpu_us(lambda: compiled[(1, 1, 1)](a, b, 256), device)
     costs["triton CompiledKernel.run"] = cpu_us(run, device)
     node = best_seconds({"graph node": lambda: _empty_kernel[(1,)](a, b, 256)}, device, rounds)
     costs["CUDA graph node (GPU time)"] = node * 1e6 if node else None

@@ -2,14 +2,13 @@
 
 python -m bench.launch_cost [--op NAME …] [--out FOLDER]
 
-Kernels are small enough that the GPU never holds the CPU up: calls come in bursts that are shorter than the launch
-queue, and the GPU is waited for between bursts, outside the time. Three costs an op, medians over the bursts:
+Calls come in bursts behind a kernel that keeps the GPU busy, as in a model whose GPU work is longer than its launches;
+no burst fills the launch queue. Ops take turns for many rounds, because the speed of a shared host drifts; `torch.add`
+and Triton's own launch (of octavo's RMSNorm, its output allocated before) are among them. Medians of three costs:
 
 - repeated: the call's tensors have shapes, strides and dtypes as in an earlier call;
-- new shape: the first call with such tensors (another number of tokens each time), kernels already compiled;
-- through `torch.ops.octavo`, as a compiled graph or another framework calls it: dispatcher and launcher, no checks.
-
-`torch.add` and Triton's own launch, of octavo's RMSNorm kernel, stand beside them.
+- dispatcher: through `torch.ops.octavo`, as a compiled graph or another framework calls it: no checks, no repetition;
+- new shape: the first call with such tensors (another number of tokens each time), kernels already compiled.
 """
 
 import argparse
@@ -17,7 +16,10 @@ import csv
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,15 @@ import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import octavo
 from octavo.bench.harness import Shape, benchmarks, label, load
 from octavo.bench.store import ROOT, commit, folder_name
-from octavo.bench.timing import spin_up
+from octavo.bench.timing import SPIN_HZ, spin_up
 from octavo.kernels import norm
 
-BURST, BURSTS = 200, 15
-COLUMNS = ("op", "shape", "repeated_us", "new_shape_us", "dispatcher_us", "gpu", "torch", "triton", "commit")
+BURST, ROUNDS = 200, 40
+BUSY_US = 40.0  # of GPU time a call
+COLUMNS = ("op", "shape", "repeated_us", "dispatcher_us", "new_shape_us", "gpu", "torch", "triton", "commit")
 
 
 class _Watch(TorchDispatchMode):
@@ -48,8 +52,9 @@ class _Watch(TorchDispatchMode):
 
 
 def burst_us(calls: Sequence[Callable[[], Any]]) -> float:
-    """Microseconds of CPU a call, for calls that are made one after the other."""
+    """Microseconds of CPU a call, for calls that are made one after the other behind work that keeps the GPU busy."""
     torch.cuda.synchronize()
+    torch.cuda._sleep(int(len(calls) * BUSY_US * 1e-6 * SPIN_HZ))
     start = time.perf_counter()
     for call in calls:
         call()
@@ -58,17 +63,27 @@ def burst_us(calls: Sequence[Callable[[], Any]]) -> float:
     return elapsed / len(calls) * 1e6
 
 
-def repeated_us(call: Callable[[], Any]) -> float:
-    """The median cost of a call that is made over and over."""
-    call()
-    burst = [call] * BURST
-    burst_us(burst)
-    return statistics.median(burst_us(burst) for _ in range(BURSTS))
+@dataclass
+class Subject:
+    """What is timed: in every round one burst of each kind; the column's name → the times so far."""
+
+    name: str
+    shape: str
+    bursts: dict[str, Callable[[], float]]
+    times: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def run(self) -> None:
+        for column, burst in self.bursts.items():
+            self.times[column].append(burst())
+
+    def row(self) -> dict[str, str]:
+        costs = {column: f"{statistics.median(times):.2f}" for column, times in self.times.items()}
+        return {"op": self.name, "shape": self.shape} | costs
 
 
-def measure(op: str, device: torch.device) -> dict[str, Any]:
-    """One row: the op at the smallest of its benchmark's shapes, and at other numbers of tokens."""
-    benchmark = load(op)
+def op(name: str, device: torch.device) -> Subject:
+    """An op at the smallest of its benchmark's shapes, and at other numbers of tokens."""
+    benchmark = load(name)
     dtype = benchmark.DTYPES[0]
     smallest = min(benchmark.shapes(), key=lambda s: benchmark.bytes_moved(s, dtype))
     counted = next(iter(smallest))  # T, M or B: tokens or sequences
@@ -81,18 +96,26 @@ def measure(op: str, device: torch.device) -> dict[str, Any]:
     with _Watch() as watch:
         call()
     ((function, args),) = watch.calls
-    others = [call_of(smallest | {counted: count}) for count in range(2, 14)]  # one tile choice in all ops
-    others[0]()  # compiled from here on
-    return {
-        "op": op,
-        "shape": label(smallest),
-        "repeated_us": repeated_us(call),
-        "new_shape_us": burst_us(others[1:]),
-        "dispatcher_us": repeated_us(lambda: function(*args)),
+    # So few tokens that all of them have one tile choice.
+    others = [call_of(smallest | {counted: count}) for count in range(2, 14)]
+    for other in others:
+        other()  # compiled from here on
+
+    def anew() -> float:
+        getattr(octavo, name).plans.clear()
+        elapsed = burst_us(others)
+        call()
+        return elapsed
+
+    bursts = {
+        "repeated_us": lambda: burst_us([call] * BURST),
+        "dispatcher_us": lambda: burst_us([lambda: function(*args)] * BURST),
+        "new_shape_us": anew,
     }
+    return Subject(name, label(smallest), bursts)
 
 
-def yardsticks(device: torch.device) -> list[dict[str, Any]]:
+def yardsticks(device: torch.device) -> list[Subject]:
     """What torch and Triton take for comparable work."""
     x, y = (torch.randn(1, 4096, device=device, dtype=torch.bfloat16) for _ in range(2))
     weight, out = torch.ones(4096, device=device, dtype=torch.bfloat16), torch.empty_like(x)
@@ -103,19 +126,25 @@ def yardsticks(device: torch.device) -> list[dict[str, Any]]:
         "torch.nn.functional.rms_norm": lambda: torch.nn.functional.rms_norm(x, (4096,), weight, 1e-6),
         "triton kernel[grid], no allocation": lambda: norm._rms_norm_kernel[(1,)](*args, **tiles),
     }
-    return [{"op": name, "shape": "T=1,hidden=4096", "repeated_us": repeated_us(c)} for name, c in calls.items()]
+    return [
+        Subject(name, "T=1,hidden=4096", {"repeated_us": partial(burst_us, [call] * BURST)})
+        for name, call in calls.items()
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", action="append", help="an op; all, where none is named")
+    parser.add_argument("--op", nargs="+", help="ops; all, where none is named")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results", help="where <gpu>/launch_cost.csv goes")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("launch_cost: needs a GPU; on a CPU nothing is launched")
     device = torch.device("cuda")
+    subjects = yardsticks(device) + [op(name, device) for name in options.op or benchmarks()]
     spin_up(device)
-    rows = [measure(op, device) for op in options.op or benchmarks()] + yardsticks(device)
+    for _ in range(ROUNDS):
+        for subject in subjects:
+            subject.run()
     gpu = torch.cuda.get_device_name(device)
     same = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "commit": commit()}
     path = options.out / folder_name(gpu) / "launch_cost.csv"
@@ -123,10 +152,10 @@ def main() -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
-        for row in rows:
-            times = {name: f"{value:.2f}" for name, value in row.items() if isinstance(value, float)}
-            writer.writerow(row | times | same)
-            print(f"{row['op']:36}" + "".join(f"{name} {value:>7}   " for name, value in times.items()))
+        for subject in subjects:
+            row = subject.row()
+            writer.writerow(row | same)
+            print("  ".join(f"{value:>7}" for value in list(row.values())[2:]), row["op"])
     print(path)
 
 

@@ -1,6 +1,7 @@
 """What a run shows: its progress and a table at the end, with rich where it is installed and as plain lines else."""
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -26,12 +27,14 @@ class PlainView:
 
     def __init__(self) -> None:
         self._what, self._cases, self._at = "", 0, 0
+        self._start = time.monotonic()
 
     def plan(self, what: str, cases: int) -> None:
         self._what, self._cases, self._at = what, cases, 0
 
     def case(self, text: str) -> None:
-        self.say(f"[{self._what} {self._at + 1}/{self._cases}] {text}")
+        seconds = time.monotonic() - self._start
+        self.say(f"[{seconds:.0f} s, {self._what} {self._at + 1}/{self._cases}] {text}")
 
     def done(self) -> None:
         self._at += 1

@@ -10,6 +10,7 @@ bench/README.md says what is measured, and how.
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,9 +18,11 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from octavo.bench import compare, peers, store
 from octavo.bench.children import ChildFailed, Event, follow
-from octavo.bench.harness import Benchmark, benchmarks, dtype_name, label, load
+from octavo.bench.harness import Benchmark, benchmarks, dtype_name, label, load, parse_label
 from octavo.bench.report import View, make_view, result_tables, show
 from octavo.bench.worker import Job
 
@@ -140,11 +143,32 @@ def _selected(loaded: Sequence[Benchmark], group: str | None, names: Sequence[st
     )
 
 
+def check_job(job: Job) -> None:
+    """ValueError for a selection that is not understood: here, once, and not in every process."""
+    loaded = [load(name) for name in job.ops]
+    for text in job.shapes:
+        if "=" in text:
+            parse_label(text)
+    known = dict.fromkeys(name for b in loaded for n, p in b.PROVIDERS.items() for name in (n, p.peer) if name)
+    for name in job.names:
+        if name not in known:
+            raise ValueError(f"provider: {name!r}; expected one of {', '.join(known)}")
+    for name in job.dtypes:
+        if not isinstance(getattr(torch, name, None), torch.dtype):
+            raise ValueError(f"dtype: {name!r}; expected the name of a torch dtype, like float16")
+    if job.rounds < 1:
+        raise ValueError(f"rounds: {job.rounds}; expected at least 1")
+
+
 def measure(job: Job, out: Path | None = None, sites: dict[str, list[str]] | None = None) -> int:
     """Runs a job over octavo, torch and the peers; shows progress and a table; returns the exit status.
 
     The status is 1 where octavo was wrong or failed, or a process could not be started: peers may fail.
+
+    Raises:
+        ValueError: the job names an op, a provider, a shape or a dtype that does not exist.
     """
+    check_job(job)
     view = make_view()
     run = Run(job, out or store.default_folder(), sites or {}, view)
     try:
@@ -195,6 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         job = Job(names, names=args.provider, shapes=args.shapes, dtypes=args.dtype, rounds=args.rounds)
         if args.base:
+            check_job(job)
             return compare.against(args.base, job)
         return measure(job, args.out, peers.parse_sites(args.peer_site))
     except ValueError as error:
@@ -203,4 +228,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the child too, and prints what there is
     sys.exit(main())

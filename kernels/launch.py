@@ -13,7 +13,7 @@ arguments are Triton's private business, so this is done for the versions in `_S
 on another backend than CUDA, and while a launch hook is set (Proton, or a user's), Triton launches as usual.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -31,6 +31,10 @@ INTERPRET: bool = knobs.runtime.interpret
 
 DEVICES = {"cuda"}
 """Types of devices whose kernels are started directly; ROCm's GPUs carry CUDA's name, but have no starter."""
+
+
+Grid = tuple[int, int, int]
+Args = Sequence[Any]
 
 
 class Ready(NamedTuple):
@@ -67,6 +71,14 @@ class Launch:
     num_warps: int
     num_stages: int
     ready: Ready | None = None
+
+    @property
+    def pointers(self) -> int:
+        """How many of the arguments are pointers; they come first."""
+        for count, value in enumerate(self.args):
+            if value is not None and not isinstance(value, torch.Tensor):
+                return count
+        return len(self.args)
 
 
 @dataclass
@@ -115,12 +127,12 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
 # which takes them as a sequence. Both take integers for pointers, and skip the arguments that are constexpr.
 
 
-def _start_3_6(ready: Ready, grid: tuple[int, int, int], stream: int, args: list[Any]) -> None:
-    ready.start(*grid, stream, ready.function, *ready.middle, *args)
+def _start_3_6(ready: Ready, grid: Grid, stream: int, args: Args, more: Args) -> None:
+    ready.start(*grid, stream, ready.function, *ready.middle, *args, *more)
 
 
-def _start_3_7(ready: Ready, grid: tuple[int, int, int], stream: int, args: list[Any]) -> None:
-    ready.start(*grid, stream, ready.function, *ready.middle, args)
+def _start_3_7(ready: Ready, grid: Grid, stream: int, args: Args, more: Args) -> None:
+    ready.start(*grid, stream, ready.function, *ready.middle, (*args, *more))
 
 
 def _middle_3_6(compiled: Any) -> tuple[Any, ...]:
@@ -137,7 +149,7 @@ def _middle_3_7(compiled: Any) -> tuple[Any, ...]:
 _STARTERS = {"3.6": (_start_3_6, _middle_3_6), "3.7": (_start_3_7, _middle_3_7)}
 _starter = None if torch.version.hip else _STARTERS.get(".".join(triton.__version__.split(".")[:2]))
 start = _starter[0] if _starter else None
-"""`start(ready, grid, stream, args)`: args in the kernel's order, addresses for tensors, anything for constexprs."""
+"""`start(ready, grid, stream, args, more)`: the kernel's arguments, addresses for tensors, anything for constexprs."""
 
 # Taken from torch.cuda and Triton's driver once, because going through them costs half a microsecond a launch.
 _current_device = getattr(torch._C, "_cuda_getDevice", None)
@@ -150,10 +162,15 @@ def is_current(index: int) -> bool:
     return _current_device() == index  # type: ignore[misc]
 
 
+_runtime = knobs.runtime
+
+
 def hooked() -> bool:
     """Whether Triton's launch hooks are set, which only its own launch calls."""
-    runtime = knobs.runtime
-    return bool(getattr(runtime.launch_enter_hook, "calls", True) or getattr(runtime.launch_exit_hook, "calls", True))
+    try:
+        return bool(_runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls)
+    except AttributeError:  # a plain function in place of Triton's chain of them
+        return True
 
 
 _ready: dict[tuple[Any, ...], Ready | None] = {}
@@ -223,6 +240,11 @@ def ready_kernel(
         return _ready[key]
 
 
+def in_three(grid: tuple[int, ...]) -> Grid:
+    """The grid with all three of its dimensions."""
+    return (*grid, 1, 1)[:3]  # type: ignore[return-value]
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -234,7 +256,8 @@ def launch(
 ) -> None:
     """Starts `kernel` over `grid` on `device`; a grid with no programs starts nothing.
 
-    `args` are the kernel's arguments in order, without its constexprs, which come last in its signature.
+    `args` are the kernel's arguments in order: pointers first (tensors or None), then numbers. Its constexprs, by name,
+    come last in its signature.
     """
     recorder = _recorder.get()
     if recorder is not None:
@@ -254,8 +277,7 @@ def launch(
     if ready is None:
         kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
     else:
-        addresses = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]
-        addresses += [None] * len(constexprs)
-        start(ready, (*grid, 1, 1)[:3], current_stream(device.index), addresses)  # type: ignore[misc, arg-type]
+        values = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args)
+        start(ready, in_three(grid), current_stream(device.index), values, (None,) * len(constexprs))  # type: ignore[misc]
     if recorder is not None:
         recorder.launches.append(Launch(kernel, grid, args, constexprs, num_warps, num_stages, ready))

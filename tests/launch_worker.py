@@ -95,13 +95,17 @@ def pretend() -> None:
 @contextmanager
 def ordinary():
     """Inside, kernels start by Triton's own launch, and nothing is repeated."""
-    run, replay.Plan.run = replay.Plan.run, lambda self, given: replay.MISS
+    functions = [getattr(octavo, name) for name in OPS]
+    plans = [dict(function.plans) for function in functions]
+    for function in functions:
+        function.plans.clear()
     start, launching.start, replay.start = launching.start, None, None
     try:
         yield
     finally:
         launching.start = replay.start = start
-        replay.Plan.run = run
+        for function, before in zip(functions, plans, strict=True):
+            function.plans.update(before)
 
 
 def cases(tokens: int, dtype=torch.bfloat16) -> dict:
@@ -224,13 +228,7 @@ def check_who_must_see_the_op() -> None:
     used = []
     real = replay.Plan.run
 
-    def watched(self, given):
-        result = real(self, given)
-        if result is not replay.MISS:
-            used.append(self)
-        return result
-
-    replay.Plan.run = watched
+    replay.Plan.run = lambda self, addresses: used.append(self) or real(self, addresses)
 
     def ran_plan(x=x, weight=weight) -> bool:
         used.clear()

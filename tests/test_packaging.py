@@ -1,5 +1,6 @@
 """A wheel, an sdist and an editable install, each in an environment of its own that has nothing of the checkout."""
 
+import os
 import shutil
 import site
 import subprocess
@@ -7,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import octavo
 
 ROOT = Path(__file__).parent.parent
 PROBE = """
@@ -62,3 +66,16 @@ def test_installs(kind, tree, built, tmp_path):
     call(*pip, "--no-build-isolation", *what)
     where = Path(call(python, "-c", PROBE, cwd=tmp_path).strip())
     assert where == (tree / "octavo" if kind == "editable" else packages / "octavo")
+    if kind == "wheel":
+        command = ("bench", "kernels", "--op", "rms_norm", "--shapes", "T=3,hidden=64", "--rounds", "2")
+        call(
+            python,
+            "-m",
+            "octavo.engine.cli",
+            *command,
+            cwd=tmp_path,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OCTAVO_COMMIT": ""},
+        )
+        rows = (tmp_path / "octavo-bench/cpu/rms_norm.csv").read_text()
+        assert f'rms_norm,octavo,"T=3,hidden=64",bfloat16,cpu,{torch.__version__}' in rows
+        assert f",{octavo.__version__},v{octavo.__version__}," in rows

@@ -109,22 +109,15 @@ def test_a_selection_and_a_shape_that_is_not_listed(benchmark, tmp_path):
     assert {row["dtype"] for row in rows.values()} == {"float16"}
 
 
-def test_octavo_without_a_time_fails_the_run(tmp_path, capsys):
-    path = tmp_path / "bench_bad.py"
-    path.write_text(BENCHMARK + "PROVIDERS = {'octavo': Provider(third, devices=BOTH)}\n")
-    assert run.main(["--op", str(path), "--out", str(tmp_path), "--shapes", "T=4"]) == 1
-    assert "octavo: wrong: " in capsys.readouterr().err
-
-
 def test_inputs_that_crash_lose_their_case_alone(tmp_path, capsys):
     path = tmp_path / "bench_bad.py"
     path.write_text(
         BENCHMARK
-        + "PROVIDERS = {'octavo': Provider(half, devices=BOTH)}\n"
+        + "PROVIDERS = {'octavo': Provider(half, devices=BOTH), 'torch': Provider(third, devices=BOTH)}\n"
         + "def exact(inputs):\n    return os.abort() if len(inputs['x']) == 8 else inputs['x'].double() / 2\n"
     )
     assert run.main(["--op", str(path), "--out", str(tmp_path), "--rounds", "2"]) == 1
-    assert set(lines(tmp_path / "cpu/half.csv")) == {("octavo", "T=4"), ("octavo", "T=16")}
+    assert {shape for _, shape in lines(tmp_path / "cpu/half.csv")} == {"T=4", "T=16"}
     assert "half T=8 float32: the process died: SIGABRT" in capsys.readouterr().err
 
 
@@ -133,6 +126,16 @@ def test_a_child_that_cannot_start(benchmark, tmp_path):
     (tmp_path / "octavo/__init__.py").write_text("raise ImportError('broken here')")
     with pytest.raises(children.ChildFailed, match="exit status 1:\\n(.*\\n)*ImportError: broken here"):
         children.follow(Job([benchmark]), [str(tmp_path)], tmp_path, lambda event: None)
+
+
+@pytest.mark.parametrize(("provider", "failed"), [("octavo", True), ("torch", False)])
+def test_octavo_without_a_time_fails_the_run(provider, failed, tmp_path, capsys):
+    recorded = run.Run(Job([]), tmp_path, {}, PlainView())
+    recorded._on_event({"event": "hello", "gpu": "cpu", "torch": "1", "triton": "2"})
+    row = {"op": "half", "shape": "T=4", "dtype": "float32", "version": "", "anchor": False, "times": None}
+    recorded._on_event({**row, "event": "row", "provider": provider, "note": "wrong: isnan"})
+    assert recorded.failed is failed
+    assert f"half T=4 float32, {provider}: wrong: isnan" in capsys.readouterr().err
 
 
 def test_octavo_is_timed_beside_its_peers_and_drift_is_noted(benchmark, tmp_path):
@@ -173,6 +176,12 @@ def test_list_and_mistakes(capsys):
     assert run.main(["--op", "no_such_op"]) == 2
     assert "'no_such_op' has no benchmark" in capsys.readouterr().err
     assert run.main(["--op", "rms_norm", "--peer-site", "vllm"]) == 2
+    assert run.main(["--op", "rms_norm", "--shapes", "T=64,"]) == 2
+    assert "'T=64,'" in capsys.readouterr().err
+    assert run.main(["--op", "rms_norm", "--provider", "numpy"]) == 2
+    assert "provider: 'numpy'; expected one of octavo, torch" in capsys.readouterr().err
+    assert run.main(["--op", "rms_norm", "--dtype", "randn"]) == 2
+    assert run.main(["--op", "rms_norm", "--rounds", "0"]) == 2
 
 
 ROW = store.Row(
@@ -287,12 +296,14 @@ def slow_copy(tmp_path):
     return tmp_path / "slow"
 
 
-def test_two_versions_are_compared(slow_copy, tmp_path, capsys):
+def test_two_versions_are_compared(slow_copy, tmp_path, capsys, monkeypatch):
+    assert compare.REPEATS >= 2
+    monkeypatch.setattr(compare, "REPEATS", 1)
     job = Job(["rms_norm"], shapes=["T=3,hidden=64"], rounds=5)
     before = sorted(slow_copy.rglob("*"))
     slow = compare.shadow(slow_copy, tmp_path / "links")
     old, new = compare.measure_trees(store.ROOT, slow, job, PlainView())
-    assert len(old) == len(new) == compare.REPEATS
+    assert len(old) == len(new) == 1
     (found,) = compare.compare(old, new)
     assert found.regression and found.ratio > 5 and found.new.median_us > 2000
     assert [p for p in sorted(slow_copy.rglob("*")) if "__pycache__" not in p.parts] == before
@@ -335,7 +346,7 @@ def test_a_lost_gpu_is_noticed(tmp_path, monkeypatch):
     assert run.main(["--op", str(path), "--rounds", "2", "--out", str(tmp_path), "--shapes", "T=4"]) == 0
     rows = lines(tmp_path / store.folder_name(torch.cuda.get_device_name()) / "half.csv")
     assert float(rows["octavo", "T=4"]["median_us"]) > 0 and float(rows["torch", "T=4"]["median_us"]) > 0
-    assert rows["lost", "T=4"]["note"].startswith("the process died: failed: ")
+    assert "CUDA error" in rows["lost", "T=4"]["note"]
 
 
 def test_a_job_survives_its_file():
