@@ -2,9 +2,9 @@
 
 python -m bench.launch_cost [--op NAME …] [--out FOLDER]
 
-Calls come in bursts behind a kernel that keeps the GPU busy, as in a model whose GPU work is longer than its launches;
-no burst fills the launch queue. Ops take turns for many rounds, because the speed of a shared host drifts; `torch.add`
-and Triton's own launch (of octavo's RMSNorm, its output allocated before) are among them. Medians of three costs:
+Calls come in bursts that do not fill the launch queue, and the GPU is waited for between bursts, outside the time. Ops
+take turns for many rounds, because the speed of a shared host drifts; `torch.add` and Triton's own launch (of octavo's
+RMSNorm, its output allocated before) are among them. Medians of three costs:
 
 - repeated: the call's tensors have shapes, strides and dtypes as in an earlier call;
 - dispatcher: through `torch.ops.octavo`, as a compiled graph or another framework calls it: no checks, no repetition;
@@ -30,11 +30,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import octavo
 from octavo.bench.harness import Shape, benchmarks, label, load
 from octavo.bench.store import ROOT, commit, folder_name
-from octavo.bench.timing import SPIN_HZ, spin_up
+from octavo.bench.timing import spin_up
 from octavo.kernels import norm
 
 BURST, ROUNDS = 200, 40
-BUSY_US = 40.0  # of GPU time a call
 COLUMNS = ("op", "shape", "repeated_us", "dispatcher_us", "new_shape_us", "gpu", "torch", "triton", "commit")
 
 
@@ -52,9 +51,8 @@ class _Watch(TorchDispatchMode):
 
 
 def burst_us(calls: Sequence[Callable[[], Any]]) -> float:
-    """Microseconds of CPU a call, for calls that are made one after the other behind work that keeps the GPU busy."""
+    """Microseconds of CPU a call, for calls that are made one after the other."""
     torch.cuda.synchronize()
-    torch.cuda._sleep(int(len(calls) * BUSY_US * 1e-6 * SPIN_HZ))
     start = time.perf_counter()
     for call in calls:
         call()

@@ -1,0 +1,83 @@
+"""Warming up a model: what its steps launch is what was compiled ahead."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+import octavo
+from octavo.engine import LLM, SamplingParams
+from octavo.kernels import launch as launching
+
+STEPS = """
+import torch
+from octavo.engine import LLM
+from octavo.engine.warmup import _meta, _step, step_calls
+from octavo.kernels.tiles import KNOWN_DEVICES
+from octavo.kernels.launch import launch_key
+from octavo.kernels.warmup import _launches
+
+def keys(calls):
+    return {
+        launch_key(k.kernel, 0, k.args, k.constexprs, k.num_warps, k.num_stages)
+        for k in _launches(calls, KNOWN_DEVICES[90])
+    }
+
+llm = LLM("smollm2", device="cpu", dtype=torch.bfloat16)
+warm = keys(step_calls(llm.model, llm.runner.kv_cache, 2048, 64))
+whole, cache = _meta(llm.model), llm.runner.kv_cache.to("meta")
+for tokens, sequences in ((1, 1), (7, 7), (64, 64), (50, 1), (300, 1), (2000, 1), (40, 4)):
+    missing = keys([lambda: _step(whole, cache, tokens, sequences)]) - warm
+    assert not missing, (tokens, sequences, missing)
+assert len(warm) > 10
+fewer = keys(step_calls(llm.model, llm.runner.kv_cache, 8, 8))
+assert keys([lambda: _step(whole, cache, 2000, 1)]) - fewer, "sizes make no difference, so the test shows nothing"
+print("covered")
+"""
+
+
+def test_every_step_is_covered():
+    # In a process of its own, because this one has the interpreter in place of the compiler.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", STEPS], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0 and "covered" in run.stdout, run.stderr[-3000:]
+
+
+def test_a_cpu_has_nothing_to_compile():
+    llm = LLM("smollm2", device="cpu")
+    with pytest.raises(ValueError, match="device: cpu; only a GPU's kernels are compiled"):
+        llm.warmup()
+
+
+@pytest.mark.gpu
+def test_serving_mixed_batches_compiles_nothing(tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=300,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    _tokenizer(300).save_pretrained(tmp_path)
+    llm = LLM(str(tmp_path), device="cuda", max_num_batched_tokens=96, max_num_seqs=5)
+    compiled, ready = octavo.compile_count(), len(launching._ready)
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    done = llm.generate([list(range(5, 5 + n)) for n in (1, 200, 17, 64, 3, 90)], params)
+    done += llm.generate([[7, 8]], replace(params, max_tokens=40))
+    assert [len(c.token_ids) for c in done] == [12] * 6 + [40]
+    llm.prompt_logprobs(list(range(5, 250)))
+    assert octavo.compile_count() == compiled and len(launching._ready) == ready
+
+
+def _tokenizer(size: int) -> transformers.PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models
+
+    words = models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words))
