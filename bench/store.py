@@ -104,12 +104,14 @@ def _text(value: str | float | int | None) -> str:
 def commit(root: Path = ROOT) -> str:
     """What names the octavo that was measured: the commit, "-dirty" where tracked files differ from it.
 
-    Results do not count as a difference: a run writes them. Without git, `OCTAVO_COMMIT` from the environment, else
-    the version.
+    `OCTAVO_COMMIT` from the environment goes before what git says, for a copy of a checkout that git would misjudge.
+    Results do not count as a difference: a run writes them. Without git, the version.
     """
+    if named := os.environ.get("OCTAVO_COMMIT"):
+        return named
     top = _git(root, "rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != root.resolve():
-        return os.environ.get("OCTAVO_COMMIT") or f"v{octavo.__version__}"
+        return f"v{octavo.__version__}"
     changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
     return f"{_git(root, 'rev-parse', '--short=12', 'HEAD')}{'-dirty' if changed else ''}"
 

@@ -84,6 +84,8 @@ class GraphTimer:
     note = ""
 
     def __init__(self, calls: Sequence[Call]) -> None:
+        # A graph knows addresses alone: what a call made for itself (packed weights, a peer's output) must outlive it.
+        self._alive = list(calls)
         _warm_up(calls)
         walk = _capture(calls, len(calls))
         walk.replay()

@@ -1,5 +1,7 @@
 """Selection, correctness before time, and time itself, on made-up benchmarks."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +15,7 @@ from octavo.bench import harness, peers
 from octavo.bench.check import difference
 from octavo.bench.harness import Provider, Unsupported
 from octavo.bench.measure import run_case
-from octavo.bench.timing import interleave, sets_wanted, storage_bytes, summarize
+from octavo.bench.timing import GraphTimer, interleave, sets_wanted, storage_bytes, summarize
 
 CPU = torch.device("cpu")
 SHAPE = {"T": 8, "hidden": 64}
@@ -387,6 +389,24 @@ def test_in_place_ops_are_restored_before_the_graph_is_checked():
     benchmark.exact = lambda inputs: (inputs["x"].double() * 2, inputs["x"].double() * 2 + 1)
     out = outcomes(benchmark, torch.device("cuda"))
     assert out["octavo"].times and out["peer"].times and not out["octavo"].notes
+
+
+@pytest.mark.gpu
+def test_what_a_call_made_for_itself_lives_as_long_as_its_graph():
+    """A graph knows addresses alone; packed weights that were freed would be read from whatever came there since."""
+    refs = []
+
+    def make():
+        own = torch.randn(2**20, device="cuda")
+        refs.append(weakref.ref(own))
+        return lambda: own * 2
+
+    timer = GraphTimer([make() for _ in range(3)])
+    gc.collect()
+    assert timer.run() > 0 and all(ref() is not None for ref in refs)
+    del timer
+    gc.collect()
+    assert not any(ref() is not None for ref in refs), "and no longer"
 
 
 @pytest.mark.gpu
