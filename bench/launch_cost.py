@@ -4,9 +4,10 @@ python -m bench.launch_cost [--op NAME …] [--out FOLDER]
 
 Calls come in bursts that do not fill the launch queue, and the GPU is waited for between bursts, outside the time. Ops
 take turns for many rounds, because the speed of a shared host drifts; `torch.add` and Triton's own launch (of octavo's
-RMSNorm, its output allocated before) are among them. Medians of three costs:
+RMSNorm, its output allocated before) are among them. Medians of these costs:
 
-- repeated: the call's tensors have shapes, strides and dtypes as in an earlier call;
+- repeated: the call's tensors have shapes, strides and dtypes as in an earlier call, and the GPU keeps up;
+- behind work: the same while the GPU is busy with something else, so that launches queue up;
 - dispatcher: through `torch.ops.octavo`, as a compiled graph or another framework calls it: no checks, no repetition;
 - new shape: the first call with such tensors (another number of tokens each time), kernels already compiled.
 """
@@ -30,11 +31,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import octavo
 from octavo.bench.harness import Shape, benchmarks, label, load
 from octavo.bench.store import ROOT, commit, folder_name
-from octavo.bench.timing import spin_up
+from octavo.bench.timing import SPIN_HZ, spin_up
 from octavo.kernels import norm
 
 BURST, ROUNDS = 200, 40
-COLUMNS = ("op", "shape", "repeated_us", "dispatcher_us", "new_shape_us", "gpu", "torch", "triton", "commit")
+WORK_US = 40.0
+COSTS = ("repeated_us", "behind_work_us", "dispatcher_us", "new_shape_us")
+COLUMNS = ("op", "shape", *COSTS, "gpu", "torch", "triton", "commit")
 
 
 class _Watch(TorchDispatchMode):
@@ -50,9 +53,11 @@ class _Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def burst_us(calls: Sequence[Callable[[], Any]]) -> float:
-    """Microseconds of CPU a call, for calls that are made one after the other."""
+def burst_us(calls: Sequence[Callable[[], Any]], work_us: float = 0.0) -> float:
+    """Microseconds of CPU a call, for calls one after the other, while the GPU has `work_us` of other work for each."""
     torch.cuda.synchronize()
+    if work_us:
+        torch.cuda._sleep(int(len(calls) * work_us * 1e-6 * SPIN_HZ))
     start = time.perf_counter()
     for call in calls:
         call()
@@ -84,6 +89,8 @@ def op(name: str, device: torch.device) -> Subject:
     benchmark = load(name)
     dtype = benchmark.DTYPES[0]
     smallest = min(benchmark.shapes(), key=lambda s: benchmark.bytes_moved(s, dtype))
+    if "ctx" in smallest:
+        smallest = smallest | {"ctx": 64}  # else the GPU takes longer than the CPU
     counted = next(iter(smallest))  # T, M or B: tokens or sequences
     generator = torch.Generator(device).manual_seed(0)
 
@@ -107,6 +114,7 @@ def op(name: str, device: torch.device) -> Subject:
 
     bursts = {
         "repeated_us": lambda: burst_us([call] * BURST),
+        "behind_work_us": lambda: burst_us([call] * BURST, WORK_US),
         "dispatcher_us": lambda: burst_us([lambda: function(*args)] * BURST),
         "new_shape_us": anew,
     }
@@ -125,7 +133,14 @@ def yardsticks(device: torch.device) -> list[Subject]:
         "triton kernel[grid], no allocation": lambda: norm._rms_norm_kernel[(1,)](*args, **tiles),
     }
     return [
-        Subject(name, "T=1,hidden=4096", {"repeated_us": partial(burst_us, [call] * BURST)})
+        Subject(
+            name,
+            "T=1,hidden=4096",
+            {
+                "repeated_us": partial(burst_us, [call] * BURST),
+                "behind_work_us": partial(burst_us, [call] * BURST, WORK_US),
+            },
+        )
         for name, call in calls.items()
     ]
 
@@ -153,7 +168,7 @@ def main() -> None:
         for subject in subjects:
             row = subject.row()
             writer.writerow(row | same)
-            print("  ".join(f"{value:>7}" for value in list(row.values())[2:]), row["op"])
+            print("  ".join(f"{row.get(name, ''):>7}" for name in COSTS), row["op"])
     print(path)
 
 

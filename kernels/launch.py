@@ -35,6 +35,7 @@ DEVICES = {"cuda"}
 
 Grid = tuple[int, int, int]
 Args = Sequence[Any]
+Pick = Callable[[Any], Args]
 
 
 class Ready(NamedTuple):
@@ -127,12 +128,14 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
 # which takes them as a sequence. Both take integers for pointers, and skip the arguments that are constexpr.
 
 
-def _start_3_6(ready: Ready, grid: Grid, stream: int, args: Args, more: Args) -> None:
-    ready.start(*grid, stream, ready.function, *ready.middle, *args, *more)
+def _bind_3_6(ready: Ready, grid: Grid, pick: Pick, others: Args) -> Callable[[int, Args], None]:
+    start, middle = ready.start, (ready.function, *ready.middle)
+    return lambda stream, args: start(*grid, stream, *middle, *pick(args), *others)
 
 
-def _start_3_7(ready: Ready, grid: Grid, stream: int, args: Args, more: Args) -> None:
-    ready.start(*grid, stream, ready.function, *ready.middle, (*args, *more))
+def _bind_3_7(ready: Ready, grid: Grid, pick: Pick, others: Args) -> Callable[[int, Args], None]:
+    start, middle = ready.start, (ready.function, *ready.middle)
+    return lambda stream, args: start(*grid, stream, *middle, (*pick(args), *others))
 
 
 def _middle_3_6(compiled: Any) -> tuple[Any, ...]:
@@ -146,10 +149,11 @@ def _middle_3_7(compiled: Any) -> tuple[Any, ...]:
     return *options, None, None, None, None, None, run.arg_annotations, run.kernel_signature
 
 
-_STARTERS = {"3.6": (_start_3_6, _middle_3_6), "3.7": (_start_3_7, _middle_3_7)}
+_STARTERS = {"3.6": (_bind_3_6, _middle_3_6), "3.7": (_bind_3_7, _middle_3_7)}
 _starter = None if torch.version.hip else _STARTERS.get(".".join(triton.__version__.split(".")[:2]))
-start = _starter[0] if _starter else None
-"""`start(ready, grid, stream, args, more)`: the kernel's arguments, addresses for tensors, anything for constexprs."""
+bind = _starter[0] if _starter else None
+"""`bind(ready, grid, pick, others)(stream, args)` starts the kernel on `pick(args)`, which are addresses, followed by
+`others`, all its other arguments, with anything for constexprs."""
 
 # Taken from torch.cuda and Triton's driver once, because going through them costs half a microsecond a launch.
 _current_device = getattr(torch._C, "_cuda_getDevice", None)
@@ -272,12 +276,13 @@ def launch(
             launch(kernel, grid, *args, device=device, num_warps=num_warps, num_stages=num_stages, **constexprs)
         return
     ready = None
-    if start is not None and device.type in DEVICES and not hooked():
+    if bind is not None and device.type in DEVICES and not hooked():
         ready = ready_kernel(kernel, device.index, args, constexprs, num_warps, num_stages)
     if ready is None:
         kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
     else:
         values = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args)
-        start(ready, in_three(grid), current_stream(device.index), values, (None,) * len(constexprs))  # type: ignore[misc]
+        start = bind(ready, in_three(grid), tuple, (None,) * len(constexprs))  # type: ignore[misc]
+        start(current_stream(device.index), values)  # type: ignore[misc]
     if recorder is not None:
         recorder.launches.append(Launch(kernel, grid, args, constexprs, num_warps, num_stages, ready))

@@ -17,7 +17,7 @@ profiler or a launch hook of Triton is active, and on every device but CUDA. Nor
 
 import inspect
 from collections.abc import Callable
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from operator import itemgetter
 from typing import Any, ParamSpec, TypeVar
 
@@ -27,15 +27,14 @@ from torch.utils._device import DeviceContext
 
 from octavo.kernels.launch import (
     DEVICES,
-    Grid,
     Launch,
     Recorder,
+    bind,
     current_stream,
     hooked,
     in_three,
     is_current,
     recording,
-    start,
 )
 
 try:
@@ -48,13 +47,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _MAX_KEYS, _MAX_PLANS = 1024, 8  # at either limit what was kept is dropped; a plan holds 2 KB
-_templates: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+_one_element: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+deterministic = torch._C._get_deterministic_algorithms
 
 
 class Plan:
     """What one call did, to be done again with other tensors of the same kind."""
 
-    __slots__ = ("_allocations", "_device", "_launches", "_on_cuda", "_result", "_several_devices", "matches")
+    __slots__ = ("_allocate", "_allocate_filled", "_device", "_result", "_several_devices", "_steps", "matches")
 
     def __init__(self, tensors: tuple[torch.Tensor, ...], recorder: Recorder, device: int, result: Any) -> None:
         self.matches: Callable[..., bool] = TensorGuards(
@@ -64,57 +64,61 @@ class Plan:
         ).check
         self._device = device
         self._several_devices = torch.cuda.device_count() > 1
-        self._on_cuda = tensors[0].is_cuda
         outputs = [out for out in recorder.outputs if out.numel() or _is_in(out, result)]
-        self._allocations = [(_template(out), tuple(out.shape), out.stride(), out.dtype) for out in outputs]
-        self._launches = [_relocatable(launch, [*tensors, *outputs]) for launch in recorder.launches]
+        allocators = [_allocators(out) for out in outputs]
+        self._allocate = [plain for plain, _ in allocators]
+        self._allocate_filled = [filled for _, filled in allocators]
+        self._steps = [_step(launch, [*tensors, *outputs]) for launch in recorder.launches]
         at = {id(out): i for i, out in enumerate(outputs)}
         self._result: Any = tuple(at[id(r)] for r in result) if isinstance(result, tuple) else at.get(id(result))
 
     def run(self, addresses: tuple[int, ...]) -> Any:
-        """Does the call again with tensors at these addresses, all of them aligned to 16 bytes."""
+        """Does the call again with tensors at these addresses (after a 0), all of them aligned to 16 bytes."""
         if self._several_devices and not is_current(self._device):
             with torch.cuda.device(self._device):
                 return self.run(addresses)
-        outputs = []
-        plainly = self._on_cuda and not torch._C._get_deterministic_algorithms()  # which fill new memory with NaN
-        for template, shape, strides, dtype in self._allocations:
-            if plainly:
-                out = _empty_strided_cuda(shape, strides, dtype)  # 1 µs, where torch.empty takes 2.5 to 4
-            else:
-                out = torch.empty_like(template, memory_format=torch.contiguous_format)
-            outputs.append(out)
-            addresses = (*addresses, out.data_ptr())
+        outputs = [allocate() for allocate in (self._allocate_filled if deterministic() else self._allocate)]
+        if outputs:
+            addresses += tuple([out.data_ptr() for out in outputs])
         stream = current_stream(self._device)  # type: ignore[misc]
-        for ready, grid, pointers, others in self._launches:
-            start(ready, grid, stream, pointers(addresses), others)  # type: ignore[misc]
-        if type(self._result) is int:
-            return outputs[self._result]
-        return None if self._result is None else tuple([outputs[i] for i in self._result])
+        for step in self._steps:
+            step(stream, addresses)
+        result = self._result
+        if result is None:
+            return None
+        return outputs[result] if type(result) is int else tuple([outputs[i] for i in result])
 
 
 def _is_in(tensor: torch.Tensor, result: Any) -> bool:
     return any(tensor is r for r in (result if isinstance(result, tuple) else (result,)))
 
 
-def _template(out: torch.Tensor) -> torch.Tensor:
-    """One element seen as a tensor of out's shape, to be given to `empty_like`."""
-    key = out.dtype, out.device
-    if key not in _templates:
-        _templates[key] = torch.empty(1, dtype=out.dtype, device=out.device)
-    return _templates[key].expand(out.shape)
+def _allocators(out: torch.Tensor) -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]:
+    """What allocates a tensor like `out`, which is contiguous: in the cheapest way, and as torch is configured to do.
 
-
-def _relocatable(launch: Launch, known: list[torch.Tensor]) -> tuple[Any, Grid, Callable[..., Any], tuple[Any, ...]]:
-    """A launch as (ready, grid, what picks its pointers from a tuple of addresses, its arguments after the pointers).
-
-    Addresses are those of the known tensors, after a 0 for pointers that are None or to no elements.
+    The cheapest, 1 µs where torch.empty takes 2.5 to 4, would not fill it in the deterministic mode.
     """
-    count = launch.pointers
-    where = {id(t): i for i, t in enumerate(known, 1)}
+    key = out.dtype, out.device
+    if key not in _one_element:
+        _one_element[key] = torch.empty(1, dtype=out.dtype, device=out.device)
+    like = _one_element[key].expand(out.shape)
+    configured = partial(torch.empty_like, like, memory_format=torch.contiguous_format)
+    if not out.is_cuda:
+        return configured, configured
+    return partial(_empty_strided_cuda, tuple(out.shape), out.stride(), out.dtype), configured
+
+
+def _step(launch: Launch, known: list[torch.Tensor]) -> Callable[[int, tuple[int, ...]], None]:
+    """What starts the launch's kernel, given a stream and the addresses of the known tensors.
+
+    The addresses come after a 0, which stands for pointers that are None or to no elements.
+    """
+    count, where = launch.pointers, {id(t): i for i, t in enumerate(known, 1)}
     order = [where[id(a)] if a is not None and a.numel() else 0 for a in launch.args[:count]]
     pick = itemgetter(*order) if count > 1 else lambda addresses: tuple([addresses[i] for i in order])
-    return launch.ready, in_three(launch.grid), pick, (*launch.args[count:], *[None] * len(launch.constexprs))
+    others = (*launch.args[count:], *[None] * len(launch.constexprs))
+    assert launch.ready is not None
+    return bind(launch.ready, in_three(launch.grid), pick, others)  # type: ignore[misc]
 
 
 def is_watched() -> bool:
@@ -135,7 +139,7 @@ def _may_plan(tensors: tuple[Any, ...]) -> bool:
     return (
         tensors[0].device.type in DEVICES
         and TensorGuards is not None
-        and start is not None
+        and bind is not None
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
@@ -159,24 +163,24 @@ def _plan(tensors: tuple[torch.Tensor, ...], recorder: Recorder, result: Any) ->
     return Plan(tensors, recorder, tensors[0].get_device(), result)
 
 
+# Names begin with an underscore, as no parameter's does.
 _CALL = """
-def make(function, is_compiling, is_watched, table, first, absent):
+def _make(_function, _is_compiling, _is_watched, _table, _first, _absent):
     def {name}{signature}:
-        if is_compiling():
-            return function({arguments})
-        if is_watched():
-            return function({arguments})
+        if _is_compiling() or _is_watched():
+            return _function({arguments})
         try:
-            plans = table[{key}]
-        except (KeyError, AttributeError, TypeError):
-            plans = ()
-        for plan in plans:
-            if plan.matches({tensors}):
+            _key = {key}
+            _plans = _table.get(_key, ())
+        except (AttributeError, TypeError):
+            return _function({arguments})
+        for _plan in _plans:
+            if _plan.matches({tensors}):
                 {addresses}
                 if ({bits}) & 15:
                     break
-                return plan.run((0, {names}))
-        return first(lambda: ({key}), ({tensors},), lambda: function({arguments}))
+                return _plan.run((0, {names}))
+        return _first(_key, ({tensors},), {arguments})
     return {name}
 """
 
@@ -195,21 +199,21 @@ def replayed(function: Callable[P, R]) -> Callable[P, R]:
     absent = {name: torch.empty(0) for name in optional}
     table: dict[Any, list[Plan]] = {}
 
-    def first(key: Callable[[], Any], given: tuple[Any, ...], call: Callable[[], R]) -> R:
+    def first(key: Any, given: tuple[Any, ...], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Calls the function itself, and keeps a plan of it where one can be made."""
         try:
             planned = _may_plan(given)
         except (AttributeError, RuntimeError, TypeError):  # something is not a tensor: the function says it better
             planned = False
         if not planned:
-            return call()
+            return function(*args, **kwargs)
         with recording(Recorder()) as recorder:
-            result = call()
+            result = function(*args, **kwargs)
         plan = _plan(given, recorder, result)
         if plan is not None:
             if len(table) >= _MAX_KEYS:
                 table.clear()
-            plans = table.setdefault(key(), [])
+            plans = table.setdefault(key, [])
             if len(plans) >= _MAX_PLANS:
                 plans.clear()
             plans.append(plan)
@@ -221,8 +225,8 @@ def replayed(function: Callable[P, R]) -> Callable[P, R]:
             key.append(f"{p.name} is None")
         elif p.name not in tensors:
             key.append(p.name)
-    given = [f"absent[{n!r}] if {n} is None else {n}" if n in optional else n for n in tensors]
-    names = [f"address_{n}" for n in tensors]
+    given = [f"_absent[{n!r}] if {n} is None else {n}" if n in optional else n for n in tensors]
+    names = [f"_address_{n}" for n in tensors]
     source = _CALL.format(
         name=function.__name__,
         signature=signature.replace(
@@ -240,6 +244,6 @@ def replayed(function: Callable[P, R]) -> Callable[P, R]:
     )
     namespace: dict[str, Any] = {"__name__": __name__}
     exec(source, namespace)
-    call = namespace["make"](function, torch.compiler.is_compiling, is_watched, table, first, absent)
+    call = namespace["_make"](function, torch.compiler.is_compiling, is_watched, table, first, absent)
     call.plans = table
     return update_wrapper(call, function)

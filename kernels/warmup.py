@@ -21,7 +21,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from octavo.kernels.compilation import ToLaunchers, compile_count, compile_for, without_memory
-from octavo.kernels.launch import Launch, launch_key, ready_kernel, record_launches, start
+from octavo.kernels.launch import Launch, bind, launch_key, ready_kernel, record_launches
 from octavo.kernels.tiles import KNOWN_DEVICES, DeviceProperties, device_properties
 
 MAX_PROCESSES = 16
@@ -165,7 +165,7 @@ def _load(launch: Launch, device: torch.device) -> None:
     """Makes the launch ready on the device, in this process."""
     args = launch.args, launch.constexprs, launch.num_warps, launch.num_stages
     with torch.cuda.device(device):
-        if start is not None:
+        if bind is not None:
             ready_kernel(launch.kernel, device.index, *args)
         else:
             launch.kernel.run(

@@ -7,9 +7,11 @@ which is where Triton's own launch, octavo's direct one and a repeated call must
 Runs under whichever Triton is first on the path: tests/test_launch.py runs it with every supported version.
 """
 
+import gc
 import sys
 import threading
 import warnings
+import weakref
 from contextlib import contextmanager
 
 import torch
@@ -99,11 +101,11 @@ def ordinary():
     plans = [dict(function.plans) for function in functions]
     for function in functions:
         function.plans.clear()
-    start, launching.start, replay.start = launching.start, None, None
+    bind, launching.bind, replay.bind = launching.bind, None, None
     try:
         yield
     finally:
-        launching.start = replay.start = start
+        launching.bind = replay.bind = bind
         for function, before in zip(functions, plans, strict=True):
             function.plans.update(before)
 
@@ -268,6 +270,30 @@ def check_who_must_see_the_op() -> None:
         except error:
             continue
         raise AssertionError(bad)
+
+
+def check_plans_keep_nothing_alive() -> None:
+    """A plan holds no tensor of the call that it was made from, and their number is bounded."""
+    pretend()
+    for name in cases(3):
+        function, tensors, others = cases(3)[name]
+        results = function(**tensors, **others)
+        kept = [*tensors.values(), *(results if isinstance(results, tuple) else (results,))]
+        refs = [weakref.ref(t) for t in kept if isinstance(t, torch.Tensor)]
+        assert function.plans and refs
+        del tensors, results, kept
+        calls.clear()
+        gc.collect()
+        assert not any(ref() is not None for ref in refs), name
+    weight = torch.zeros(64, dtype=torch.bfloat16)
+    for tokens in range(3000):
+        octavo.rms_norm(torch.zeros(tokens, 64, dtype=torch.bfloat16), weight)
+    assert len(octavo.rms_norm.plans) <= 1024
+    for gap in range(20):  # the same shape with other strides
+        x = torch.zeros(3, 64 + 16 * gap, dtype=torch.bfloat16)[:, :64]
+        octavo.rms_norm(x, weight)
+        octavo.rms_norm(x, weight)
+    assert max(map(len, octavo.rms_norm.plans.values())) <= 8
 
 
 def check_token_counts() -> None:

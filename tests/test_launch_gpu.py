@@ -12,7 +12,7 @@ import triton
 
 import octavo
 from octavo.kernels import launch as launching
-from octavo.kernels.launch import start
+from octavo.kernels.launch import bind
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parent.parent
@@ -28,7 +28,7 @@ def expected(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def test_this_triton_is_started_directly():
-    assert start is not None, triton.__version__
+    assert bind is not None, triton.__version__
     x, weight = operands(3)
     before = len(launching._ready)
     octavo.rms_norm(x, weight)
@@ -146,7 +146,7 @@ def test_memory_is_poisoned_for_repeated_calls_too():
     for _ in range(2):
         octavo.relu2(x)
     plan = next(reversed(octavo.relu2.plans.values()))[-1]
-    plan._launches.clear()  # a kernel that writes nothing
+    plan._steps.clear()  # a kernel that writes nothing
     assert octavo.relu2(x).isnan().all()
     octavo.relu2.plans.clear()
     assert torch.equal(octavo.relu2(x), x)
