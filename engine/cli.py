@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 try:
     import typer
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TransferSpeedColumn
     from rich.table import Table
 except ImportError as missing:
     raise SystemExit(f"octavo: {missing}; install the engine's extra: pip install 'octavo[engine]'") from None
@@ -155,14 +155,20 @@ def _load(model: str, device: str | None, dtype: DType) -> LLM:
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    hidden: dict[str, Any] = dict(console=console, transient=True)
+    with Progress(*columns, **hidden) as progress:
         task = progress.add_task(escape(model), total=None)
         llm = LLM(
             model,
             device=device,
             dtype=None if dtype is DType.auto else getattr(torch, dtype.value),
             progress=lambda done, total: progress.update(task, completed=done, total=total),
+            warmup=False,
         )
+    if llm.device.type == "cuda":
+        with Progress(TextColumn("preparing kernels"), BarColumn(), MofNCompleteColumn(), **hidden) as progress:
+            task = progress.add_task("", total=None)
+            llm.warmup(lambda done, total: progress.update(task, completed=done, total=total))
     for note in llm.notes:
         console.print(escape(note), style="dim")
     return llm
