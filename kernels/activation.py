@@ -18,7 +18,7 @@ from octavo.kernels.checks import FLOATS, check_dtype, check_last_dim_contiguous
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
-from octavo.kernels.tiles import cdiv, next_power_of_2, row_strides
+from octavo.kernels.tiles import cdiv, next_power_of_2, row_offset, row_strides
 from octavo.reference import activation as reference
 
 
@@ -64,14 +64,14 @@ def _activation_kernel(
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
-    row = (program // blocks).to(tl.int64)
+    row = program // blocks
     cols = program % blocks * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     mask = cols < N
-    x_ptr += row // x_inner * stride_x_outer + row % x_inner * stride_x_inner
+    x_ptr += row_offset(row, x_inner, stride_x_outer, stride_x_inner)
     y = _activate(tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32), ACTIVATION)  # [BLOCK]
     if GATED:
         y *= tl.load(x_ptr + N + cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * N + cols, y.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + row.to(tl.int64) * N + cols, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def _activation_cuda(x: torch.Tensor, activation: str, gated: bool) -> torch.Tensor:

@@ -16,7 +16,7 @@ from octavo.kernels.checks import FLOATS, check_device, check_dtype, check_last_
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
-from octavo.kernels.tiles import next_power_of_2, row_strides
+from octavo.kernels.tiles import next_power_of_2, row_offset, row_strides
 from octavo.reference import norm as reference
 
 
@@ -62,11 +62,11 @@ def _rms_norm_kernel(
     ONE_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    x_ptr += row // x_inner * stride_x_outer + row % x_inner * stride_x_inner
+    row = tl.program_id(0)
+    x_ptr += row_offset(row, x_inner, stride_x_outer, stride_x_inner)
     if ADD:
-        residual_ptr += row // residual_inner * stride_residual_outer + row % residual_inner * stride_residual_inner
-    out_ptr += row * N
+        residual_ptr += row_offset(row, residual_inner, stride_residual_outer, stride_residual_inner)
+    out_ptr += row.to(tl.int64) * N
     cols = tl.arange(0, BLOCK)
     if ONE_BLOCK:
         mask = cols < N

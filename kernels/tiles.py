@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+import triton
+import triton.language as tl
 
 from octavo.kernels.launch import current_recorder
 
@@ -91,3 +93,12 @@ def row_strides(name: str, x: torch.Tensor) -> tuple[int, int, int]:
     if len(dims) == 1:
         return 1, dims[0][1], 0
     return dims[1][0], dims[0][1], dims[1][1]
+
+
+@triton.jit
+def row_offset(row, inner, stride_outer, stride_inner):
+    """Where row `row` starts, as int64, in a tensor with these `row_strides`.
+
+    The division is in 32 bits: in 64 it takes far longer, and a grid has no more rows.
+    """
+    return (row // inner).to(tl.int64) * stride_outer + (row % inner).to(tl.int64) * stride_inner

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from octavo.kernels.checks import FLOATS, check_device, check_dtype, check_last_dim_contiguous, check_ndim, check_shape
 from octavo.kernels.quant.packing import PLANE
-from octavo.kernels.tiles import DeviceProperties
+from octavo.kernels.tiles import DeviceProperties, row_offset
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ def choose_tiles(tokens: int, dtype: torch.dtype, weight_bits: int, properties: 
 @triton.jit
 def token_offsets(m, M, x_inner, stride_x_outer, stride_x_inner):
     """Where the rows m of x start; those past the last repeat it, and their results are never stored."""
-    m = tl.minimum(m, M - 1)
-    return m // x_inner * stride_x_outer + m % x_inner * stride_x_inner
+    return row_offset(tl.minimum(m, M - 1).to(tl.int32), x_inner, stride_x_outer, stride_x_inner)
 
 
 @triton.jit

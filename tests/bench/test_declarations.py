@@ -188,11 +188,11 @@ def test_compiled_formulas_are_right_and_whole(name, shape, monkeypatch):
 
 def test_many_shapes_compile_past_the_recompile_limit(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     torch.compiler.reset()
-    for size in range(1, 8):
-        x = torch.arange(float(size))
-        assert torch.equal(providers.compiled(square, x)(), x * x)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for size in range(1, 8):
+            x = torch.arange(float(size))
+            assert torch.equal(providers.compiled(square, x)(), x * x)
 
 
 def square(x):
