@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from octavo.kernels.launch import Launch, Pointer
+from octavo.kernels.launch import Launch, Pointer, compiled_kernel
 from octavo.kernels.registry import OPS
 
 
@@ -114,11 +114,5 @@ def compile_for(launch: Launch, capability: tuple[int, int]) -> Any:
     if not isinstance(launch.kernel, JITFunction):
         raise RuntimeError("compiling needs real kernels: unset TRITON_INTERPRET")
     with _targeting(capability):
-        return launch.kernel.run(
-            *without_memory(launch).args,
-            grid=(1,),
-            warmup=True,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-            **launch.constexprs,
-        )
+        args = without_memory(launch).args
+        return compiled_kernel(launch.kernel, args, launch.constexprs, launch.num_warps, launch.num_stages)

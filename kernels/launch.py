@@ -17,13 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from threading import Lock
+from threading import RLock
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton import knobs
-from triton.runtime.jit import JITFunction
 
 INTERPRET: bool = knobs.runtime.interpret
 """True under `TRITON_INTERPRET=1`: kernels run on CPU tensors in Python, without bfloat16 `tl.dot` and inline asm."""
@@ -110,7 +109,10 @@ def recording(recorder: Recorder) -> Iterator[Recorder]:
 
 @contextmanager
 def record_launches(properties: Any) -> Iterator[list[Launch]]:
-    """Inside, `launch` records instead of launching, and tile choices see a device with `properties`."""
+    """Inside, `launch` records instead of launching, and tile choices see a device with `properties`.
+
+    It is for launchers; public ops reach theirs with meta tensors inside `octavo.kernels.compilation.ToLaunchers`.
+    """
     with recording(Recorder(properties)) as recorder:
         yield recorder.launches
 
@@ -179,7 +181,7 @@ def hooked() -> bool:
 
 _ready: dict[tuple[Any, ...], Ready | None] = {}
 _specialized: dict[int, tuple[bool, ...]] = {}
-_preparing = Lock()
+_preparing = RLock()  # Triton's hooks may call ops in turn
 
 
 def _class_of(value: Any, specialize: bool) -> Any:
@@ -204,18 +206,19 @@ def launch_key(
     return id(kernel), index, num_warps, num_stages, tuple(constexprs.values()), classes
 
 
-def _prepare(
-    kernel: JITFunction[Any],
-    args: tuple[Any, ...],
-    constexprs: dict[str, Any],
-    num_warps: int,
-    num_stages: int,
-) -> Ready | None:
-    """Has Triton find, or compile, the kernel for these arguments; None where it can't be started directly."""
-    compiled = kernel.run(*args, grid=(1,), warmup=True, num_warps=num_warps, num_stages=num_stages, **constexprs)
+def compiled_kernel(kernel: Any, args: Args, constexprs: dict[str, Any], num_warps: int, num_stages: int) -> Any:
+    """Triton's `CompiledKernel` for these arguments on its current device, found or compiled; nothing is started."""
+    return kernel.run(*args, grid=(1,), warmup=True, num_warps=num_warps, num_stages=num_stages, **constexprs)
+
+
+def _prepare(kernel: Any, args: Args, constexprs: dict[str, Any], num_warps: int, num_stages: int) -> Ready | None:
+    """Loads the kernel for these arguments on the current device; None where it can't be started directly."""
+    compiled = compiled_kernel(kernel, args, constexprs, num_warps, num_stages)
     if compiled is None or _starter is None:
         return None
     run = compiled.run  # loads it
+    if not hasattr(run, "launch"):
+        run()  # it could not be loaded before, and raises that error again
     if run.global_scratch_size or run.profile_scratch_size:
         return None
     return Ready(run.launch, compiled.function, _starter[1](compiled), compiled)
@@ -238,7 +241,7 @@ def ready_kernel(
         return _ready[key]
     except KeyError:
         pass
-    with _preparing:  # threads that need the same kernel first wait for one to compile it
+    with _preparing:  # threads that need a kernel at the same time compile it once
         if key not in _ready:
             _ready[key] = _prepare(kernel, args, constexprs, num_warps, num_stages)
         return _ready[key]

@@ -2,7 +2,7 @@
 
 Checking arguments, going through PyTorch's dispatcher, choosing tiles and computing grids takes 20 to 40 µs of Python,
 and comes to the same thing each time that an op is called with tensors of the same shapes, strides and dtypes: in an
-eager model, in every layer but the first. So `replayed`, the decorator of every public op, keeps a plan of the first
+eager model, in every layer but the first. So `replayed`, the decorator of every public op, keeps a plan of the second
 call with such arguments: which outputs were allocated, and which kernels were started on which of the tensors. The next
 call checks that its arguments are of the same kind (one C++ function, PyTorch's own guard of compiled code), allocates,
 and starts the kernels. That does the same because a launcher depends on nothing but its arguments' metadata: it calls
@@ -10,15 +10,17 @@ and starts the kernels. That does the same because a launcher depends on nothing
 is in device memory.
 
 No plan is made, and the ordinary path taken, where something must see the op itself: under `torch.compile`, under
-dispatch and function modes, inside functorch's transforms, with a tensor that requires a gradient, while torch's
-profiler or a launch hook of Triton is active, and on every device but CUDA. Nor for addresses that are not aligned to
-16 bytes, while a graph is being captured, or for one tensor given twice; a plan that was made before serves a capture.
+dispatch and function modes, inside functorch's transforms, with a tensor that requires a gradient in grad mode, while
+torch's profiler or a launch hook of Triton is active, and on every device but CUDA. Nor for addresses that are not
+aligned to 16 bytes, while a graph is being captured, or for one tensor given twice; a plan that was made before serves
+a capture.
 """
 
 import inspect
 from collections.abc import Callable
 from functools import partial, update_wrapper
 from operator import itemgetter
+from threading import Lock
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -30,6 +32,7 @@ from octavo.kernels.launch import (
     Launch,
     Recorder,
     bind,
+    current_recorder,
     current_stream,
     hooked,
     in_three,
@@ -46,8 +49,8 @@ except ImportError:  # another PyTorch: every call takes the ordinary path
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_MAX_KEYS, _MAX_PLANS = 1024, 8  # at either limit what was kept is dropped; a plan holds 2 KB
-_one_element: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+_MAX_KEYS, _MAX_PLANS = 1024, 16  # at either limit the oldest goes; a plan holds 2 KB
+_PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.Size}
 deterministic = torch._C._get_deterministic_algorithms
 
 
@@ -98,11 +101,7 @@ def _allocators(out: torch.Tensor) -> tuple[Callable[[], torch.Tensor], Callable
 
     The cheapest, 1 µs where torch.empty takes 2.5 to 4, would not fill it in the deterministic mode.
     """
-    key = out.dtype, out.device
-    if key not in _one_element:
-        _one_element[key] = torch.empty(1, dtype=out.dtype, device=out.device)
-    like = _one_element[key].expand(out.shape)
-    configured = partial(torch.empty_like, like, memory_format=torch.contiguous_format)
+    configured = partial(torch.empty, out.shape, dtype=out.dtype, device=out.device)
     if not out.is_cuda:
         return configured, configured
     return partial(_empty_strided_cuda, tuple(out.shape), out.stride(), out.dtype), configured
@@ -140,6 +139,7 @@ def _may_plan(tensors: tuple[Any, ...]) -> bool:
         tensors[0].device.type in DEVICES
         and TensorGuards is not None
         and bind is not None
+        and current_recorder() is None
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
@@ -165,7 +165,7 @@ def _plan(tensors: tuple[torch.Tensor, ...], recorder: Recorder, result: Any) ->
 
 # Names begin with an underscore, as no parameter's does.
 _CALL = """
-def _make(_function, _is_compiling, _is_watched, _table, _first, _absent):
+def _make(_function, _is_compiling, _is_watched, _is_grad_enabled, _table, _first, _absent):
     def {name}{signature}:
         if _is_compiling() or _is_watched():
             return _function({arguments})
@@ -196,30 +196,36 @@ def replayed(function: Callable[P, R]) -> Callable[P, R]:
     tensors = [p.name for p in parameters if p.annotation in (torch.Tensor, torch.Tensor | None)]
     optional = [p.name for p in parameters if p.annotation == torch.Tensor | None]
     # In place of an absent tensor another is matched, and its absence is part of the key.
-    absent = {name: torch.empty(0) for name in optional}
+    absent = {name: torch.empty(0, device="cpu") for name in optional}
     table: dict[Any, list[Plan]] = {}
+    changing = Lock()
 
     def first(key: Any, given: tuple[Any, ...], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Calls the function itself, and keeps a plan of it where one can be made."""
+        """Calls the function itself; at the second call of a kind, keeps a plan of it where one can be made."""
         try:
-            planned = _may_plan(given)
+            planned = all(type(value) in _PLAIN for value in key) and _may_plan(given)
         except (AttributeError, RuntimeError, TypeError):  # something is not a tensor: the function says it better
             planned = False
         if not planned:
+            return function(*args, **kwargs)
+        with changing:
+            plans = table.get(key)
+            if plans is None:
+                if len(table) >= _MAX_KEYS:
+                    del table[next(iter(table))]
+                table[key] = []
+        if plans is None:
             return function(*args, **kwargs)
         with recording(Recorder()) as recorder:
             result = function(*args, **kwargs)
         plan = _plan(given, recorder, result)
         if plan is not None:
-            if len(table) >= _MAX_KEYS:
-                table.clear()
-            plans = table.setdefault(key, [])
-            if len(plans) >= _MAX_PLANS:
-                plans.clear()
-            plans.append(plan)
+            with changing:
+                plans.append(plan)
+                del plans[:-_MAX_PLANS]
         return result
 
-    key = [f"{parameters[0].name}.shape"]
+    key = [f"{parameters[0].name}.shape", "_is_grad_enabled()"]
     for p in parameters:
         if p.name in optional:
             key.append(f"{p.name} is None")
@@ -244,6 +250,8 @@ def replayed(function: Callable[P, R]) -> Callable[P, R]:
     )
     namespace: dict[str, Any] = {"__name__": __name__}
     exec(source, namespace)
-    call = namespace["_make"](function, torch.compiler.is_compiling, is_watched, table, first, absent)
+    call = namespace["_make"](
+        function, torch.compiler.is_compiling, is_watched, torch.is_grad_enabled, table, first, absent
+    )
     call.plans = table
     return update_wrapper(call, function)

@@ -86,7 +86,7 @@ def _rotate_heads(
         tl.store(row_ptr + HALF + cols, (b * cos + a * sin).to(dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_position"])
 def _rotary_embedding_kernel(
     # Bound by memory: query and key read once and written once; one program a token and a group of heads, all groups of
     # query's first. HALF is constexpr because it is the model's, not the request's, and because a mask over an odd

@@ -13,15 +13,24 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
-from triton.runtime.jit import JITFunction
 
 from octavo.kernels.compilation import ToLaunchers, compile_count, compile_for, without_memory
-from octavo.kernels.launch import Launch, bind, launch_key, ready_kernel, record_launches
+from octavo.kernels.launch import (
+    INTERPRET,
+    Launch,
+    bind,
+    compiled_kernel,
+    launch_key,
+    ready_kernel,
+    record_launches,
+)
 from octavo.kernels.tiles import KNOWN_DEVICES, DeviceProperties, device_properties
 
 MAX_PROCESSES = 16
@@ -83,25 +92,28 @@ def warmup(
         device: "cuda" (the default), "cuda:1" and so on: the kernels are compiled for it and loaded. Without a GPU,
             "sm_80", "sm_89" or "sm_90": compiled for an A100, an L40S or an H100 into Triton's cache, which can be
             shipped (the folder `TRITON_CACHE_DIR`).
-        processes: how many compile at a time; by default one a CPU core, up to 16. 1 compiles in this process.
+        processes: how many compile at a time; by default one a CPU core, up to 16. They are started when the first
+            kernel that Triton's cache lacks has been compiled; with 1, and on ROCm, this process compiles them all
+            (without a GPU, one other does).
         progress: called with (kernels done, kernels in all), from one thread at a time.
 
     Returns:
         What was compiled, what was found in Triton's cache, and how long it took.
 
     Raises:
-        ValueError: a device that is not known or not here.
-        RuntimeError: under `TRITON_INTERPRET=1`, where nothing is compiled; or a kernel does not compile.
+        ValueError: a device that is not known or not here, or fewer than one process.
+        RuntimeError: a kernel does not compile, or the process that compiled it died.
 
     Another process then finds everything in Triton's cache; it loads a kernel at its first call, or by a warmup of its
-    own, in milliseconds each.
+    own, in milliseconds each. Under `TRITON_INTERPRET=1` there is nothing to compile, and nothing is done.
     """
     began = time.perf_counter()
+    if processes is None:
+        processes = min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
+    if processes < 1:
+        raise ValueError(f"processes: {processes}; expected at least 1")
     target, properties = _target(device)
     launches = _launches(calls, properties)
-    if processes is None:
-        processes = min(os.cpu_count() or 1, MAX_PROCESSES)
-    processes = max(1, min(processes, len(launches)))
     done = 0
     lock = threading.Lock()
 
@@ -112,18 +124,23 @@ def warmup(
             if progress is not None:
                 progress(done, len(launches))
 
-    if processes > 1 or target is None:
-        kernels = _compile_in_processes(launches, properties.capability, processes, advance)
-        if target is not None:
-            for launch in launches:
-                _load(launch, target)
-    else:
-        kernels = []
+    kernels: list[WarmKernel] = []
+    alone = processes == 1 or torch.version.hip is not None
+    if target is not None:
         for launch in launches:
-            kernels.append(_timed(launch, lambda launch=launch: _load(launch, target)))  # type: ignore[misc]
+            kernels.append(_timed(launch, partial(_load, launch, target)))
             advance()
+            if kernels[-1].compiled and not alone:
+                break
+    rest = launches[len(kernels) :]
+    processes = min(processes, len(rest))
+    if rest:
+        kernels += _compile_in_processes(rest, properties.capability, processes, advance)
+        if target is not None:
+            for launch in rest:
+                _load(launch, target)
     kernels.sort(key=lambda k: -k.seconds)
-    return WarmupReport(tuple(kernels), time.perf_counter() - began, processes)
+    return WarmupReport(tuple(kernels), time.perf_counter() - began, max(processes, 1))
 
 
 def _target(device: torch.device | str | None) -> tuple[torch.device | None, DeviceProperties]:
@@ -149,13 +166,13 @@ def _target(device: torch.device | str | None) -> tuple[torch.device | None, Dev
 
 def _launches(calls: Iterable[Callable[[], Any]], properties: DeviceProperties) -> list[Launch]:
     """One launch of each compiled kernel that the calls need."""
+    if INTERPRET:
+        return []
     with record_launches(properties) as recorded, torch.no_grad(), ToLaunchers():
         for call in calls:
             call()
     distinct: dict[Any, Launch] = {}
     for launch in map(without_memory, recorded):
-        if not isinstance(launch.kernel, JITFunction):
-            raise RuntimeError("TRITON_INTERPRET is set, so kernels are interpreted, not compiled: unset it")
         key = launch_key(launch.kernel, 0, launch.args, launch.constexprs, launch.num_warps, launch.num_stages)
         distinct.setdefault(key, launch)
     return list(distinct.values())
@@ -168,14 +185,7 @@ def _load(launch: Launch, device: torch.device) -> None:
         if bind is not None:
             ready_kernel(launch.kernel, device.index, *args)
         else:
-            launch.kernel.run(
-                *launch.args,
-                grid=(1,),
-                warmup=True,
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
-                **launch.constexprs,
-            )
+            compiled_kernel(launch.kernel, *args)
 
 
 def _timed(launch: Launch, compile: Callable[[], Any]) -> WarmKernel:
@@ -198,10 +208,9 @@ def _compile_in_processes(
 
     def serve() -> None:
         try:
-            with _worker() as worker:
-                assert worker.stdin and worker.stdout
+            with _Worker() as worker:
                 while not failures:
-                    kernels.append(_ask(worker, jobs.get_nowait(), capability))
+                    kernels.append(worker.ask(jobs.get_nowait(), capability))
                     advance()
         except Empty:
             pass
@@ -218,44 +227,59 @@ def _compile_in_processes(
     return kernels
 
 
-def _worker() -> subprocess.Popen[bytes]:
-    # Not multiprocessing: its spawned children run the caller's main module again.
-    code = f"import sys; sys.path[:] = {sys.path!r}; from octavo.kernels.warmup import work; work()"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-    )
+class _Worker:
+    """A process that compiles one launch after the other, as `work` does."""
 
+    def __enter__(self) -> "_Worker":
+        # Not multiprocessing: its spawned children run the caller's main module again. Answers have a pipe of their
+        # own, since anything may print.
+        answers, answering = os.pipe()
+        code = f"import sys; sys.path[:] = {sys.path!r}; from octavo.kernels.warmup import work; work({answering})"
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=2, env=environment, pass_fds=(answering,)
+        )
+        os.close(answering)
+        self.answers = os.fdopen(answers, "rb")
+        return self
 
-def _ask(worker: subprocess.Popen[bytes], launch: Launch, capability: tuple[int, int]) -> WarmKernel:
-    assert worker.stdin and worker.stdout
-    function = launch.kernel.fn
-    job = function.__module__, function.__name__, launch.args, launch.constexprs, launch.num_warps, launch.num_stages
-    try:
-        pickle.dump((job, capability), worker.stdin)
-        worker.stdin.flush()
-        answer = pickle.load(worker.stdout)
-    except (EOFError, BrokenPipeError):
-        raise RuntimeError(f"the process that compiled {function.__name__} died; its output is above") from None
-    if isinstance(answer, str):
-        raise RuntimeError(f"{function.__name__} does not compile with {launch.constexprs}:\n{answer}")
-    return answer
+    def __exit__(self, *error: object) -> None:
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
+        self.answers.close()
 
-
-def work() -> None:
-    """A worker's life: jobs from stdin, `WarmKernel`s, or what went wrong, to stdout."""
-    answers, sys.stdout = sys.stdout.buffer, sys.stderr
-    while True:
+    def ask(self, launch: Launch, capability: tuple[int, int]) -> WarmKernel:
+        """Has one launch compiled."""
+        assert self.process.stdin is not None
+        function = launch.kernel.fn
+        where = function.__module__, function.__name__
+        job = (*where, launch.args, launch.constexprs, launch.num_warps, launch.num_stages)
         try:
-            (module, name, *rest), capability = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        __import__(module)
-        args, constexprs, num_warps, num_stages = rest
-        launch = Launch(getattr(sys.modules[module], name), (1,), args, constexprs, num_warps, num_stages)
-        try:
-            answer: WarmKernel | str = _timed(launch, lambda: compile_for(launch, capability))  # noqa: B023
-        except Exception as error:
-            answer = f"{type(error).__name__}: {error}"
-        pickle.dump(answer, answers)
-        answers.flush()
+            pickle.dump((job, capability), self.process.stdin)
+            self.process.stdin.flush()
+            answer = pickle.load(self.answers)
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+            raise RuntimeError(f"the process that compiled {function.__name__} died; its output is above") from None
+        if isinstance(answer, str):
+            raise RuntimeError(f"{function.__name__} does not compile with {launch.constexprs}:\n{answer}")
+        return answer
+
+
+def work(answering: int) -> None:
+    """A worker's life: jobs from stdin; `WarmKernel`s, or what went wrong, to a pipe."""
+    with os.fdopen(answering, "wb") as answers:
+        while True:
+            try:
+                (module, name, *rest), capability = pickle.load(sys.stdin.buffer)
+            except EOFError:
+                return
+            __import__(module)
+            launch = Launch(getattr(sys.modules[module], name), (1,), *rest)
+            try:
+                answer: WarmKernel | str = _timed(launch, partial(compile_for, launch, capability))
+            except Exception as error:
+                answer = f"{type(error).__name__}: {error}"
+            pickle.dump(answer, answers)
+            answers.flush()

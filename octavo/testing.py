@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from octavo.kernels.launch import INTERPRET, record_launches
+from octavo.kernels.compilation import ToLaunchers
+from octavo.kernels.launch import INTERPRET, Recorder, recording
 from octavo.kernels.registry import OPS, without_interpreter
 from octavo.kernels.tiles import KNOWN_DEVICES
 
@@ -59,10 +60,10 @@ class _TensorOperations(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: set[str] = set()
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        self.names.add(str(func))
+        self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
@@ -81,24 +82,33 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+def _check_replayable(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Whether a call does nothing with tensors but octavo's `empty` and `launch`."""
+    metas = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
+    with recording(Recorder(KNOWN_DEVICES[90])) as recorder, _TensorOperations() as seen, ToLaunchers():
+        function(*metas, **kwargs)
+    expected = ["aten.empty.memory_format"] * len(recorder.outputs)
+    assert seen.names == expected, f"{name}: beside {len(recorder.outputs)} times empty it calls {seen.names}"
+
+
 def check_op(name: str, function: Callable[..., Any], op_args: tuple[Any, ...], *args: Any, **kwargs: Any) -> None:
     """`opcheck` of `torch.ops.octavo.<name>` on `op_args`, and the public `function` compiled as one graph.
 
-    The launcher, given meta tensors, may do nothing but `empty` and `launch`. `args` and `kwargs` go to `function`,
-    once eagerly and once compiled, on clones; results and mutated arguments must be the same bits.
+    Function and launcher may do nothing with tensors but `empty` and `launch`, which is what later calls repeat.
+    `args` and `kwargs` go to `function`, eagerly as often as it takes to be repeated and once compiled, on clones;
+    results and mutated arguments must be the same bits.
     """
     torch.library.opcheck(getattr(torch.ops.octavo, name).default, op_args)
-    metas = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in op_args]
-    with record_launches(KNOWN_DEVICES[90]), _TensorOperations() as seen:
-        OPS[name].launcher(*metas)
-    assert seen.names <= {"aten.empty.memory_format"}, f"{name}: its launcher also calls {seen.names}"
+    _check_replayable(name, OPS[name].launcher, op_args, {})
+    _check_replayable(name, function, args, kwargs)
     torch.compiler.reset()
     on_gpu = any(isinstance(a, torch.Tensor) and a.is_cuda for a in args)
     compiled = torch.compile(function, fullgraph=True, backend="inductor" if on_gpu else "aot_eager")
     sides = []
-    for call in (function, compiled):
+    for call in (function, function, function, compiled):
         mine = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)
         out = call(*mine, **kwargs)
         sides.append([x for x in (*mine, *(out if isinstance(out, tuple) else (out,))) if isinstance(x, torch.Tensor)])
-    for eager, traced in zip(*sides, strict=True):
-        torch.testing.assert_close(traced, eager, rtol=0, atol=0, equal_nan=True)
+    for side in sides[1:]:
+        for first, later in zip(sides[0], side, strict=True):
+            torch.testing.assert_close(later, first, rtol=0, atol=0, equal_nan=True)

@@ -58,6 +58,7 @@ def test_one_token_is_walked_as_many_are():
         (dict(device="cuda"), "device: 'cuda', but this machine has 0 GPUs; to compile without one, name"),
         (dict(device="sm_70"), "device: 'sm_70'; expected \"cuda\""),
         (dict(device="cpu"), "device: 'cpu'; expected"),
+        (dict(device="sm_90", processes=0), "processes: 0; expected at least 1"),
     ],
 )
 def test_warmup_errors(arguments, message):
@@ -66,10 +67,38 @@ def test_warmup_errors(arguments, message):
 
 
 @pytest.mark.skipif(not octavo.testing.INTERPRET, reason="is about the interpreter")
-def test_warmup_needs_the_compiler():
+def test_the_interpreter_has_nothing_to_warm_up():
     x = torch.empty(1, 64, device="meta", dtype=torch.float16)
-    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
-        octavo.warmup([lambda: octavo.relu2(x)], device="sm_90")
+    assert octavo.warmup([lambda: octavo.relu2(x)], device="sm_90").kernels == ()
+
+
+DYING = """
+import os, sys
+from octavo.kernels import warmup
+import octavo, torch
+real = warmup.subprocess.Popen
+def popen(command, **options):
+    code = command[2].partition("; from")[0] + sys.argv[1]
+    return real([*command[:2], code if "exit" in sys.argv[1] else sys.argv[1] + command[2]], **options)
+warmup.subprocess.Popen = popen
+x = torch.empty(1, 64, device="meta", dtype=torch.float16)
+print(octavo.warmup([lambda: octavo.relu2(x)], device="sm_90"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("trick", "expected"),
+    [
+        ("; sys.exit(3)", "RuntimeError: the process that compiled _activation_kernel died"),
+        ("print('noise', flush=True); ", "1 kernels ready"),
+    ],
+)
+def test_workers_that_die_or_print(trick, expected):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", DYING, trick], env=environment, capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert expected in run.stdout + run.stderr, run.stderr[-3000:]
 
 
 @pytest.mark.parametrize(
