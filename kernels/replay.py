@@ -133,12 +133,12 @@ def is_watched() -> bool:
     return any(type(mode) is not DeviceContext for mode in modes)
 
 
-def _may_plan(tensors: tuple[Any, ...]) -> bool:
-    """Whether nothing but the op's launcher has a say in what this call does."""
+def _may_plan(tensors: tuple[Any, ...], key: tuple[Any, ...]) -> bool:
+    """Whether only the op's launcher has a say in what this call does, and the key says all about its numbers."""
     return (
-        tensors[0].device.type in DEVICES
-        and TensorGuards is not None
+        TensorGuards is not None
         and bind is not None
+        and all(type(value) in _PLAIN for value in key)  # a tensor in place of a number may change its value
         and current_recorder() is None
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -203,10 +203,9 @@ def replayed(function: Callable[P, R]) -> Callable[P, R]:
     def first(key: Any, given: tuple[Any, ...], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Calls the function itself; at the second call of a kind, keeps a plan of it where one can be made."""
         try:
-            planned = all(type(value) in _PLAIN for value in key) and _may_plan(given)
+            if given[0].device.type not in DEVICES or not _may_plan(given, key):
+                return function(*args, **kwargs)
         except (AttributeError, RuntimeError, TypeError):  # something is not a tensor: the function says it better
-            planned = False
-        if not planned:
             return function(*args, **kwargs)
         with changing:
             plans = table.get(key)
