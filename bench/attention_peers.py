@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from octavo.bench.harness import Inputs, Unsupported
+from octavo.bench.harness import Inputs, LeftOut, Unsupported
 from octavo.bench.providers import flashinfer_workspace, page_tables
 
 Call = Callable[[], torch.Tensor]
@@ -95,7 +95,7 @@ def flashinfer_fa3(inputs: Inputs) -> Call:
     if inputs["max_seqlen_q"] == 1:
         raise Unsupported("prefill only")
     if os.environ.get("OCTAVO_BENCH_FA3") != "1":
-        raise Unsupported("takes minutes to compile; set OCTAVO_BENCH_FA3=1")
+        raise LeftOut("takes minutes to compile; set OCTAVO_BENCH_FA3=1")
     return _flashinfer_prefill(inputs, "fa3")
 
 

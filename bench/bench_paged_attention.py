@@ -28,6 +28,7 @@ WIDE_DECODE = [(1, 1, 4096), (64, 1, 4096), (256, 1, 1024)]
 WINDOW_DECODE = [(1, 1, 32768), (16, 1, 32768)]
 PREFILL = [(8, 2048, 2048), (2, 8192, 8192), (1, 16384, 16384)]
 CHUNKS = [(1, 2048, 8192), (1, 2048, 32768), (4, 512, 4096)]
+LARGE_PAGE_DECODE = [(1, 1, 4096), (16, 1, 4096), (64, 1, 4096)]
 SHORT = [(1, 1, 2048), (64, 1, 2048), (8, 2048, 2048)]  # Falcon's context ends at 2048
 
 
@@ -40,6 +41,7 @@ def shapes() -> list[Shape]:
     """`window` is 0 for none. Pages of 128 as well where a peer is known to be faster with them."""
     return [
         *_shapes(LLAMA_3_8B, DECODE),
+        *_shapes(LLAMA_3_8B, LARGE_PAGE_DECODE, page=128),
         *_shapes(LLAMA_2_70B, WIDE_DECODE),
         *_shapes(MISTRAL_7B, WINDOW_DECODE, window=MISTRAL_7B.window or 0),
         *_shapes(LLAMA_3_8B, PREFILL),

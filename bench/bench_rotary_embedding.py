@@ -60,12 +60,12 @@ def bytes_moved(shape: Shape, dtype: torch.dtype) -> int:
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
 def _plain(query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, cos_sin_cache: torch.Tensor) -> Pair:
-    """Not in place: as a torch model has it, and one read and write of each tensor all the same."""
-    cos, sin = cos_sin_cache[positions][:, None].chunk(2, -1)
+    """Not in place: as a torch model has it, with cosines and sines in the model's dtype."""
+    cos, sin = cos_sin_cache[positions][:, None].to(query.dtype).chunk(2, -1)
     return _turned(query, cos, sin), _turned(key, cos, sin)
 
 
@@ -139,6 +139,6 @@ PROVIDERS = {
     "torch.compile": Provider(lambda i: compiled(_plain, *_arguments(i)), package="torch"),
     "flashinfer": Provider(_flashinfer, "flashinfer", package="flashinfer-python"),
     "vllm": Provider(_vllm, "vllm", package="vllm"),
-    "liger": Provider(_liger, "triton-peers", package="liger-kernel"),
+    "liger": Provider(_liger, "triton-peers", package="liger-kernel", note="positions gathered before"),
     "conch": Provider(_conch, "triton-peers", package="conch-triton-kernels"),
 }

@@ -58,8 +58,19 @@ def bytes_moved(shape: Shape, dtype: torch.dtype) -> int:
 def _plain(
     key: torch.Tensor, value: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, slots: torch.Tensor
 ) -> None:
-    key_cache.view(-1, *key.shape[1:])[slots] = key
-    value_cache.view(-1, *value.shape[1:])[slots] = value
+    _put(key, value, _rows(key_cache), _rows(value_cache), slots)
+
+
+def _rows(cache: torch.Tensor) -> torch.Tensor:
+    """A view of a cache with one row of heads a slot."""
+    return cache.view(-1, *cache.shape[2:])
+
+
+def _put(
+    key: torch.Tensor, value: torch.Tensor, key_rows: torch.Tensor, value_rows: torch.Tensor, slots: torch.Tensor
+) -> None:
+    key_rows[slots] = key
+    value_rows[slots] = value
 
 
 def _in_place(inputs: Inputs, function: Callable[..., object], *rest: object) -> Callable[[], Pair]:
@@ -75,8 +86,12 @@ def _in_place(inputs: Inputs, function: Callable[..., object], *rest: object) ->
 
 
 def _compiled(inputs: Inputs) -> Callable[[], Pair]:
+    """One kernel that writes both caches.
+
+    They go in as rows: torch 2.11's compiler copies a whole cache where it sees a write through a view of an argument.
+    """
     key, value, *caches = (inputs[name] for name in ("key", "value", "key_cache", "value_cache"))
-    write = compiled(_plain, key, value, *caches, inputs["slots"])
+    write = compiled(_put, key, value, *map(_rows, caches), inputs["slots"])
 
     def call() -> Pair:
         write()

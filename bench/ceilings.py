@@ -34,7 +34,7 @@ from octavo.bench.timing import Call, interleave, make_timer, spin_up, summarize
 
 GPU_BYTES = 2**30
 CPU_BYTES = 2**28
-GPU_GEMMS = ((8192, 8192, 8192), (4096, 8192, 8192))
+GPU_GEMMS = ((8192, 8192, 8192), (4096, 8192, 8192), (4096, 28672, 4096), (4096, 6144, 4096))
 CPU_GEMMS = ((1024, 1024, 1024), (2048, 2048, 2048))
 TILES = ((2048, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 16))
 """(elements a tile, warps) of the bandwidth kernels: 4 to 8 loads of 16 bytes in flight a thread."""
@@ -298,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder of ceilings.json (default: this GPU's in bench/results)")
     parser.add_argument("--mib", type=int, help="MiB that the bandwidths are measured over")
-    parser.add_argument("--gemm", type=int, nargs=3, metavar=("M", "N", "K"), help="one GEMM instead of the two")
+    parser.add_argument("--gemm", type=int, nargs=3, metavar=("M", "N", "K"), help="one GEMM instead of the usual")
     parser.add_argument("--rounds", type=int, default=20, help="replays that each median is over")
     args = parser.parse_args(arguments)
     on_gpu = torch.cuda.is_available()

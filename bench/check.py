@@ -34,6 +34,15 @@ def difference(actual: Any, exact: Any) -> str | None:
     return None
 
 
+def not_finite(result: Any) -> str | None:
+    """Whether a result holds NaN or infinities, in a few words; None where it does not."""
+    for tensor in tensors(result):
+        count = 0 if not tensor.is_floating_point() else int((~torch.isfinite(tensor.float())).sum())
+        if count:
+            return f"{count} of {tensor.numel()} elements are not finite"
+    return None
+
+
 def _difference(actual: torch.Tensor, exact: torch.Tensor) -> str | None:
     if actual.shape != exact.shape:
         return f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.bench.peers import environment
-from octavo.bench.worker import ANCHOR, LOST, Job
+from octavo.bench.worker import ANCHOR, LOST, Job, is_anchored
 
 Event = dict[str, Any]
 MAX_CRASHES = 2  # of one provider; then it is left out of the op
@@ -34,9 +34,10 @@ def follow(job: Job, folders: Sequence[str], tree: Path, on_event: Callable[[Eve
     Args:
         folders: the site of the job's group.
         tree: the folder that holds the package `octavo` to measure.
-        on_event: told each event, and the row of a provider that crashed.
+        on_event: told each event, the row of a provider that crashed, and `begin` ahead of each process.
     """
     while True:
+        on_event({"event": "begin"})
         crash = _one_process(job, folders, tree, on_event)
         if crash is None:
             return
@@ -45,7 +46,7 @@ def follow(job: Job, folders: Sequence[str], tree: Path, on_event: Callable[[Eve
             job = replace(job, finished=[*job.finished, *crash["finished"], case])
             on_event({**crash, "event": "crash"})
             continue
-        anchor = job.group is not None and crash["provider"] == ANCHOR
+        anchor = is_anchored(job) and crash["provider"] == ANCHOR
         on_event({**crash, "event": "row", "version": "", "times": None, "anchor": anchor})
         skip = [(crash["op"], crash["provider"], *case[1:])]
         if sum(entry[:2] == skip[0][:2] for entry in job.skip) + 1 >= MAX_CRASHES:

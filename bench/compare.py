@@ -1,9 +1,9 @@
 """Two versions of octavo on the same benchmarks: is the newer one slower?
 
 The versions are measured in turns, each time in a new process, by the same (the present) benchmark code. A case is a
-regression where the newer one's median is slower by more than the threshold and the difference is larger than the
-noise: the newer one's 20th percentile lies above the older one's 80th. Of several processes, the median of each figure
-counts.
+regression where the newer one is slower by more than the threshold, in the median over its processes, and the
+difference is larger than what processes differ by: the newer one's fastest process is slower than the older one's
+slowest.
 """
 
 import shutil
@@ -23,7 +23,7 @@ from octavo.bench.timing import Times
 from octavo.bench.worker import ANCHOR, Job
 
 THRESHOLD = 0.05
-REPEATS = 2  # processes a version
+REPEATS = 3  # processes a version
 
 CaseKey = tuple[str, str, str]  # op, shape, dtype
 
@@ -39,11 +39,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One case in both versions. `ratio` is new over old, None where one of them has no time."""
+    """One case in both versions: the median time of each process, none where one of them had no time.
+
+    `ratio` is the median of new over that of old, None where one of them has none.
+    """
 
     case: CaseKey
-    old: Times | None
-    new: Times | None
+    old: list[float]
+    new: list[float]
     ratio: float | None
     regression: bool
     note: str
@@ -54,35 +57,34 @@ def compare(old: Iterable[Sample], new: Iterable[Sample], threshold: float = THR
 
     A case that had a time and has none any more is a regression too; one that had none before is not.
     """
-    pooled_old, pooled_new = _pool(old), _pool(new)
-    compared, missing = [], (None, "not measured")
-    for case in dict.fromkeys([*pooled_old, *pooled_new]):
-        a, why_a = pooled_old.get(case, missing)
-        b, why_b = pooled_new.get(case, missing)
-        if a is None or b is None:
-            note = "; ".join(f"{side}: {why}" for side, t, why in (("old", a, why_a), ("new", b, why_b)) if t is None)
-            compared.append(Comparison(case, a, b, None, a is not None, note))
+    medians_old, medians_new = _medians(old), _medians(new)
+    compared: list[Comparison] = []
+    missing: tuple[list[float], str] = [], "not measured"
+    for case in dict.fromkeys([*medians_old, *medians_new]):
+        a, why_a = medians_old.get(case, missing)
+        b, why_b = medians_new.get(case, missing)
+        if not a or not b:
+            note = "; ".join(f"{side}: {why}" for side, m, why in (("old", a, why_a), ("new", b, why_b)) if not m)
+            compared.append(Comparison(case, a, b, None, bool(a), note))
             continue
-        ratio = b.median_us / a.median_us
-        slower, apart = ratio > 1 + threshold, b.p20_us > a.p80_us
+        ratio = statistics.median(b) / statistics.median(a)
+        slower, apart = ratio > 1 + threshold, min(b) > max(a)
         note = "slower" if slower and apart else "within the noise" if slower else ""
         compared.append(Comparison(case, a, b, ratio, slower and apart, note))
     return compared
 
 
-def _pool(samples: Iterable[Sample]) -> dict[CaseKey, tuple[Times | None, str]]:
-    by_case: dict[CaseKey, list[Sample]] = {}
+def _medians(samples: Iterable[Sample]) -> dict[CaseKey, tuple[list[float], str]]:
+    """The median of each process; none, and why, where one of them had no time: wrong once is wrong."""
+    medians: dict[CaseKey, tuple[list[float], str]] = {}
+    failed: dict[CaseKey, str] = {}
     for sample in samples:
-        by_case.setdefault(sample.case, []).append(sample)
-    pooled: dict[CaseKey, tuple[Times | None, str]] = {}
-    for case, of_case in by_case.items():
-        times = [s.times for s in of_case if s.times]
-        if len(times) < len(of_case):  # wrong or failed once is wrong
-            pooled[case] = None, next(s.note for s in of_case if not s.times)
+        so_far, _ = medians.setdefault(sample.case, ([], ""))
+        if sample.times:
+            so_far.append(sample.times.median_us)
         else:
-            columns = zip(*((t.median_us, t.p20_us, t.p80_us) for t in times), strict=True)
-            pooled[case] = Times(*map(statistics.median, columns)), ""
-    return pooled
+            failed.setdefault(sample.case, sample.note)
+    return medians | {case: ([], why) for case, why in failed.items()}
 
 
 def against(base: str, job: Job) -> int:
@@ -100,7 +102,7 @@ def against(base: str, job: Job) -> int:
             return 1
         finally:
             view.close()
-    compared = compare(old, new)
+    compared = compare(old, new, THRESHOLD)
     show(_table(base, compared))
     slower = sum(c.regression for c in compared)
     print(f"{slower} of {len(compared)} cases slower by more than {THRESHOLD:.0%}, or without a time")
@@ -135,8 +137,8 @@ def _collect(samples: list[Sample], name: str, tree: Path, view: View, event: Ev
 
 
 def _table(base: str, compared: Sequence[Comparison]) -> Table:
-    def us(times: Times | None) -> str:
-        return f"{times.median_us:.2f} ({times.p20_us:.2f} to {times.p80_us:.2f})" if times else ""
+    def us(medians: Sequence[float]) -> str:
+        return f"{statistics.median(medians):.2f} ({min(medians):.2f} to {max(medians):.2f})" if medians else ""
 
     rows = [
         [c.case[0], " ".join(c.case[1:]), us(c.old), us(c.new), "" if c.ratio is None else f"{c.ratio:.3f}", c.note]

@@ -41,7 +41,7 @@ _FIXED = {
     "octavo": ("#0072B2", "o"),
     "torch": ("#8c8c8c", "s"),
     "torch.compile": ("#000000", "D"),
-    "cuDNN": ("#56B4E9", "<"),
+    "torch cuDNN": ("#56B4E9", "<"),
     "flashinfer": ("#009E73", "^"),
     "flashinfer fa3": ("#9AD8C2", "v"),
     "vllm": ("#D55E00", "P"),
@@ -208,7 +208,7 @@ class Panel:
     ticks: list[str]
     peers: list[str]
     ratios: dict[tuple[str, int], float]
-    """(peer, index of the tick) → peer's time / octavo's."""
+    """(peer, index of the tick) → peer's time / octavo's in the same process."""
     wrong: set[tuple[str, int]]
 
 
@@ -233,14 +233,14 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
         }
         ordered = sorted(shapes, key=_sizes)
         shown = _varying(ordered)
-        base = {row.shape: row.median_us for row in mine if row.provider == "octavo"}
         at = {shapes[dims]: index for index, dims in enumerate(ordered)}
         ratios, wrong = {}, set()
         for row in mine:
-            ours = base.get(row.shape)
-            if row.provider != "octavo" and row.median_us and ours:
-                ratios[row.provider, at[row.shape]] = row.median_us / ours
-            elif row.provider != "octavo" and is_wrong(row):
+            if row.provider == "octavo":
+                continue
+            if row.speed_up:
+                ratios[row.provider, at[row.shape]] = row.speed_up
+            elif is_wrong(row):
                 wrong.add((row.provider, at[row.shape]))
         peers = [name for name in providers(mine) if any(name == peer for peer, _ in ratios.keys() | wrong)]
         fixed = [f"{d}={n}" for d, n in (*model, *ordered[0]) if d not in shown and (d, n) not in (("window", 0),)]
@@ -312,13 +312,20 @@ def _bars(ax: Axes, panel: Panel, looks: dict[str, Style], limits: tuple[float, 
     ax.set_xlabel(panel.axis, labelpad=1)
 
 
+def _limits(ratios: Sequence[float]) -> tuple[float, float]:
+    """The ends of the axis that all panels share, with room for the numbers beyond the longest bars."""
+    low, high = math.log2(min(*ratios, 0.95)), math.log2(max(*ratios, 1.5))
+    room = 0.28 * (high - low)
+    return 2 ** (low - (room if min(ratios) < 1 else 0)), 2 ** (high + room)
+
+
 def speedup(rows: Sequence[Row], looks: dict[str, Style]) -> bytes | None:
     """Bars of peer time / octavo time, a panel for each model shape; None where octavo and a peer share no shape."""
     drawn = panels(rows)
     if not drawn:
         return None
     ratios = [ratio for panel in drawn for ratio in panel.ratios.values()] or [1.0]
-    limits = (min(*ratios, 0.95) / 1.9 if min(ratios) < 1 else 0.9, max(*ratios, 1.5) * 1.7)
+    limits = _limits(ratios)
     most = max(len(panel.ticks) * len(panel.peers) for panel in drawn)
     columns = 2 if len(drawn) > 1 and most <= 36 else 1
     lines = math.ceil(len(drawn) / columns)

@@ -55,10 +55,21 @@ class Ceilings:
             return None
         return 1e6 * max(row.bytes / bandwidth, row.flops / peak if peak else 0.0)
 
+    def beyond_memory(self, row: Row) -> bool:
+        """Whether a time is more than 15 % under what reading the row's bytes from memory takes."""
+        bandwidth = self.values.get("read_bytes_per_s")
+        return bool(bandwidth and row.median_us and row.median_us * 1.15 < 1e6 * row.bytes / bandwidth)
+
     def percent_of_floor(self, row: Row) -> float | None:
         """How near a row's median comes to its floor: 100 is the machine's limit."""
         floor = self.floor_us(row)
         return 100 * floor / row.median_us if floor and row.median_us else None
+
+
+def read_launch_cost(folder: Path) -> dict[str, Any]:
+    """What `bench/launch_cost.py` measured; empty where it never ran."""
+    path = folder / "launch_cost.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -89,15 +100,20 @@ def is_wrong(row: Row) -> bool:
     return row.note.startswith("wrong")
 
 
+def is_absent(row: Row) -> bool:
+    """Whether the provider was not there, or was not asked: nothing is said about its time."""
+    return row.median_us is None and row.note.startswith(("not installed", "left out"))
+
+
 def latest(rows: Iterable[Row]) -> list[Row]:
     """The newest row of each (op, provider, shape, dtype), in the order in which the keys first appear.
 
-    A provider that was not there in a later run keeps its earlier time; a wrong result replaces it.
+    A provider that was not there in a later run keeps its earlier row; a failure replaces it.
     """
     newest: dict[tuple[str, str, str, str], Row] = {}
     for row in rows:
         key = (row.op, row.provider, row.shape, row.dtype)
-        newest[key] = max(row, newest.get(key, row), key=lambda r: (r.median_us is not None or is_wrong(r), r.date))
+        newest[key] = max(row, newest.get(key, row), key=lambda r: (not is_absent(r), r.date))
     return list(newest.values())
 
 

@@ -36,6 +36,10 @@ class Unsupported(Exception):
     """Raised by `Provider.make` for a case that a provider cannot compute; its text becomes the row's note."""
 
 
+class LeftOut(Unsupported):
+    """Raised by `Provider.make` for a case that a provider could compute and that is not measured, to save time."""
+
+
 @dataclass(frozen=True)
 class Provider:
     """One implementation of an op.
@@ -48,12 +52,14 @@ class Provider:
             their own. None runs beside octavo.
         devices: the kinds of device it runs on.
         package: the distribution whose version is recorded.
+        note: what a reader of its times must know; it goes with every one of them.
     """
 
     make: Callable[[Inputs], Callable[[], Any]]
     peer: str | None = None
     devices: tuple[str, ...] = ("cuda",)
     package: str | None = None
+    note: str = ""
 
 
 class Benchmark(Protocol):

@@ -10,16 +10,19 @@ RMSNorm, its output allocated before) are among them. Medians of these costs:
 - behind work: the same while the GPU is busy with something else, so that launches queue up;
 - dispatcher: through `torch.ops.octavo`, as a compiled graph or another framework calls it: no checks, no repetition;
 - new shape: the first call with such tensors (another number of tokens each time), kernels already compiled.
+
+Writes <gpu>/launch_cost.json to FOLDER, by default bench/results, where `bench.plot` finds it.
 """
 
 import argparse
-import csv
+import json
 import statistics
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,14 +33,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import octavo
 from octavo.bench.harness import Shape, benchmarks, label, load
-from octavo.bench.store import ROOT, commit, folder_name
+from octavo.bench.store import commit, default_folder, folder_name
 from octavo.bench.timing import SPIN_HZ, spin_up
 from octavo.kernels import norm
 
 BURST, ROUNDS = 200, 40
 WORK_US = 40.0
 COSTS = ("repeated_us", "behind_work_us", "dispatcher_us", "new_shape_us")
-COLUMNS = ("op", "shape", *COSTS, "gpu", "torch", "triton", "commit")
 
 
 class _Watch(TorchDispatchMode):
@@ -79,9 +81,9 @@ class Subject:
         for column, burst in self.bursts.items():
             self.times[column].append(burst())
 
-    def row(self) -> dict[str, str]:
-        costs = {column: f"{statistics.median(times):.2f}" for column, times in self.times.items()}
-        return {"op": self.name, "shape": self.shape} | costs
+    def row(self) -> dict[str, str | float]:
+        costs = {column: round(statistics.median(times), 2) for column, times in self.times.items()}
+        return {"op": self.name, "shape": self.shape, **costs}
 
 
 def op(name: str, device: torch.device) -> Subject:
@@ -109,7 +111,8 @@ def op(name: str, device: torch.device) -> Subject:
     def anew() -> float:
         getattr(octavo, name).plans.clear()
         elapsed = burst_us(others)
-        call()
+        for _ in range(3):
+            call()  # until it is repeated again
         return elapsed
 
     bursts = {
@@ -145,10 +148,20 @@ def yardsticks(device: torch.device) -> list[Subject]:
     ]
 
 
+def save(subjects: Sequence[Subject], gpu: str, folder: Path) -> Path:
+    """Writes the medians of some subjects in place of what `launch_cost.json` held."""
+    made = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "commit": commit()}
+    made["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "launch_cost.json"
+    path.write_text(json.dumps(made | {"rows": [subject.row() for subject in subjects]}, indent=2) + "\n")
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", nargs="+", help="ops; all, where none is named")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results", help="where <gpu>/launch_cost.csv goes")
+    parser.add_argument("--out", type=Path, default=default_folder(), help="where <gpu>/launch_cost.json goes")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("launch_cost: needs a GPU; on a CPU nothing is launched")
@@ -158,18 +171,10 @@ def main() -> None:
     for _ in range(ROUNDS):
         for subject in subjects:
             subject.run()
+    for row in (subject.row() for subject in subjects):
+        print("  ".join(f"{row.get(name, ''):>7}" for name in COSTS), row["op"])
     gpu = torch.cuda.get_device_name(device)
-    same = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "commit": commit()}
-    path = options.out / folder_name(gpu) / "launch_cost.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        writer.writeheader()
-        for subject in subjects:
-            row = subject.row()
-            writer.writerow(row | same)
-            print("  ".join(f"{row.get(name, ''):>7}" for name in COSTS), row["op"])
-    print(path)
+    print(save(subjects, gpu, options.out / folder_name(gpu)))
 
 
 if __name__ == "__main__":

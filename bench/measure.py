@@ -12,30 +12,44 @@ from typing import Any
 import torch
 
 import octavo
-from octavo.bench.check import difference, tensors
-from octavo.bench.harness import Benchmark, Inputs, Provider, Result, Shape, Unsupported, dtype_name, label
+from octavo.bench.check import difference, not_finite, tensors
+from octavo.bench.harness import (
+    Benchmark,
+    Inputs,
+    LeftOut,
+    Provider,
+    Result,
+    Shape,
+    Unsupported,
+    dtype_name,
+    label,
+)
 from octavo.bench.timing import (
     Timer,
     Times,
     capture_one,
     flatten,
-    interleave,
     make_timer,
+    quiet_times,
     sets_wanted,
+    spin_up,
     storage_bytes,
-    summarize,
 )
 from octavo.testing import poisoned_memory
 
 
 @dataclass
 class Outcome:
-    """What became of one provider: its times, or none and a note that says why."""
+    """What became of one provider: its times, or none and a note that says why.
+
+    `touched` is how many bytes its calls touched before they came back to the same inputs.
+    """
 
     provider: str
     version: str
     times: Times | None = None
     notes: list[str] = field(default_factory=list)
+    touched: int = 0
 
 
 class Lost(Exception):
@@ -52,7 +66,10 @@ class Wrong(Exception):
 
 @dataclass
 class _Case:
-    """What all providers of a case share: fresh inputs from one seed, the exact result, the rotated sets."""
+    """What all providers of a case share: fresh inputs from one seed, the exact result, the rotated sets.
+
+    The first set is what outputs are checked on, so that what was timed can be checked too.
+    """
 
     benchmark: Benchmark
     shape: Shape
@@ -61,12 +78,14 @@ class _Case:
 
     def __post_init__(self) -> None:
         self.seed = zlib.crc32(f"{self.benchmark.OP} {label(self.shape)} {dtype_name(self.dtype)}".encode())
-        self.exact: Result = self.benchmark.exact(self.fresh())
+        first = self.fresh()
+        self.exact: Result = self.benchmark.exact(first)
         generator = self._generator(self.seed + 1)
-        first = self._inputs(generator)
         touched = self.benchmark.bytes_moved(self.shape, self.dtype)
         count = sets_wanted(touched, storage_bytes(first), self.device)
         self.sets = [first] + [self._inputs(generator) for _ in range(count - 1)]
+        self.touched = count * touched
+        self.in_place = False  # whether a provider's call has changed its inputs
 
     def fresh(self) -> Inputs:
         """The inputs that outputs are checked on, the same values at every call and in every process."""
@@ -123,10 +142,17 @@ def run_case(
             timers[name] = _checked_timer(case, name, provider)
         except Exception as error:
             failed(name, error)
-    for name, times in interleave(timers, rounds, failed, trying).items():
-        outcomes[name].times = summarize(times)
-        if timers[name].note:
-            outcomes[name].notes.append(timers[name].note)
+    spin_up(device, 0.05)
+    timed = quiet_times(timers, rounds, failed, trying)
+    for name, times in timed.items():
+        trying(name)
+        try:
+            _require_right_still(timers[name].result(), None if case.in_place else case.exact)
+        except Exception as error:
+            failed(name, error)
+            continue
+        outcomes[name].times, outcomes[name].touched = times, case.touched
+        outcomes[name].notes += filter(None, [timers[name].note, chosen[name].note])
     return list(outcomes.values())
 
 
@@ -139,8 +165,12 @@ def _checked_timer(case: _Case, name: str, provider: Provider) -> Timer:
     with nullcontext() if name.startswith("torch") else _poison():
         result = call()
     _require_right(result, case.exact, "wrong")
+    case.in_place |= _restore(inputs, case.fresh())
     captured = case.device.type == "cuda" and _right_in_a_graph(case, inputs, call)
-    return make_timer([provider.make(s) for s in case.sets], case.device, captured)
+    timer = make_timer([provider.make(s) for s in case.sets], case.device, captured)
+    if captured:
+        _poison_outputs(timer.result(), case.sets[0])
+    return timer
 
 
 def _right_in_a_graph(case: _Case, inputs: Inputs, call: Callable[[], Any]) -> bool:
@@ -150,17 +180,21 @@ def _right_in_a_graph(case: _Case, inputs: Inputs, call: Callable[[], Any]) -> b
     except Exception:
         torch.cuda.synchronize()
         return False
-    own = {t.untyped_storage().data_ptr() for t in flatten(inputs)}
-    for tensor, value in zip(flatten(inputs), flatten(case.fresh()), strict=True):
-        if not _equal(tensor, value):  # in-place ops have changed it
-            tensor.copy_(value)
-    for tensor in tensors(result):
-        if tensor.untyped_storage().data_ptr() not in own:
-            _fill_with_poison(tensor)
+    if case.in_place:
+        _restore(inputs, case.fresh())
+    _poison_outputs(result, inputs)
     graph.replay()
     torch.cuda.synchronize()
     _require_right(result, case.exact, "wrong in a graph")
     return True
+
+
+def _restore(inputs: Inputs, fresh: Inputs) -> bool:
+    """Gives inputs their values again; whether a call had changed them in place."""
+    changed = [(t, v) for t, v in zip(flatten(inputs), flatten(fresh), strict=True) if not _equal(t, v)]
+    for tensor, value in changed:
+        tensor.copy_(value)
+    return bool(changed)
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -168,6 +202,14 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
         return torch.equal(a, b)
     except RuntimeError:  # not implemented for every fp8 type
         return False
+
+
+def _poison_outputs(result: Any, inputs: Inputs) -> None:
+    """Overwrites what a replay has to write again; inputs that were changed in place are spared."""
+    own = {t.untyped_storage().data_ptr() for t in flatten(inputs)}
+    for tensor in tensors(result):
+        if tensor.untyped_storage().data_ptr() not in own:
+            _fill_with_poison(tensor)
 
 
 def _fill_with_poison(tensor: torch.Tensor) -> None:
@@ -192,11 +234,23 @@ def _require_right(result: Any, exact: Result, prefix: str) -> None:
         raise Wrong(f"{prefix}: {wrong}")
 
 
+def _require_right_still(result: Any, exact: Result | None) -> None:
+    """Checks what the timed calls left; without `exact`, where they changed their inputs, only that it is finite."""
+    wrong = not_finite(result) if exact is None else difference(result, exact)
+    if wrong:
+        raise Wrong(f"wrong after timing: {wrong}")
+
+
 def _note(error: Exception) -> str:
-    text = (str(error).strip().splitlines() or [""])[0][:200]
+    lines = str(error).strip().splitlines() or [""]
+    if type(error).__name__ == "CompilationError":  # Triton's quotes the source and says last what is wrong with it
+        lines = [line.strip() for line in lines if any(c.isalpha() for c in line)][-1:] or lines
+    text = lines[0][:200]
     match error:
         case Wrong():
             return text
+        case LeftOut():
+            return f"left out: {text}"
         case Unsupported():
             return f"unsupported: {text}"
         case ModuleNotFoundError():

@@ -4,6 +4,7 @@ import base64
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from octavo.bench.floors import READERS, Ceilings, providers, runs
 from octavo.bench.store import Row
@@ -32,6 +33,14 @@ _CEILINGS = (
     ("gemm_fp8_flops_per_s", "GEMM fp8 (e4m3)", 1e12, "TFLOP/s"),
     ("gemm_int8_ops_per_s", "GEMM int8", 1e12, "TOP/s"),
     ("gemm_fp32_flops_per_s", "GEMM fp32", 1e12, "TFLOP/s"),
+)
+
+
+_COSTS = (
+    ("repeated_us", "idle"),
+    ("behind_work_us", "behind work"),
+    ("dispatcher_us", "dispatcher"),
+    ("new_shape_us", "new shape"),
 )
 
 
@@ -132,7 +141,25 @@ def _ceilings(ceilings: Ceilings) -> str:
     return "<table><tr><th>ceiling</th><th>measured</th></tr>\n" + "\n".join(lines) + "</table>"
 
 
-def page(gpu: str, sections: Sequence[Section], ceilings: Ceilings) -> str:
+def _launch_cost(found: Mapping[str, Any]) -> str:
+    """The CPU's time of a call of each op; nothing where it was not measured."""
+    if not found:
+        return ""
+    lines = []
+    for row in found["rows"]:
+        cells = "".join(f"<td>{row[key]:.1f}</td>" if key in row else "<td></td>" for key, _ in _COSTS)
+        lines.append(f"<tr><td>{_e(row['op'])} <small>{_e(row['shape'])}</small></td>{cells}</tr>")
+    heads = "".join(f"<th>{name}</th>" for _, name in _COSTS)
+    return (
+        '<h2 id="launch-cost">What a call costs the CPU, µs</h2>\n<p>With the GPU idle, with the GPU busy so that '
+        "launches queue up, through PyTorch's dispatcher, and for the first call with a new shape.</p>\n"
+        f'<div class="wide"><table><tr><th>call</th>{heads}</tr>\n' + "\n".join(lines) + "</table></div>\n"
+        f"<p><small>Measured {_e(found['date'][:10])}, octavo {_e(found['commit'])}, torch {_e(found['torch'])}, "
+        f"triton {_e(found['triton'])}.</small></p>"
+    )
+
+
+def page(gpu: str, sections: Sequence[Section], ceilings: Ceilings, launch_cost: Mapping[str, Any]) -> str:
     """The page of one results folder."""
     links = " · ".join(f'<a href="#{_e(s.op)}">{_e(s.op)}</a>' for s in sections)
     parts = [
@@ -141,8 +168,10 @@ def page(gpu: str, sections: Sequence[Section], ceilings: Ceilings) -> str:
         f"<h1>octavo on {_e(gpu)}</h1>\n<p>{links}</p>",
         "<p>Times are medians in µs with p20 to p80 behind them, and the percentage of the floor that they reach. The "
         "floor is max(bytes / bandwidth, flops / peak) of this machine's own ceilings; the bandwidth is that of "
-        f"reading for {_e(', '.join(sorted(READERS)))}, and of copying for the others. The fastest is shaded.</p>",
+        f"reading for {_e(', '.join(sorted(READERS)))}, and of copying for the others. A kernel that reads more than "
+        "it writes can pass the copy's roof by a few per cent: reads are faster. The fastest is shaded.</p>",
         f"<h2>Ceilings of the machine</h2>\n{_ceilings(ceilings)}",
+        _launch_cost(launch_cost),
     ]
     for s in sections:
         parts.append(f'<h2 id="{_e(s.op)}">{_e(s.op)}</h2>')

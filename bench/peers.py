@@ -31,8 +31,6 @@ ENVIRONMENT: dict[str, dict[str, str]] = {
     "flashinfer": {"FLASHINFER_WORKSPACE_BASE": str(_CACHE / "flashinfer"), "MAX_JOBS": str(os.cpu_count() or 1)},
     "triton-peers": {"TRITON_CACHE_DIR": str(_CACHE / "triton")},
 }
-# Folders inside a site that its path file would add, had it been installed.
-_INNER = {"fa4": ("nvidia_cutlass_dsl/dsl_packages",)}
 
 
 def parse_sites(arguments: Iterable[str]) -> dict[str, list[str]]:
@@ -50,8 +48,7 @@ def parse_sites(arguments: Iterable[str]) -> dict[str, list[str]]:
         missing = [path for path in folders if not Path(path).is_dir()]
         if missing:
             raise ValueError(f"peer-site: {missing[0]!r} is no folder")
-        inner = [f"{path}/{sub}" for path in folders for sub in _INNER.get(name, ())]
-        sites[name] = [os.path.abspath(path) for path in folders + inner if Path(path).is_dir()]
+        sites[name] = [os.path.abspath(path) for path in folders]
     return sites
 
 

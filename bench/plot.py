@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from octavo.bench import figures
-from octavo.bench.floors import Ceilings, latest, providers, read_rows
+from octavo.bench.floors import Ceilings, latest, providers, read_launch_cost, read_rows
 from octavo.bench.page import Section, page
 from octavo.bench.store import Row, default_folder
 
@@ -61,7 +61,7 @@ def plot(results: Path, out: Path) -> list[Path]:
             written.append(out / f"{section.op}_{what}.png")
             written[-1].write_bytes(png)
     written.append(out / "index.html")
-    written[-1].write_text(page(rows[-1].gpu, drawn, ceilings), encoding="utf-8")
+    written[-1].write_text(page(rows[-1].gpu, drawn, ceilings, read_launch_cost(results)), encoding="utf-8")
     return written
 
 

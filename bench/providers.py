@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
-from octavo.bench.harness import Shape
+from octavo.bench.harness import LeftOut, Shape
+from octavo.bench.shapes import TOKENS
 
 # Elements of a double-precision intermediate: 256 MB.
 PIECE = 2**25
+# Each shape takes a compiler seconds, and the numbers of tokens between these say nothing new.
+COMPILED_TOKENS = (1, 64, 1024, 8192)
 
 
 def compiled(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
@@ -18,7 +21,13 @@ def compiled(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
 
     The limits on recompilations are lifted: a sweep compiles one formula for many shapes, and past the limit
     `torch.compile` would run it eagerly and be timed as such.
+
+    Raises:
+        LeftOut: the first argument has one of the benchmarks' numbers of tokens that are not compiled for.
     """
+    tokens = args[0].shape[0]
+    if tokens in TOKENS and tokens not in COMPILED_TOKENS:
+        raise LeftOut(f"measured at T = {', '.join(map(str, COMPILED_TOKENS))}")
     import torch._dynamo.config as config
 
     config.recompile_limit = max(config.recompile_limit, 4096)

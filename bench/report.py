@@ -12,6 +12,26 @@ from octavo.bench.store import Row
 COMPUTE_BOUND = 100  # floating-point operations a byte from which TFLOP/s say more than TB/s
 
 
+class Clock:
+    """How long the parts of a run took, in the order in which they first came."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._part, self._since = "", time.monotonic()
+
+    def turn(self, part: str) -> None:
+        """From now on the time is `part`'s."""
+        now = time.monotonic()
+        if self._part:
+            self.seconds[self._part] = self.seconds.get(self._part, 0.0) + now - self._since
+        self._part, self._since = part, now
+
+    def text(self) -> str:
+        """ "start-up 9 s, rms_norm 31 s" """
+        self.turn(self._part)
+        return ", ".join(f"{part} {seconds:.0f} s" for part, seconds in self.seconds.items())
+
+
 class View(Protocol):
     """Where a run reports to."""
 
@@ -143,18 +163,17 @@ def result_tables(rows: Iterable[Row]) -> list[Table]:
         for row in of_op:
             by_case.setdefault((row.shape, row.dtype), []).append(row)
         for (shape, dtype), of_case in by_case.items():
-            octavo = next((r.median_us for r in of_case if r.provider == "octavo"), None)
-            lines += [[f"{shape} {dtype}", *_cells(row, octavo)] for row in of_case]
+            lines += [[f"{shape} {dtype}", *_cells(row)] for row in of_case]
         columns = ("shape", "provider", "µs", "p20", "p80", "rate", "octavo is", "note")
         tables.append(Table(f"{op} on {gpu}", columns, lines))
     return tables
 
 
-def _cells(row: Row, octavo_us: float | None) -> list[str]:
+def _cells(row: Row) -> list[str]:
     if row.median_us is None or row.p20_us is None or row.p80_us is None:
         return [row.provider, "", "", "", "", "", row.note]
     times = [f"{t:.2f}" for t in (row.median_us, row.p20_us, row.p80_us)]
-    speed_up = "" if octavo_us is None or row.provider == "octavo" else f"{row.median_us / octavo_us:.2f}x"
+    speed_up = "" if row.speed_up is None or row.provider == "octavo" else f"{row.speed_up:.2f}x"
     return [row.provider, *times, _rate(row, row.median_us), speed_up, row.note]
 
 

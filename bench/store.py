@@ -17,7 +17,10 @@ ROOT = Path(octavo.__file__).resolve().parent.parent  # the checkout, or the fol
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a results file; the times are None where a provider was skipped or wrong, and `note` says why."""
+    """One line of a results file; the times are None where a provider was skipped or wrong, and `note` says why.
+
+    `octavo_us` is octavo's median beside this provider, in the same process; None where octavo has none there.
+    """
 
     op: str
     provider: str
@@ -32,9 +35,15 @@ class Row:
     median_us: float | None
     p20_us: float | None
     p80_us: float | None
+    octavo_us: float | None
     flops: int
     bytes: int
     note: str
+
+    @property
+    def speed_up(self) -> float | None:
+        """How many times as fast as this provider octavo was beside it."""
+        return self.median_us / self.octavo_us if self.median_us and self.octavo_us else None
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -53,7 +62,7 @@ class Row:
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
-_TIMES = ("median_us", "p20_us", "p80_us")
+_TIMES = ("median_us", "p20_us", "p80_us", "octavo_us")
 
 
 def folder_name(gpu: str) -> str:

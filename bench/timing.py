@@ -18,10 +18,11 @@ import torch
 
 Call = Callable[[], Any]
 
-REPLAY_S = 4e-3  # what one timed replay takes, at least: thousands of times what the events resolve
+REPLAY_S = 3e-3  # what one timed replay takes, at least: thousands of times what the events resolve
 CPU_ROUND_S = 2e-3
 MAX_CALLS = 10_000  # kernels in one graph
 MAX_SETS = 512
+NOISY = 1.05  # p80 / p20 from which a pass is repeated
 SPIN_HZ = 2.0e9  # `torch.cuda._sleep` counts clock cycles; at a lower clock the spin is longer, which does no harm
 
 
@@ -33,6 +34,11 @@ class Times:
     p20_us: float
     p80_us: float
 
+    @property
+    def spread(self) -> float:
+        """1 where every round took the same."""
+        return self.p80_us / max(self.p20_us, 1e-9)
+
 
 class Timer(Protocol):
     """Something that can be timed once more; `note` says what is unusual about it."""
@@ -41,6 +47,10 @@ class Timer(Protocol):
 
     def run(self) -> float:
         """Microseconds of one call."""
+        ...
+
+    def result(self) -> Any:
+        """What was computed from the first input set, last."""
         ...
 
 
@@ -64,17 +74,18 @@ def sets_wanted(touched: int, held: int, device: torch.device) -> int:
     """How many input sets to rotate.
 
     Args:
-        touched: bytes that one call reads and writes; the sets together touch twice the L2 cache.
+        touched: bytes that one call reads and writes; the sets together touch four times the L2 cache: what a
+            call writes where it has read is counted twice.
         held: bytes that one set occupies; the sets together take at most a quarter of the free memory.
 
-    At least 2 (1 where memory forbids it), at most 512: calls that touch less than 200 kB find some of it in a 50 MB
-    cache.
+    At least 2 (1 where memory forbids it), at most 512: calls that touch less than 100 kB all fit in a 50 MB cache.
     """
     if device.type != "cuda":
         return 2
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
     free, _ = torch.cuda.mem_get_info(device)
-    wanted = min(max(2, -(-2 * l2 // max(touched, 1))), MAX_SETS)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    wanted = min(max(2, -(-4 * l2 // max(touched, 1))), MAX_SETS)
     return max(1, min(wanted, free // 4 // max(held, 1)))
 
 
@@ -87,12 +98,14 @@ class GraphTimer:
         # A graph knows addresses alone: what a call made for itself (packed weights, a peer's output) must outlive it.
         self._alive = list(calls)
         _warm_up(calls)
-        walk = _capture(calls, len(calls))
+        walk, self._result = _capture(calls, len(calls))
         walk.replay()
         once = self._time(walk, 0.0)
         walks = max(1, min(int(REPLAY_S / max(once, 1e-7)) + 1, MAX_CALLS // len(calls)))
         self._calls = walks * len(calls)
-        self._graph = walk if walks == 1 else _capture(calls, self._calls)
+        self._graph = walk
+        if walks > 1:
+            self._graph, self._result = _capture(calls, self._calls)
         self._graph.replay()  # the first replay uploads the graph
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -111,6 +124,9 @@ class GraphTimer:
 
     def run(self) -> float:
         return self._time(self._graph, self._launch_s) / self._calls * 1e6
+
+    def result(self) -> Any:
+        return self._result
 
 
 class LoopTimer:
@@ -133,6 +149,9 @@ class LoopTimer:
         torch.cuda.synchronize()
         return start.elapsed_time(end) / len(self._sequence) * 1e3
 
+    def result(self) -> Any:
+        return self._sequence[0]()
+
 
 class ClockTimer:
     """Calls one by one on a CPU, by the wall clock."""
@@ -150,6 +169,9 @@ class ClockTimer:
         for call in self._sequence:
             call()
         return (time.perf_counter() - start) / len(self._sequence) * 1e6
+
+    def result(self) -> Any:
+        return self._sequence[0]()
 
 
 def make_timer(calls: Sequence[Call], device: torch.device, graph: bool = True) -> Timer:
@@ -180,12 +202,13 @@ def _warm_up(calls: Sequence[Call]) -> None:
     torch.cuda.synchronize()
 
 
-def _capture(calls: Sequence[Call], count: int) -> torch.cuda.CUDAGraph:
+def _capture(calls: Sequence[Call], count: int) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of `count` calls in turns, and what the last walk's first one returned."""
     graph, held = torch.cuda.CUDAGraph(), [None] * len(calls)
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for i in range(count):
             held[i % len(calls)] = calls[i % len(calls)]()
-    return graph
+    return graph, held[0]
 
 
 def interleave(
@@ -214,6 +237,24 @@ def interleave(
     return times
 
 
+def quiet_times(
+    timers: Mapping[str, Timer],
+    rounds: int,
+    on_error: Callable[[str, Exception], None],
+    trying: Callable[[str], None] = lambda name: None,
+) -> dict[str, Times]:
+    """`interleave`, summarised.
+
+    Where one timer's rounds scatter, all are timed once more and each keeps its quieter pass, so that what disturbs the
+    machine for a moment is not taken for a time.
+    """
+    first = {name: summarize(times) for name, times in interleave(timers, rounds, on_error, trying).items()}
+    if all(times.spread <= NOISY for times in first.values()):
+        return first
+    again = interleave({name: timers[name] for name in first}, rounds, on_error, trying)
+    return {name: min(first[name], summarize(times), key=lambda t: t.spread) for name, times in again.items()}
+
+
 def summarize(times: Sequence[float]) -> Times:
     """Median, 20th and 80th percentile."""
     p20, median, p80 = np.percentile(times, (20, 50, 80))
@@ -221,7 +262,7 @@ def summarize(times: Sequence[float]) -> Times:
 
 
 def spin_up(device: torch.device, seconds: float = 0.5) -> None:
-    """Half a second of matrix products, so that the clocks are up when the first time is taken."""
+    """Matrix products for `seconds`, so that the clocks are up when the first time is taken."""
     if device.type != "cuda":
         return
     a = torch.randn(4096, 4096, device=device, dtype=torch.float16)

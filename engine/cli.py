@@ -105,17 +105,24 @@ def kernels(
     provider: Annotated[
         list[str] | None, typer.Option(help="octavo, torch, torch.compile, a peer; repeatable.")
     ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float16, for one; instead of the op's own. Repeatable.")
+    ] = None,
+    peer_site: Annotated[
+        list[str] | None, typer.Option(help="NAME=PATH: the folder a group of peers is installed in. Repeatable.")
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Timed rounds a case.")] = 20,
     out: Annotated[
         Path | None, typer.Option(help="Results; by default ./octavo-bench, in a checkout bench/results.")
     ] = None,
 ) -> None:
     """Time the ops beside torch and the peers that are installed; outputs are checked first."""
-    from octavo.bench import harness, run
+    from octavo.bench import harness, peers, run
     from octavo.bench.worker import Job
 
-    job = Job(op or harness.benchmarks(), names=provider or [], shapes=shapes or [], rounds=rounds)
-    raise typer.Exit(run.measure(job, out))
+    ops = op or harness.benchmarks()
+    job = Job(ops, names=provider or [], shapes=shapes or [], dtypes=dtype or [], rounds=rounds)
+    raise typer.Exit(run.measure(job, out, peers.parse_sites(peer_site or [])))
 
 
 @app.command()

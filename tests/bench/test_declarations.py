@@ -3,6 +3,7 @@
 import functools
 import inspect
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 import octavo
 from octavo.bench import bench_write_kv, providers, shapes, weight_only
 from octavo.bench.check import difference, tensors
-from octavo.bench.harness import Provider, benchmarks, label, load, parse_label
+from octavo.bench.harness import LeftOut, Provider, benchmarks, label, load, parse_label
 from octavo.testing import OPS, without_interpreter
 
 CPU = torch.device("cpu")
@@ -45,7 +46,7 @@ BY_HAND = {
     "rms_norm": ("T=64,hidden=4096", 4 * 262144, 2 * (262144 + 262144 + 4096)),
     "add_rms_norm": ("T=64,hidden=4096", 5 * 262144, 2 * (4 * 262144 + 4096)),
     "silu_and_mul": ("T=16,intermediate=14336", 5 * 229376, 2 * (2 * 229376 + 229376)),
-    "gelu_and_mul": ("T=16,intermediate=14336,tanh=0", 6 * 229376, 2 * (2 * 229376 + 229376)),
+    "gelu_and_mul": ("T=1,intermediate=14336,tanh=0", 6 * 14336, 2 * (2 * 14336 + 14336)),
     "relu2": ("T=1,intermediate=18176", 36352, 72704),
     # 40 heads of 64 pairs, 6 operations a pair; 5,120 elements in and out, an 8-byte position, 128 fp32 of the table.
     "rotary_embedding": ("T=1,heads=32,kv_heads=8,D=128", 40 * 64 * 6, 2 * 2 * 5120 + 8 + 512),
@@ -197,6 +198,16 @@ def test_many_shapes_compile_past_the_recompile_limit(monkeypatch):
 
 def square(x):
     return x * x
+
+
+def test_not_every_number_of_tokens_is_compiled_for():
+    for tokens in shapes.TOKENS:
+        x = torch.ones(tokens, 1)
+        with nullcontext() if tokens in (1, 64, 1024, 8192) else pytest.raises(LeftOut, match="T = 1, 64, 1024, 8192"):
+            providers.compiled(square, x)
+    providers.compiled(square, torch.ones(17, 1))  # asked for by name
+    counts = {tanh: [s["T"] for s in load("gelu_and_mul").shapes() if s["tanh"] == tanh] for tanh in (0, 1)}
+    assert set(counts[0]) == {1, 1024, 8192} and set(counts[1]) == set(shapes.TOKENS)
 
 
 @pytest.mark.parametrize(("name", "shape"), PAIRS, ids=IDS)

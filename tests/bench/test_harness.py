@@ -1,21 +1,16 @@
 """Selection, correctness before time, and time itself, on made-up benchmarks."""
 
-import gc
-import weakref
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-from octavo.bench import harness, peers
-from octavo.bench.check import difference
-from octavo.bench.harness import Provider, Unsupported
+from octavo.bench import harness
+from octavo.bench.harness import LeftOut, Provider, Unsupported
 from octavo.bench.measure import run_case
-from octavo.bench.timing import GraphTimer, interleave, sets_wanted, storage_bytes, summarize
 
 CPU = torch.device("cpu")
 SHAPE = {"T": 8, "hidden": 64}
@@ -116,6 +111,10 @@ def raising(error):
     return make
 
 
+class CompilationError(Exception):
+    """As Triton's compiler raises it."""
+
+
 def raising_when_called(inputs):
     def call():
         raise RuntimeError("no kernel image\nsecond line")
@@ -140,6 +139,8 @@ def test_a_provider_that_fails_is_noted_and_the_others_go_on():
         made_up(
             absent=raising(ModuleNotFoundError("No module named 'absent'")),
             narrow=raising(Unsupported("hidden above 32")),
+            slow=raising(LeftOut("takes minutes")),
+            uncompiled=raising(CompilationError("at 48:34:\n    y = tanh(x)\n        ^\n(triton.language.int8)\n")),
             broken=raising_when_called,
             tired=raising_later,
             number=lambda inputs: lambda: 3.0,
@@ -150,6 +151,8 @@ def test_a_provider_that_fails_is_noted_and_the_others_go_on():
         "octavo": [],
         "absent": ["not installed: No module named 'absent'"],
         "narrow": ["unsupported: hidden above 32"],
+        "slow": ["left out: takes minutes"],
+        "uncompiled": ["failed: CompilationError: (triton.language.int8)"],
         "broken": ["failed: RuntimeError: no kernel image"],
         "tired": ["failed: RuntimeError: worn out"],
         "number": ["failed: TypeError: result: got float; expected a tensor or a tuple of tensors"],
@@ -176,44 +179,62 @@ def in_place(factor):
 
 
 def test_in_place_ops_are_checked_on_inputs_of_their_own():
-    benchmark = made_up(peer=in_place(2), wrong=in_place(2.1))
-    benchmark.PROVIDERS["octavo"] = Provider(in_place(2), devices=("cpu",))
-    benchmark.exact = lambda inputs: (inputs["x"].double() * 2, inputs["x"].double() * 2 + 1)
+    benchmark = made_up(peer=in_place(-1), wrong=in_place(-1.05))
+    benchmark.PROVIDERS["octavo"] = Provider(in_place(-1), devices=("cpu",))
+    benchmark.exact = lambda inputs: (-inputs["x"].double(), 1 - inputs["x"].double())
     out = outcomes(benchmark)
     assert out["octavo"].times and out["peer"].times
     assert out["wrong"].times is None and "output 0" in out["wrong"].notes[0]
+
+
+def test_in_place_ops_that_overflow_while_they_are_timed_lose_their_time():
+    benchmark = made_up()
+    benchmark.PROVIDERS["octavo"] = Provider(in_place(2), devices=("cpu",))
+    benchmark.exact = lambda inputs: (inputs["x"].double() * 2, inputs["x"].double() * 2 + 1)
+    out = outcomes(benchmark)["octavo"]
+    assert out.times is None and out.notes == ["wrong after timing: 512 of 512 elements are not finite"]
+
+
+def wrong_after(count):
+    """A provider that is right for so many calls, and forgets an element afterwards."""
+
+    def make(inputs):
+        calls = []
+
+        def call():
+            calls.append(1)
+            out = inputs["x"] * 2
+            if len(calls) > count:
+                one_element(out)
+            return out
+
+        return call
+
+    return make
+
+
+def test_what_was_timed_is_checked_again():
+    out = outcomes(made_up(peer=wrong_after(10)))
+    assert out["octavo"].times and out["octavo"].touched == 2 * 2 * 8 * 64 * 4
+    assert out["peer"].times is None and out["peer"].notes[0].startswith("wrong after timing: largest error")
+
+
+def test_a_providers_note_goes_with_its_times():
+    benchmark = made_up()
+    benchmark.PROVIDERS["peer"] = Provider(double, devices=("cpu",), note="packed before")
+    benchmark.PROVIDERS["wrong"] = Provider(spoiled(nan), devices=("cpu",), note="packed before")
+    out = outcomes(benchmark)
+    assert out["peer"].times and out["peer"].notes == ["packed before"]
+    assert "packed before" not in out["wrong"].notes
 
 
 def test_a_crash_can_be_laid_at_somebodys_door():
     tried = []
     benchmark = made_up(torch=double)
     run_case(benchmark, SHAPE, torch.float32, CPU, benchmark.PROVIDERS, 2, tried.append)
-    assert tried == ["octavo", "torch", "octavo", "torch", "torch", "octavo"]
-
-
-def test_tolerance_of_half_precision():
-    exact = torch.randn(64, 512, dtype=torch.float64)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        assert difference(exact.to(dtype), exact) is None
-        eps = torch.finfo(dtype).eps
-        if dtype != torch.float32:
-            assert "rms error" in difference((exact * (1 + 4 * eps)).to(dtype), exact)
-        assert "error" in difference((exact * (1 + 20 * eps)).to(dtype), exact)
-    tf32 = (exact.float().view(torch.int32) & ~0x1FFF).view(torch.float32)
-    assert difference(tf32, exact) is not None
-
-
-def test_copies_and_integers_are_held_bit_for_bit():
-    words = torch.randint(0, 2**31 - 1, (8, 8), dtype=torch.int32)
-    copied = torch.randn(8, 8).bfloat16()
-    assert difference((words, copied), (words.clone(), copied.clone())) is None
-    other = words.clone()
-    other[1, 1] += 1
-    assert difference(other, words) == "1 of 64 elements differ"
-    assert "elements differ" in difference(torch.nextafter(copied, copied + 1), copied)
-    assert "dtype" in difference(words.long(), words)
-    assert "shape" in difference(words[:4], words)
-    assert difference(words, (words, words)) == "1 tensors, expected 2"
+    # making, two rounds, a second pass of them where the first was noisy, and the last check
+    assert tried[:6] == ["octavo", "torch", "octavo", "torch", "torch", "octavo"]
+    assert tried[6:] in (["octavo", "torch"], ["octavo", "torch", "torch", "octavo", "octavo", "torch"])
 
 
 def test_labels():
@@ -258,61 +279,6 @@ def test_providers_are_chosen_by_group_device_and_name():
     assert list(harness.providers(benchmark, cuda, None, ["torch"])) == ["torch"]
     assert list(harness.providers(benchmark, cuda, "vllm", ["vllm"])) == ["fast"]
     assert list(harness.providers(benchmark, CPU, "vllm")) == []
-
-
-def test_peer_sites(tmp_path):
-    (tmp_path / "nvidia_cutlass_dsl/dsl_packages").mkdir(parents=True)
-    inner = str(tmp_path / "nvidia_cutlass_dsl/dsl_packages")
-    assert peers.parse_sites([f"vllm={tmp_path}:{tmp_path}"]) == {"vllm": [str(tmp_path)] * 2}
-    assert peers.parse_sites([f"fa4={tmp_path}"]) == {"fa4": [str(tmp_path), inner]}
-    for wrong in ("vllm", "vllm=", f"={tmp_path}", "vllm=/no/such/folder"):
-        with pytest.raises(ValueError, match="peer-site"):
-            peers.parse_sites([wrong])
-
-
-def test_environment_of_a_child(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setenv("VLLM_USE_DEEP_GEMM", "1")
-    monkeypatch.setenv("PYTHONPATH", "mine")
-    child = peers.environment("vllm", ["site"], tmp_path)
-    assert "TRITON_INTERPRET" not in child
-    assert child["VLLM_NO_USAGE_STATS"] == "1" and child["VLLM_USE_DEEP_GEMM"] == "1"
-    assert child["PYTHONPATH"].split(":") == ["site", str(tmp_path), "mine"]
-
-
-def test_storage_is_counted_once():
-    x = torch.empty(1000)
-    assert storage_bytes({"x": x, "parts": [x[:10], (torch.empty(5, dtype=torch.int8),)], "scale": 1.0}) == 4005
-    assert sets_wanted(1, 1, CPU) == 2
-
-
-class FixedTimer:
-    note = ""
-
-    def __init__(self, log, name, fails_at=None):
-        self.log, self.name, self.fails_at, self.runs = log, name, fails_at, 0
-
-    def run(self):
-        self.runs += 1
-        if self.runs == self.fails_at:
-            raise RuntimeError(self.name)
-        self.log.append(self.name)
-        return float(self.runs)
-
-
-def test_providers_take_turns():
-    log, errors = [], []
-    timers = {name: FixedTimer(log, name, 2 if name == "b" else None) for name in "abc"}
-    times = interleave(timers, 4, lambda name, error: errors.append((name, str(error))))
-    assert errors == [("b", "b")] and set(times) == {"a", "c"}
-    assert "".join(log) == "abc" + "ca" + "ac" + "ca"
-    assert times["a"] == [1.0, 2.0, 3.0, 4.0]
-
-
-def test_statistics():
-    times = summarize([5.0, 1.0, 2.0, 3.0, 4.0, 100.0])
-    assert (times.median_us, times.p20_us, times.p80_us) == (3.5, 2.0, 5.0)
-    assert times.median_us == np.median([5.0, 1.0, 2.0, 3.0, 4.0, 100.0])
 
 
 @triton.jit
@@ -383,37 +349,32 @@ def test_what_a_graph_would_not_compute_again_gets_no_time():
 
 
 @pytest.mark.gpu
+def test_what_the_timed_graphs_compute_is_checked():
+    """This provider is right where it is checked, and in the timed graphs hands out what it computed before them."""
+    makes = []
+
+    def lazy(inputs):
+        makes.append(inputs)
+        kept = []
+
+        def call():
+            out = inputs["x"] * 2
+            if len(makes) == 1:
+                return out
+            kept.append(out)
+            return kept[0]
+
+        return call
+
+    out = outcomes(made_up(lazy=lazy), torch.device("cuda"))
+    assert out["lazy"].times is None and out["lazy"].notes[0].startswith("wrong after timing: isnan")
+    assert out["octavo"].times and not out["octavo"].notes
+
+
+@pytest.mark.gpu
 def test_in_place_ops_are_restored_before_the_graph_is_checked():
-    benchmark = made_up(peer=in_place(2))
-    benchmark.PROVIDERS["octavo"] = Provider(in_place(2))
-    benchmark.exact = lambda inputs: (inputs["x"].double() * 2, inputs["x"].double() * 2 + 1)
+    benchmark = made_up(peer=in_place(-1))
+    benchmark.PROVIDERS["octavo"] = Provider(in_place(-1))
+    benchmark.exact = lambda inputs: (-inputs["x"].double(), 1 - inputs["x"].double())
     out = outcomes(benchmark, torch.device("cuda"))
     assert out["octavo"].times and out["peer"].times and not out["octavo"].notes
-
-
-@pytest.mark.gpu
-def test_what_a_call_made_for_itself_lives_as_long_as_its_graph():
-    """A graph knows addresses alone; packed weights that were freed would be read from whatever came there since."""
-    refs = []
-
-    def make():
-        own = torch.randn(2**20, device="cuda")
-        refs.append(weakref.ref(own))
-        return lambda: own * 2
-
-    timer = GraphTimer([make() for _ in range(3)])
-    gc.collect()
-    assert timer.run() > 0 and all(ref() is not None for ref in refs)
-    del timer
-    gc.collect()
-    assert not any(ref() is not None for ref in refs), "and no longer"
-
-
-@pytest.mark.gpu
-def test_input_sets_are_larger_than_the_cache():
-    cuda = torch.device("cuda")
-    l2 = torch.cuda.get_device_properties(cuda).L2_cache_size
-    assert sets_wanted(2**20, 2**20, cuda) * 2**20 >= 2 * l2
-    assert sets_wanted(2**30, 2**30, cuda) == 2
-    assert sets_wanted(1, 2**20, cuda) == 512
-    assert sets_wanted(2**20, 2**50, cuda) == 1

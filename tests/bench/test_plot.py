@@ -3,12 +3,17 @@ import io
 import json
 import re
 
+import matplotlib
 import numpy as np
 import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
-from octavo.bench import figures, plot
+from octavo.bench import figures, launch_cost, plot
 from octavo.bench.floors import Ceilings, latest, runs
+from octavo.bench.harness import load
 from octavo.bench.store import Row, write
 
 CEILINGS = {
@@ -22,7 +27,8 @@ PEERS = {"octavo": 1.0, "torch": 4.0, "vllm": 1.25}
 
 def row(op="rms_norm", provider="octavo", shape="T=64,hidden=4096", median=4.0, note="", **fields):
     values = dict(dtype="bfloat16", gpu="NVIDIA H100", torch="2.11.0", triton="3.6.0", provider_version="1.0")
-    values |= dict(commit="0123456789ab", date="2026-11-23T10:00:00", flops=3_000_000, bytes=3_000_000) | fields
+    values |= dict(commit="0123456789ab", date="2026-11-23T10:00:00", flops=3_000_000, bytes=3_000_000)
+    values |= dict(octavo_us=median and median / PEERS.get(provider, 1.0)) | fields
     spread = dict(p20_us=median and median * 0.9, p80_us=median and median * 1.1)
     return Row(op=op, provider=provider, shape=shape, median_us=median, note=note, **spread, **values)
 
@@ -140,8 +146,18 @@ def test_the_latest_row_counts():
     # a peer that was not there later on keeps its time; one that turned out wrong does not
     absent = row(date="2026-11-03T00:00:00", median=None, note="not installed")
     assert latest([new, absent]) == [new]
-    wrong = row(date="2026-11-03T00:00:00", median=None, note="wrong: NaN")
-    assert latest([new, wrong]) == latest([wrong, new]) == [wrong]
+    left_out = row(date="2026-11-03T00:00:00", median=None, note="left out: it crashed before")
+    assert latest([new, left_out]) == [new]
+    for note in (
+        "wrong: NaN",
+        "wrong after timing: NaN",
+        "failed: ValueError",
+        "unsupported: no",
+        "the process died: 9",
+    ):
+        failed = row(date="2026-11-03T00:00:00", median=None, note=note)
+        assert latest([new, failed]) == latest([failed, new]) == [failed]
+    assert latest([failed, row(date="2026-11-04T00:00:00", median=None, note="not installed")]) == [failed]
     again = row(date=new.date, commit="c")
     assert latest([new, again]) == [again]
 
@@ -193,6 +209,54 @@ def test_panels_split_by_layer_and_sort_by_tokens():
     assert first.wrong == {("vllm", 1)} and ("vllm", 1) not in first.ratios
 
 
+def test_speed_ups_are_those_of_one_process():
+    """Not of the row that octavo has from another run."""
+    ours, theirs = row(median=4.0), row(provider="vllm", median=6.0, octavo_us=3.0)
+    alone = row(provider="torch", median=6.0, octavo_us=None)
+    (panel,) = figures.panels([ours, theirs, alone])
+    assert panel.ratios == {("vllm", 0): 2.0}
+    assert ours.speed_up == 1.0 and alone.speed_up is None
+
+
+@pytest.mark.parametrize("ratios", [(0.08, 3.24), (26.0, 1.5), (0.13, 0.2), (1.02, 0.98)])
+def test_numbers_of_bars_stay_inside_the_axes(ratios):
+    rows = [
+        row(provider=name, median=4.0 * r, octavo_us=4.0) for name, r in zip(("torch", "vllm"), ratios, strict=True)
+    ]
+    figure = Figure(figsize=(5.5, 2.2), layout="constrained")  # as small as a panel gets
+    ax = figure.add_subplot()
+    (panel,) = figures.panels(rows)
+    with matplotlib.rc_context(figures._SETTINGS):
+        figures._bars(ax, panel, figures.styles(["torch", "vllm"]), figures._limits(ratios))
+        FigureCanvasAgg(figure).draw()
+    inside = ax.get_window_extent()
+    for text in ax.texts:
+        box = text.get_window_extent()
+        assert inside.y0 <= box.y0 and box.y1 <= inside.y1 + 2, text.get_text()
+
+
+def test_what_calls_cost_is_on_the_page(results, tmp_path):
+    """Both files of the machine lie beside the rows, and neither is taken for rows."""
+    every = {"repeated_us": [8.0, 9.0, 30.0], "behind_work_us": [7.0], "dispatcher_us": [5.5], "new_shape_us": [21.25]}
+    subjects = [
+        launch_cost.Subject("torch.add", "T=1,hidden=4096", {}, {"repeated_us": [4.0]}),
+        launch_cost.Subject("rms_norm", "T=1,hidden=4544", {}, every),
+    ]
+    path = launch_cost.save(subjects, "NVIDIA H100", results)
+    assert path.parent == results and (results / "ceilings.json").exists()
+    saved = json.loads(path.read_text())
+    assert saved["gpu"] == "NVIDIA H100" and {"torch", "triton", "commit", "date"} < set(saved)
+    plot.plot(results, tmp_path / "out")
+    text = (tmp_path / "out/index.html").read_text()
+    assert "<th>idle</th><th>behind work</th><th>dispatcher</th><th>new shape</th>" in text
+    assert "<td>4.0</td><td></td><td></td><td></td>" in text
+    assert "T=1,hidden=4544</small></td><td>9.0</td><td>7.0</td><td>5.5</td><td>21.2</td>" in text
+    assert f"octavo {saved['commit']}, torch {torch.__version__}" in text and "3.2 TB/s" in text
+    path.unlink()
+    plot.plot(results, tmp_path / "out")
+    assert "What a call costs" not in (tmp_path / "out/index.html").read_text()
+
+
 def test_panels_keep_decoding_and_prefill_apart():
     shapes = ("B=16,q=1,ctx=4096", "B=1,q=1,ctx=32768", "B=8,q=2048,ctx=2048", "B=1,q=1,ctx=1000")
     rows = [row(shape=f"{s},heads=32,window=0", provider=p) for s in shapes for p in ("octavo", "flashinfer")]
@@ -214,3 +278,5 @@ def test_looks_are_distinct_and_do_not_depend_on_the_op():
     assert len({(look.colour, look.hatch) for look in looks.values()}) == len(names)
     assert len({(look.colour, look.marker) for look in looks.values()}) == len(names)
     assert figures.styles(["torch (bf16 weights)"])["torch (bf16 weights)"] == looks["torch"]
+    attention = figures.styles(list(load("paged_attention").PROVIDERS))
+    assert all(name.split(" (")[0] in figures._FIXED for name in attention)
