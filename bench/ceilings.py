@@ -296,7 +296,9 @@ def table(found: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder of ceilings.json (default: this GPU's in bench/results)")
+    parser.add_argument(
+        "--out", type=Path, default=default_folder(), help="where <gpu>/ceilings.json goes (bench/results)"
+    )
     parser.add_argument("--mib", type=int, help="MiB that the bandwidths are measured over")
     parser.add_argument("--gemm", type=int, nargs=3, metavar=("M", "N", "K"), help="one GEMM instead of the usual")
     parser.add_argument("--rounds", type=int, default=20, help="replays that each median is over")
@@ -310,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made["date"] = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     found = measure(device, size=size, sizes=sizes, rounds=args.rounds)
     print(table(found))
-    path = (args.out or default_folder() / folder_name(gpu)) / "ceilings.json"
+    path = args.out / folder_name(gpu) / "ceilings.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(made | found, indent=2) + "\n")
     print(path)

@@ -157,7 +157,7 @@ def test_memory_is_poisoned_for_repeated_calls_too():
 SERVE = """
 import sys; sys.path.insert(0, "tests")
 import torch, octavo
-from launch_worker import serve
+from op_cases import serve
 config = dict(hidden_size=512, intermediate_size=512, num_attention_heads=8, num_key_value_heads=2, head_dim=64)
 report = octavo.warmup(octavo.model_calls(config, weights="int4", max_num_batched_tokens=128))
 compiled, ready = octavo.compile_count(), len(octavo.kernels.launch._ready)

@@ -20,7 +20,7 @@ def test_the_command_on_a_cpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     command = ["--out", str(tmp_path), "--mib", "8", "--gemm", "128", "128", "128", "--rounds", "3"]
     assert ceilings.main(command) == 0
-    found = json.loads((tmp_path / "ceilings.json").read_text())
+    found = json.loads((tmp_path / "cpu/ceilings.json").read_text())
     assert found["gpu"] == "cpu" and found["torch"] == torch.__version__ and found["triton"] and found["commit"]
     for name in ("copy_bytes_per_s", "read_bytes_per_s"):
         assert 1e8 < found[name] < 1e13, name

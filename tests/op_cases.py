@@ -1,0 +1,92 @@
+"""Calls of every op, for the tests of how calls reach the GPU."""
+
+import torch
+
+import octavo
+
+
+def cases(tokens: int, dtype=torch.bfloat16) -> dict:
+    """Name -> (function, tensors by name, other arguments), fresh tensors each time."""
+
+    def new(*shape, dtype=dtype):
+        return torch.zeros(shape, dtype=dtype)
+
+    heads, kv_heads, d, page = 8, 2, 64, 16
+    qkv = new(tokens, heads + 2 * kv_heads, d)
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    kv = new(9, 2, page, kv_heads, d)
+    index = torch.zeros(tokens, dtype=torch.int64)
+    attention = dict(
+        query=q,
+        key_cache=kv[:, 0],
+        value_cache=kv[:, 1],
+        block_table=torch.zeros(3, 4, dtype=torch.int32),
+        seq_lens=torch.zeros(3, dtype=torch.int32),
+        cu_seqlens_q=torch.zeros(4, dtype=torch.int32),
+    )
+    int4 = dict(x=new(tokens, 128), packed=new(2, 1, 64, 32, dtype=torch.int16), scale=new(1, 80))
+    int8 = dict(x=new(tokens, 128), weight=new(80, 128, dtype=torch.int8), scale=new(1, 80))
+    return {
+        "rms_norm": (octavo.rms_norm, dict(x=new(tokens, 512), weight=new(512)), dict(eps=1e-5)),
+        "rms_norm of heads": (octavo.rms_norm, dict(x=k, weight=new(d)), {}),
+        "add_rms_norm": (
+            octavo.add_rms_norm,
+            dict(x=new(tokens, 512), residual=new(tokens, 512), weight=new(512, dtype=torch.float32)),
+            dict(weight_offset=1.0),
+        ),
+        "silu_and_mul": (octavo.silu_and_mul, dict(x=new(tokens, 1024)), {}),
+        "gelu_and_mul": (octavo.gelu_and_mul, dict(x=new(tokens, 1024)), dict(approximate="tanh")),
+        "relu2": (octavo.relu2, dict(x=new(tokens, 1000)), {}),
+        "rotary_embedding": (
+            octavo.rotary_embedding,
+            dict(query=q, key=k, positions=index, cos_sin_cache=new(32, d)),
+            {},
+        ),
+        "rotary_embedding of query": (
+            octavo.rotary_embedding,
+            dict(query=q, key=None, positions=index, cos_sin_cache=new(32, d)),
+            dict(interleaved=True),
+        ),
+        "write_kv": (
+            octavo.write_kv,
+            dict(key=k, value=v, key_cache=kv[:, 0], value_cache=kv[:, 1], slot_mapping=index),
+            {},
+        ),
+        "paged_attention": (octavo.paged_attention, attention, dict(max_seqlen_q=1)),
+        "paged_attention with lse": (octavo.paged_attention, attention, dict(max_seqlen_q=1, return_lse=True)),
+        "paged_attention with window": (octavo.paged_attention, attention, dict(max_seqlen_q=1, window_size=7)),
+        "int4_linear": (octavo.int4_linear, int4, dict(group_size=128)),
+        "int4_linear with minimum": (
+            octavo.int4_linear,
+            int4 | dict(minimum=new(1, 80), bias=new(80)),
+            dict(group_size=128),
+        ),
+        "int8_linear": (octavo.int8_linear, int8, dict(group_size=128)),
+        "int8_linear with bias": (octavo.int8_linear, int8 | dict(bias=new(80)), dict(group_size=128)),
+    }
+
+
+def serve(tokens: int) -> None:
+    """A layer of a model with int4 weights (hidden 512, 8 and 2 heads of 64), decoding and in chunks."""
+
+    def new(*shape, dtype=torch.bfloat16):
+        return torch.zeros(shape, dtype=dtype)
+
+    def linear(x, n):
+        scale = new(x.shape[1] // 128, n)
+        packed = new(-(-n // 64), x.shape[1] // 128, 64, 32, dtype=torch.int16)
+        return octavo.int4_linear(x, packed, scale, group_size=128)
+
+    residual = new(tokens, 512)
+    x = octavo.rms_norm(residual, new(512))
+    q, k, v = linear(x, 768).view(tokens, 12, 64).split([8, 2, 2], dim=1)
+    index = new(tokens, dtype=torch.int64)
+    octavo.rotary_embedding(q, k, index, new(131, 64, dtype=torch.float32))
+    cache = new(2, 40, 16, 2, 64)
+    octavo.write_kv(k, v, cache[0], cache[1], index)
+    for length in (1, tokens):
+        b = tokens // length
+        table, lens, cu = new(b, 5, dtype=torch.int32), new(b, dtype=torch.int32), new(b + 1, dtype=torch.int32)
+        out = octavo.paged_attention(q, cache[0], cache[1], table, lens, cu, max_seqlen_q=length)
+    x = octavo.add_rms_norm(linear(out.flatten(1), 512), residual, new(512))
+    octavo.add_rms_norm(linear(octavo.silu_and_mul(linear(x, 1024)), 512), residual, new(512))
