@@ -7,9 +7,9 @@ python -m bench.ceilings [--out FOLDER]
 - GEMM peaks: `torch.mm` (bf16, fp32 without TF32), `torch._scaled_mm` (fp8), `torch._int_mm` (int8), random values;
 - launches: the CPU's time of one call, and the GPU's of one empty kernel in a CUDA graph.
 
-The best of what is tried counts, each by the median of its replays. Writes `ceilings.json` to FOLDER, by default
-bench/results/<GPU>; what a machine has not is null there. Without a GPU torch measures the CPU's bandwidth, its fp32
-GEMM and its calls.
+The best of what is tried counts, each by the median of its replays. Writes FOLDER/<gpu>/ceilings.json, FOLDER being
+bench/results by default; what a machine has not is null there. Without a GPU torch measures the CPU's bandwidth, its
+fp32 GEMM and its calls.
 """
 
 import argparse
