@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+import octavo
 from octavo.engine.config import ModelConfig
 from octavo.engine.model import AttentionMetadata, Decoder
 
@@ -16,23 +17,17 @@ def step_calls(
 ) -> list[Callable[[], Any]]:
     """Functions that each do one step of a meta twin of `model`: decodes, and chunks of prompts, of many sizes.
 
-    Layers whose tensors look the same are done once. Sizes lie on both sides of every power of two, because that is
-    where tile choices change.
+    Layers whose tensors look the same are done once.
     """
     model = _distinct_layers(_meta(model))
     shape = (len(model.layers), *kv_cache.shape[1:])
     cache = torch.empty(shape, dtype=kv_cache.dtype, device="meta")
     calls: list[Callable[[], Any]] = []
-    for tokens in _sizes(max_num_batched_tokens):
+    for tokens in octavo.token_counts(max_num_batched_tokens):
         calls.append(partial(_step, model, cache, tokens, 1))
         if tokens <= max_num_seqs:
             calls.append(partial(_step, model, cache, tokens, tokens))
     return calls
-
-
-def _sizes(most: int) -> list[int]:
-    powers = [1 << i for i in range(most.bit_length())]
-    return sorted({n for p in powers for n in (p, p + 1) if n <= most} | {most})
 
 
 def _step(model: Decoder, kv_cache: torch.Tensor, tokens: int, sequences: int) -> None:

@@ -82,7 +82,7 @@ def model_calls(
         (hidden, intermediate),
     }
     calls: list[Call] = []
-    for tokens in _token_counts(max_num_batched_tokens):
+    for tokens in token_counts(max_num_batched_tokens):
         calls += [
             partial(_norms, tokens, hidden, dtype),
             partial(_activation, ACTIVATIONS[activation], tokens, intermediate, dtype),
@@ -107,8 +107,20 @@ def _get(config: Any, key: str, default: Any = _REQUIRED) -> Any:
     return default if value is None else value
 
 
-def _token_counts(most: int) -> list[int]:
-    """Both sides of every power of two, which is where tile choices change, up to `most`."""
+def token_counts(most: int) -> list[int]:
+    """Numbers of tokens to warm up for: both sides of every power of two, which is where tile choices change.
+
+    Args:
+        most: the largest, which is among them; at least 1.
+
+    Returns:
+        The numbers in order: 1, 2, 3, 4, 5, 8, 9, …, most.
+
+    Raises:
+        ValueError: `most` is below 1.
+    """
+    if most < 1:
+        raise ValueError(f"most: {most}; expected at least 1")
     powers = [1 << i for i in range(most.bit_length())]
     return sorted({n for p in powers for n in (p, p + 1) if n <= most} | {most})
 

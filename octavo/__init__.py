@@ -16,7 +16,7 @@ from octavo.kernels.quant.int4 import int4_linear
 from octavo.kernels.quant.int8 import int8_linear
 from octavo.kernels.registry import backends
 from octavo.kernels.warmup import WarmupReport, warmup
-from octavo.kernels.model_calls import model_calls
+from octavo.kernels.model_calls import model_calls, token_counts
 from octavo.kernels.compilation import compile_count
 
 __version__ = "0.1.0"
@@ -39,5 +39,6 @@ __all__ = [
     "warmup",
     "WarmupReport",
     "model_calls",
+    "token_counts",
     "compile_count",
 ]

@@ -121,6 +121,13 @@ def test_model_calls_errors(change, error, message):
         octavo.model_calls(**(dict(config=config) | change))
 
 
+def test_token_counts():
+    assert octavo.token_counts(1) == [1]
+    assert octavo.token_counts(20) == [1, 2, 3, 4, 5, 8, 9, 16, 17, 20]
+    with pytest.raises(ValueError, match="most: 0; expected at least 1"):
+        octavo.token_counts(0)
+
+
 def test_compile_count_says_when_it_can_not_know(monkeypatch):
     assert octavo.compile_count() >= 0
     monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **event: None)
