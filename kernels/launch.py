@@ -34,18 +34,17 @@ DEVICES = {"cuda"}
 
 Grid = tuple[int, int, int]
 Args = Sequence[Any]
-Pick = Callable[[Any], Args]
 
 
 class Ready(NamedTuple):
     """A compiled kernel, loaded on one device, and what starting it takes."""
 
     start: Callable[..., None]
-    function: int
-    """The CUfunction."""
+    """The C function."""
     middle: tuple[Any, ...]
-    """What the C function wants between the function and the kernel's arguments; its layout is the version's."""
+    """What it wants between the stream and the kernel's arguments; the layout is the version's."""
     compiled: Any
+    """Triton's own object, so that it stays loaded."""
 
 
 @dataclass(frozen=True)
@@ -130,32 +129,29 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
 # which takes them as a sequence. Both take integers for pointers, and skip the arguments that are constexpr.
 
 
-def _bind_3_6(ready: Ready, grid: Grid, pick: Pick, others: Args) -> Callable[[int, Args], None]:
-    start, middle = ready.start, (ready.function, *ready.middle)
-    return lambda stream, args: start(*grid, stream, *middle, *pick(args), *others)
+class Starter(NamedTuple):
+    """How a version's C function is called: `start(*grid, stream, *middle, …)`, then the kernel's arguments."""
 
-
-def _bind_3_7(ready: Ready, grid: Grid, pick: Pick, others: Args) -> Callable[[int, Args], None]:
-    start, middle = ready.start, (ready.function, *ready.middle)
-    return lambda stream, args: start(*grid, stream, *middle, (*pick(args), *others))
+    middle: Callable[[Any], tuple[Any, ...]]
+    one_sequence: bool
+    """Whether the kernel's arguments are one argument, a tuple of them."""
 
 
 def _middle_3_6(compiled: Any) -> tuple[Any, ...]:
     run = compiled.run
-    return run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata, None, None, None
+    options = compiled.function, run.launch_cooperative_grid, run.launch_pdl
+    return *options, None, None, compiled.packed_metadata, None, None, None
 
 
 def _middle_3_7(compiled: Any) -> tuple[Any, ...]:
     run = compiled.run
-    options = run.launch_cooperative_grid, run.launch_pdl, compiled.packed_metadata
+    options = compiled.function, run.launch_cooperative_grid, run.launch_pdl, compiled.packed_metadata
     return *options, None, None, None, None, None, run.arg_annotations, run.kernel_signature
 
 
-_STARTERS = {"3.6": (_bind_3_6, _middle_3_6), "3.7": (_bind_3_7, _middle_3_7)}
-_starter = None if torch.version.hip else _STARTERS.get(".".join(triton.__version__.split(".")[:2]))
-bind = _starter[0] if _starter else None
-"""`bind(ready, grid, pick, others)(stream, args)` starts the kernel on `pick(args)`, which are addresses, followed by
-`others`, all its other arguments, with anything for constexprs."""
+_STARTERS = {"3.6": Starter(_middle_3_6, one_sequence=False), "3.7": Starter(_middle_3_7, one_sequence=True)}
+starter = None if torch.version.hip else _STARTERS.get(".".join(triton.__version__.split(".")[:2]))
+"""For the Triton that is running; None where kernels are not started directly."""
 
 # Taken from torch.cuda and Triton's driver once, because going through them costs half a microsecond a launch.
 _current_device = getattr(torch._C, "_cuda_getDevice", None)
@@ -214,14 +210,14 @@ def compiled_kernel(kernel: Any, args: Args, constexprs: dict[str, Any], num_war
 def _prepare(kernel: Any, args: Args, constexprs: dict[str, Any], num_warps: int, num_stages: int) -> Ready | None:
     """Loads the kernel for these arguments on the current device; None where it can't be started directly."""
     compiled = compiled_kernel(kernel, args, constexprs, num_warps, num_stages)
-    if compiled is None or _starter is None:
+    if compiled is None or starter is None:
         return None
     run = compiled.run  # loads it
     if not hasattr(run, "launch"):
         run()  # it could not be loaded before, and raises that error again
     if run.global_scratch_size or run.profile_scratch_size:
         return None
-    return Ready(run.launch, compiled.function, _starter[1](compiled), compiled)
+    return Ready(run.launch, starter.middle(compiled), compiled)
 
 
 def ready_kernel(
@@ -279,13 +275,14 @@ def launch(
             launch(kernel, grid, *args, device=device, num_warps=num_warps, num_stages=num_stages, **constexprs)
         return
     ready = None
-    if bind is not None and device.type in DEVICES and not hooked():
+    if starter is not None and device.type in DEVICES and not hooked():
         ready = ready_kernel(kernel, device.index, args, constexprs, num_warps, num_stages)
     if ready is None:
         kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
     else:
-        values = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args)
-        start = bind(ready, in_three(grid), tuple, (None,) * len(constexprs))  # type: ignore[misc]
-        start(current_stream(device.index), values)  # type: ignore[misc]
+        values = *(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args), *[None] * len(constexprs)
+        stream = current_stream(device.index)  # type: ignore[misc]
+        last = (values,) if starter.one_sequence else values  # type: ignore[union-attr]
+        ready.start(*in_three(grid), stream, *ready.middle, *last)
     if recorder is not None:
         recorder.launches.append(Launch(kernel, grid, args, constexprs, num_warps, num_stages, ready))

@@ -18,10 +18,9 @@ a capture.
 
 import inspect
 from collections.abc import Callable
-from functools import partial, update_wrapper
-from operator import itemgetter
+from functools import cache, partial, update_wrapper
 from threading import Lock
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch.autograd import profiler
@@ -29,15 +28,14 @@ from torch.utils._device import DeviceContext
 
 from octavo.kernels.launch import (
     DEVICES,
-    Launch,
     Recorder,
-    bind,
     current_recorder,
     current_stream,
     hooked,
     in_three,
     is_current,
     recording,
+    starter,
 )
 
 try:
@@ -54,42 +52,43 @@ _PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.Size}
 deterministic = torch._C._get_deterministic_algorithms
 
 
-class Plan:
+class Plan(NamedTuple):
     """What one call did, to be done again with other tensors of the same kind."""
 
-    __slots__ = ("_allocate", "_allocate_filled", "_device", "_result", "_several_devices", "_steps", "matches")
+    matches: Callable[..., bool]
+    """Whether tensors are of the same kind."""
+    run: Callable[..., Any]
+    """Does the call again, given the addresses of such tensors, all aligned to 16 bytes; 0 for an absent one."""
 
-    def __init__(self, tensors: tuple[torch.Tensor, ...], recorder: Recorder, device: int, result: Any) -> None:
-        self.matches: Callable[..., bool] = TensorGuards(
-            *tensors,
-            dynamic_dims_sizes=[list(t.shape) for t in tensors],  # type: ignore[misc]
-            dynamic_dims_strides=[list(t.stride()) for t in tensors],  # type: ignore[misc]
-        ).check
-        self._device = device
-        self._several_devices = torch.cuda.device_count() > 1
-        outputs = [out for out in recorder.outputs if out.numel() or _is_in(out, result)]
-        allocators = [_allocators(out) for out in outputs]
-        self._allocate = [plain for plain, _ in allocators]
-        self._allocate_filled = [filled for _, filled in allocators]
-        self._steps = [_step(launch, [*tensors, *outputs]) for launch in recorder.launches]
-        at = {id(out): i for i, out in enumerate(outputs)}
-        self._result: Any = tuple(at[id(r)] for r in result) if isinstance(result, tuple) else at.get(id(result))
 
-    def run(self, addresses: tuple[int, ...]) -> Any:
-        """Does the call again with tensors at these addresses (after a 0), all of them aligned to 16 bytes."""
-        if self._several_devices and not is_current(self._device):
-            with torch.cuda.device(self._device):
-                return self.run(addresses)
-        outputs = [allocate() for allocate in (self._allocate_filled if deterministic() else self._allocate)]
-        if outputs:
-            addresses += tuple([out.data_ptr() for out in outputs])
-        stream = current_stream(self._device)  # type: ignore[misc]
-        for step in self._steps:
-            step(stream, addresses)
-        result = self._result
-        if result is None:
-            return None
-        return outputs[result] if type(result) is int else tuple([outputs[i] for i in result])
+def _make_plan(tensors: tuple[torch.Tensor, ...], recorder: Recorder, result: Any) -> Plan:
+    guards = TensorGuards(
+        *tensors,
+        dynamic_dims_sizes=[list(t.shape) for t in tensors],  # type: ignore[misc]
+        dynamic_dims_strides=[list(t.stride()) for t in tensors],  # type: ignore[misc]
+    )
+    return Plan(guards.check, runner(tensors, recorder, result))
+
+
+def runner(tensors: tuple[torch.Tensor, ...], recorder: Recorder, result: Any) -> Callable[..., Any]:
+    """The function that does again what was recorded: `Plan.run`."""
+    outputs = [out for out in recorder.outputs if out.numel() or _is_in(out, result)]
+    where = {id(t): i for i, t in enumerate([*tensors, *outputs])}
+    pointers, counts, bound = [], [], []
+    for launch in recorder.launches:
+        given = launch.args[: launch.pointers]
+        pointers.append(tuple(where[id(a)] if a is not None and a.numel() else None for a in given))
+        others = *launch.args[launch.pointers :], *[None] * len(launch.constexprs)
+        assert launch.ready is not None
+        counts.append((len(launch.ready.middle), len(others)))
+        bound += [launch.ready.start, *in_three(launch.grid), *launch.ready.middle, *others]
+    at = {id(out): i for i, out in enumerate(outputs)}
+    returned = tuple(at[id(r)] for r in result) if isinstance(result, tuple) else at.get(id(result))
+    make = _maker(len(tensors), len(outputs), tuple(pointers), tuple(counts), returned)
+    device = tensors[0].get_device()
+    allocators = [allocator for out in outputs for allocator in _allocators(out)]
+    run = make(current_stream, device, deterministic, *allocators, *bound)
+    return _on_its_device(run, device) if torch.cuda.device_count() > 1 else run
 
 
 def _is_in(tensor: torch.Tensor, result: Any) -> bool:
@@ -107,17 +106,64 @@ def _allocators(out: torch.Tensor) -> tuple[Callable[[], torch.Tensor], Callable
     return partial(_empty_strided_cuda, tuple(out.shape), out.stride(), out.dtype), configured
 
 
-def _step(launch: Launch, known: list[torch.Tensor]) -> Callable[[int, tuple[int, ...]], None]:
-    """What starts the launch's kernel, given a stream and the addresses of the known tensors.
+def _on_its_device(run: Callable[..., Any], device: int) -> Callable[..., Any]:
+    def switched(*addresses: int) -> Any:
+        if is_current(device):
+            return run(*addresses)
+        with torch.cuda.device(device):
+            return run(*addresses)
 
-    The addresses come after a 0, which stands for pointers that are None or to no elements.
+    return switched
+
+
+_RUN = """
+def make(stream_of, device, deterministic, {parameters}):
+    def run({addresses}):
+        {body}
+    return run
+"""
+
+
+@cache
+def _maker(
+    tensors: int,
+    outputs: int,
+    pointers: tuple[tuple[int | None, ...], ...],
+    bound: tuple[tuple[int, int], ...],
+    returned: int | tuple[int, ...] | None,
+) -> Callable[..., Callable[..., Any]]:
+    """Generates what makes a `Plan.run`: calls of one structure share it, and differ in the values bound to it.
+
+    Generated, because sorting addresses and numbers into a call of 20 to 50 arguments would take a microsecond.
+
+    Args:
+        tensors, outputs: how many there are.
+        pointers: of each launch, which of the tensors and outputs its pointers are; None is a null pointer.
+        bound: of each launch, how many values come between the stream and the pointers, and how many after those.
+        returned: which of the outputs.
     """
-    count, where = launch.pointers, {id(t): i for i, t in enumerate(known, 1)}
-    order = [where[id(a)] if a is not None and a.numel() else 0 for a in launch.args[:count]]
-    pick = itemgetter(*order) if count > 1 else lambda addresses: tuple([addresses[i] for i in order])
-    others = (*launch.args[count:], *[None] * len(launch.constexprs))
-    assert launch.ready is not None
-    return bind(launch.ready, in_three(launch.grid), pick, others)  # type: ignore[misc]
+    addresses = [f"a{i}" for i in range(tensors + outputs)]
+    parameters, body = [], []
+    for i, address in enumerate(addresses[tensors:]):
+        parameters += [f"plain{i}", f"filled{i}"]
+        body += [f"o{i} = (filled{i} if deterministic() else plain{i})()", f"{address} = o{i}.data_ptr()"]
+    if pointers:
+        body.append("stream = stream_of(device)")
+    for step, (which, (middle, others)) in enumerate(zip(pointers, bound, strict=True)):
+        start, x, y, z, *values = [f"v{step}_{i}" for i in range(4 + middle + others)]
+        parameters += [start, x, y, z, *values]
+        given = [*("0" if i is None else addresses[i] for i in which), *values[middle:]]
+        last = f"({', '.join(given)},)" if starter.one_sequence else ", ".join(given)  # type: ignore[union-attr]
+        body.append(f"{start}({', '.join([x, y, z, 'stream', *values[:middle], last])})")
+    several = isinstance(returned, tuple)
+    results = [f"o{i}" for i in ((returned,) if isinstance(returned, int) else returned or ())]
+    body.append(f"return ({', '.join(results)},)" if several else f"return {''.join(results)}")
+    source = _RUN.format(
+        parameters=", ".join(parameters), addresses=", ".join(addresses[:tensors]), body="\n        ".join(body)
+    )
+    namespace: dict[str, Any] = {"__name__": __name__}
+    exec(source, namespace)
+    return namespace["make"]
 
 
 def is_watched() -> bool:
@@ -137,7 +183,7 @@ def _may_plan(tensors: tuple[Any, ...], key: tuple[Any, ...]) -> bool:
     """Whether only the op's launcher has a say in what this call does, and the key says all about its numbers."""
     return (
         TensorGuards is not None
-        and bind is not None
+        and starter is not None
         and all(type(value) in _PLAIN for value in key)  # a tensor in place of a number may change its value
         and current_recorder() is None
         and not torch._C._len_torch_dispatch_stack()
@@ -160,7 +206,7 @@ def _plan(tensors: tuple[torch.Tensor, ...], recorder: Recorder, result: Any) ->
     for launch in recorder.launches:
         if launch.ready is None or not all(a is None or id(a) in known for a in launch.args[: launch.pointers]):
             return None
-    return Plan(tensors, recorder, tensors[0].get_device(), result)
+    return _make_plan(tensors, recorder, result)
 
 
 # Names begin with an underscore, as no parameter's does.
@@ -179,7 +225,7 @@ def _make(_function, _is_compiling, _is_watched, _is_grad_enabled, _table, _firs
                 {addresses}
                 if ({bits}) & 15:
                     break
-                return _plan.run((0, {names}))
+                return _plan.run({names})
         return _first(_key, ({tensors},), {arguments})
     return {name}
 """

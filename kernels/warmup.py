@@ -25,11 +25,11 @@ from octavo.kernels.compilation import ToLaunchers, compile_count, compile_for, 
 from octavo.kernels.launch import (
     INTERPRET,
     Launch,
-    bind,
     compiled_kernel,
     launch_key,
     ready_kernel,
     record_launches,
+    starter,
 )
 from octavo.kernels.tiles import KNOWN_DEVICES, DeviceProperties, device_properties
 
@@ -182,7 +182,7 @@ def _load(launch: Launch, device: torch.device) -> None:
     """Makes the launch ready on the device, in this process."""
     args = launch.args, launch.constexprs, launch.num_warps, launch.num_stages
     with torch.cuda.device(device):
-        if bind is not None:
+        if starter is not None:
             ready_kernel(launch.kernel, device.index, *args)
         else:
             compiled_kernel(launch.kernel, *args)

@@ -102,11 +102,11 @@ def ordinary():
     plans = [dict(function.plans) for function in functions]
     for function in functions:
         function.plans.clear()
-    bind, launching.bind, replay.bind = launching.bind, None, None
+    starter, launching.starter, replay.starter = launching.starter, None, None
     try:
         yield
     finally:
-        launching.bind = replay.bind = bind
+        launching.starter = replay.starter = starter
         for function, before in zip(functions, plans, strict=True):
             function.plans.update(before)
 
@@ -143,10 +143,11 @@ def check_same_launches() -> None:
             with ordinary():
                 expected = run(function, tensors, others)
             runs = []
-            real = type(plan).run
-            type(plan).run = lambda self, given, real=real, runs=runs: runs.append(self) or real(self, given)
+            watched = plan._replace(run=lambda *given, plan=plan, runs=runs: runs.append(plan) or plan.run(*given))
+            plans = next(reversed(function.plans.values()))
+            plans[-1] = watched
             repeated = run(function, tensors, others)
-            type(plan).run = real
+            plans[-1] = plan
             assert runs == [plan] and repeated == expected, (name, tokens, repeated, expected)
 
 
@@ -170,9 +171,13 @@ def check_who_must_see_the_op() -> None:
             return func(*args, **(kwargs or {}))
 
     used = []
-    real = replay.Plan.run
+    real = replay.runner
 
-    replay.Plan.run = lambda self, addresses: used.append(self) or real(self, addresses)
+    def runner(*recorded):
+        run = real(*recorded)
+        return lambda *addresses: used.append(run) or run(*addresses)
+
+    replay.runner = runner
 
     def ran_plan(x=x, weight=weight) -> bool:
         used.clear()
