@@ -18,7 +18,15 @@ from octavo.kernels.checks import FLOATS, check_dtype, check_last_dim_contiguous
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
-from octavo.kernels.tiles import cdiv, next_power_of_2, row_offset, row_strides
+from octavo.kernels.tiles import (
+    cdiv,
+    chains,
+    let_next_start,
+    next_power_of_2,
+    row_offset,
+    row_strides,
+    wait_for_previous,
+)
 from octavo.reference import activation as reference
 
 
@@ -62,12 +70,15 @@ def _activation_kernel(
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     program = tl.program_id(0)
     row = program // blocks
     cols = program % blocks * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     mask = cols < N
     x_ptr += row_offset(row, x_inner, stride_x_outer, stride_x_inner)
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
     y = _activate(tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32), ACTIVATION)  # [BLOCK]
     if GATED:
         y *= tl.load(x_ptr + N + cols, mask=mask, other=0.0).to(tl.float32)
@@ -92,6 +103,7 @@ def _activation_cuda(x: torch.Tensor, activation: str, gated: bool) -> torch.Ten
         ACTIVATION=activation,
         GATED=gated,
         BLOCK=tiles.block,
+        CHAINED=chains(x.device),
     )
     return out
 

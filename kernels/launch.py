@@ -202,9 +202,15 @@ def launch_key(
     return id(kernel), index, num_warps, num_stages, tuple(constexprs.values()), classes
 
 
+def _options(constexprs: dict[str, Any], num_warps: int, num_stages: int) -> dict[str, Any]:
+    """What Triton's own launch takes by name."""
+    chained = {"launch_pdl": True} if constexprs.get("CHAINED") else {}
+    return dict(num_warps=num_warps, num_stages=num_stages, **chained, **constexprs)
+
+
 def compiled_kernel(kernel: Any, args: Args, constexprs: dict[str, Any], num_warps: int, num_stages: int) -> Any:
     """Triton's `CompiledKernel` for these arguments on its current device, found or compiled; nothing is started."""
-    return kernel.run(*args, grid=(1,), warmup=True, num_warps=num_warps, num_stages=num_stages, **constexprs)
+    return kernel.run(*args, grid=(1,), warmup=True, **_options(constexprs, num_warps, num_stages))
 
 
 def _prepare(kernel: Any, args: Args, constexprs: dict[str, Any], num_warps: int, num_stages: int) -> Ready | None:
@@ -260,7 +266,8 @@ def launch(
     """Starts `kernel` over `grid` on `device`; a grid with no programs starts nothing.
 
     `args` are the kernel's arguments in order: pointers first (tensors or None), then numbers. Its constexprs, by name,
-    come last in its signature.
+    come last in its signature. One named CHAINED says that the kernel waits by itself for the one before it
+    (`octavo.kernels.tiles.chains`).
     """
     recorder = _recorder.get()
     if recorder is not None:
@@ -278,7 +285,7 @@ def launch(
     if starter is not None and device.type in DEVICES and not hooked():
         ready = ready_kernel(kernel, device.index, args, constexprs, num_warps, num_stages)
     if ready is None:
-        kernel[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+        kernel[grid](*args, **_options(constexprs, num_warps, num_stages))
     else:
         values = *(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args), *[None] * len(constexprs)
         stream = current_stream(device.index)  # type: ignore[misc]

@@ -30,7 +30,7 @@ from octavo.kernels.checks import (
 from octavo.kernels.launch import launch
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
-from octavo.kernels.tiles import cdiv, next_power_of_2
+from octavo.kernels.tiles import cdiv, chains, let_next_start, next_power_of_2, wait_for_previous
 from octavo.reference import rope as reference
 
 
@@ -109,10 +109,13 @@ def _rotary_embedding_kernel(
     INTERLEAVED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     program = tl.program_id(0)
     token = (program // groups).to(tl.int64)
     group = program % groups
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
     position = tl.load(positions_ptr + token).to(tl.int64)
     inside = (position >= 0) & (position < max_position)
     cols = tl.arange(0, BLOCK_HALF)[None, :]
@@ -185,6 +188,7 @@ def _rotary_embedding_cuda(
         INTERLEAVED=interleaved,
         BLOCK_HEADS=tiles.block_heads,
         BLOCK_HALF=tiles.block_half,
+        CHAINED=chains(query.device),
     )
 
 

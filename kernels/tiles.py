@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo.kernels.launch import current_recorder
+from octavo.kernels.launch import INTERPRET, current_recorder
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,30 @@ def device_properties(device: torch.device) -> DeviceProperties:
     if device.type == "cuda":
         return _cuda_properties(torch.cuda.current_device() if device.index is None else device.index)
     return _INTERPRETER
+
+
+def chains(device: torch.device) -> bool:
+    """Whether kernels on `device` can be chained: started while the kernel before them in the stream still runs.
+
+    That is CUDA's programmatic dependent launch, from Hopper on. A kernel with `CHAINED=True` begins with
+    `wait_for_previous`, ahead of which it may touch no memory that another kernel writes, and calls
+    `let_next_start` once it is under way; it takes 0.5 to 1 µs off a launch that takes 2.
+    """
+    return not INTERPRET and torch.version.hip is None and device_properties(device).capability >= (9, 0)
+
+
+@triton.jit
+def wait_for_previous(CHAINED: tl.constexpr):
+    """Waits until the kernel before this one in the stream has ended and its writes are visible."""
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_start(CHAINED: tl.constexpr):
+    """Lets the next kernel in the stream start once all programs of this one have come here, if that one is chained."""
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 def cdiv(a: int, b: int) -> int:

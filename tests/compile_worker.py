@@ -55,6 +55,8 @@ def main(path: str) -> None:
                     "num_warps": launch.num_warps,
                     "num_stages": launch.num_stages,
                     "shared": compiled.metadata.shared,
+                    "chained": compiled.metadata.launch_pdl,
+                    "waits": compiled.asm["ptx"].count("griddepcontrol.wait"),
                     "shared_limit": properties.shared_memory,
                 } | resources(compiled.asm["cubin"])
                 print(json.dumps(row))

@@ -29,6 +29,8 @@ def test_compiles_everywhere(module):
     for row in rows:
         assert row["shared"] <= row["shared_limit"], row
         assert row["stack"] == 0 and row["local"] == 0, row
+        chained = "CHAINED" in row["constexprs"] and row["device"] == "H100"
+        assert row["chained"] == chained and row["waits"] == chained, "a chained kernel waits for the one before it"
 
 
 def test_every_launcher_is_compiled_here():

@@ -143,6 +143,40 @@ def test_a_repeated_call_is_captured_and_replayed():
     assert torch.equal(out, octavo.rms_norm(x, weight))
 
 
+@pytest.mark.parametrize("rows", [1, 64, 3000])
+def test_chained_kernels_read_what_the_one_before_wrote(rows):
+    """Kernels that start while the one before runs must see what it writes, and write over nothing that it reads."""
+
+    def step(x, residual, weight, pause) -> torch.Tensor:
+        """A layer's worth: every output is the next op's input, and memory is given back and taken again."""
+        y = octavo.add_rms_norm(x, residual, weight)
+        pause()
+        y = octavo.silu_and_mul(torch.cat([y, x], -1))
+        pause()
+        y = octavo.relu2(y)
+        pause()
+        return octavo.rms_norm(y, weight)
+
+    def chain(pause=lambda: None) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight = start.clone(), scale
+        residual = torch.zeros_like(x)
+        for _ in range(50):
+            x = step(x, residual, weight, pause)
+        return x, residual
+
+    start, scale = operands(rows)
+    expected = chain(torch.cuda.synchronize)
+    chain(), chain()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain()
+    for _ in range(5):
+        graph.replay()
+        for actual in (chain(), captured):
+            for a, e in zip(actual, expected, strict=True):
+                assert torch.equal(a, e)
+
+
 def test_memory_is_poisoned_for_repeated_calls_too():
     """Else the tests of unwritten elements would see first calls alone."""
     x = torch.empty(64, 4096, device="cuda", dtype=torch.bfloat16).fill_(1.0)

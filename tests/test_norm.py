@@ -18,7 +18,7 @@ def plain(x, weight, eps, offset=0.0):
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (weight + offset)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 64), (3, 63), (2, 5, 111), (7, 576), (2, 4096), (1, 9000)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 64), (33, 63), (2, 5, 111), (7, 576), (2, 4096), (1, 9000), (2, 17000)])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_rms_norm(device, dtype, shape, offset):
     x = torch.randn(shape, device=device, dtype=dtype)
@@ -28,7 +28,7 @@ def test_rms_norm(device, dtype, shape, offset):
     assert_accurate(out, exact(x, w, 1e-5, offset), plain(x, w, 1e-5, offset))
 
 
-@pytest.mark.parametrize("shape", [(1, 64), (5, 111), (2, 9000)])
+@pytest.mark.parametrize("shape", [(1, 64), (5, 111), (2, 9000), (1, 17000)])
 def test_add_rms_norm_writes_the_sum_back(device, dtype, shape):
     x, residual = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
     w = torch.randn(shape[-1], device=device, dtype=dtype)
@@ -131,7 +131,7 @@ def test_three_leading_strides_are_refused():
 
 def launches(dtype):
     """Every tile choice that ships, on meta tensors: tests/test_compile.py compiles them."""
-    for width in (64, 4096, 12288):
+    for width in (64, 4096, 12288, 65536):
         x, w = torch.empty(8, width, device="meta", dtype=dtype), torch.empty(width, device="meta", dtype=dtype)
         norm._rms_norm_cuda(x, w, 1e-6, 0.0)
         norm._norm_cuda(x, torch.empty_like(x), w, 1e-6, 0.0)
