@@ -31,7 +31,15 @@ from octavo.kernels.checks import (
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
-from octavo.kernels.tiles import DeviceProperties, cdiv, device_properties, next_power_of_2
+from octavo.kernels.tiles import (
+    DeviceProperties,
+    cdiv,
+    chains,
+    device_properties,
+    let_next_start,
+    next_power_of_2,
+    wait_for_previous,
+)
 from octavo.reference import attention as reference
 
 LOG2_E = 1.4426950408889634
@@ -113,7 +121,10 @@ def _paged_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
     BLOCK_Q: tl.constexpr = BLOCK_M // PACK
     PACKS: tl.constexpr = (GROUP + PACK - 1) // PACK
     # Later tiles of a causal prefill have more keys: they start first.
@@ -250,6 +261,7 @@ def _paged_attention_cuda(
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
         BLOCK_D=tiles.block_d,
+        CHAINED=chains(query.device),
     )
     return out, lse
 

@@ -27,7 +27,7 @@ from octavo.kernels.quant.packing import packed_shape
 from octavo.kernels.quant.weight_only import check_linear, choose_tiles, store_outputs, token_offsets
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
-from octavo.kernels.tiles import cdiv, device_properties, row_strides
+from octavo.kernels.tiles import cdiv, chains, device_properties, let_next_start, row_strides, wait_for_previous
 from octavo.reference import quant as reference
 
 
@@ -65,7 +65,10 @@ def _int4_linear_kernel(
     WHOLE_TILES: tl.constexpr,  # group_size is a multiple of 128, so a tile lies in one group and within K
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     rows = tl.minimum(n, N - 1)  # outputs past the last repeat it, and are never stored
@@ -139,6 +142,7 @@ def _int4_linear_cuda(
         WHOLE_TILES=group_size % 128 == 0,
         BLOCK_N=tiles.block_n,
         BLOCK_M=tiles.block_m,
+        CHAINED=chains(x.device),
     )
     return out
 
