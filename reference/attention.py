@@ -9,6 +9,10 @@ def write_kv(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    key_scale_cache: torch.Tensor | None,
+    value_scale_cache: torch.Tensor | None,
 ) -> None:
     pages, page_size = key_cache.shape[:2]
     slots = slot_mapping.tolist()
@@ -21,9 +25,29 @@ def write_kv(
     if -1 in slots:
         kept = slot_mapping >= 0
         key, value, slot_mapping = key[kept], value[kept], slot_mapping[kept]
-    page, offset = slot_mapping // page_size, slot_mapping % page_size
-    key_cache[page, offset] = key
-    value_cache[page, offset] = value
+    at = slot_mapping // page_size, slot_mapping % page_size
+    _put(key_cache, at, key, k_scale, key_scale_cache)
+    _put(value_cache, at, value, v_scale, value_scale_cache)
+
+
+def _put(
+    cache: torch.Tensor,
+    at: tuple[torch.Tensor, torch.Tensor],
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    scale_cache: torch.Tensor | None,
+) -> None:
+    """Writes x, `[tokens, kv_heads, head_size]`, into slots of a cache, in the cache's format."""
+    if scale_cache is not None:
+        scale = x.float().abs().amax(-1) / 127
+        scale_cache[at] = scale
+    if cache.dtype.itemsize == 1:
+        x = x.float() if scale is None else x.float() / scale.unsqueeze(-1)
+        most = 127 if scale_cache is not None else torch.finfo(cache.dtype).max
+        x = x.clamp(-most, most)
+        if scale_cache is not None:
+            x = x.round().nan_to_num(0.0)
+    cache[at] = x.to(cache.dtype)
 
 
 def paged_attention(
