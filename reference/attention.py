@@ -2,6 +2,9 @@
 
 import torch
 
+from octavo.reference.norm import rms_norm
+from octavo.reference.rope import cos_and_sin, turned
+
 
 def write_kv(
     key: torch.Tensor,
@@ -48,6 +51,37 @@ def _put(
         if scale_cache is not None:
             x = x.round().nan_to_num(0.0)
     cache[at] = x.to(cache.dtype)
+
+
+def rotary_embedding_write_kv(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    q_norm_weight: torch.Tensor | None,
+    k_norm_weight: torch.Tensor | None,
+    eps: float,
+    weight_offset: float,
+    interleaved: bool,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    key_scale_cache: torch.Tensor | None,
+    value_scale_cache: torch.Tensor | None,
+) -> None:
+    cos, sin = cos_and_sin(positions, cos_sin_cache)
+    q, k = query.float(), key.float()
+    if q_norm_weight is not None:
+        q = rms_norm(q, q_norm_weight, eps, weight_offset)
+    if k_norm_weight is not None:
+        k = rms_norm(k, k_norm_weight, eps, weight_offset)
+    k = turned(k, cos, sin, interleaved)
+    scales = k_scale, v_scale, key_scale_cache, value_scale_cache
+    write_kv(k, value, key_cache, value_cache, slot_mapping, *scales)
+    query.copy_(turned(q, cos, sin, interleaved))
 
 
 def paged_attention(
