@@ -133,6 +133,7 @@ def write_rows(
     """
     d = tl.arange(0, BLOCK_D)[None, :]
     dtype: tl.constexpr = cache_ptr.dtype.element_ty
+    given_scale = fp8_scale(scale_ptr, head, stride_scale, there)
     x = tl.load(source_ptr + from_offsets[:, None] + d, mask=there[:, None] & (d < D), other=0.0)  # [ROWS, D]
     if dtype == tl.int8:
         x = x.to(tl.float32)
@@ -140,7 +141,7 @@ def write_rows(
         tl.store(scale_cache_ptr + scale_offsets, scale, mask=wanted)
         x = quantize(x, scale[:, None], dtype, NATIVE_FP8)
     elif dtype != x.dtype:
-        x = quantize(x.to(tl.float32), fp8_scale(scale_ptr, head, stride_scale, there), dtype, NATIVE_FP8)
+        x = quantize(x.to(tl.float32), given_scale, dtype, NATIVE_FP8)
     tl.store(cache_ptr + to_offsets[:, None] + d, x, mask=wanted[:, None] & (d < D))
 
 
