@@ -27,7 +27,7 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
         seq_lens=torch.zeros(3, dtype=torch.int32),
         cu_seqlens_q=torch.zeros(4, dtype=torch.int32),
     )
-    step = dict(query=q, key=k, value=v, positions=index, cos_sin_cache=new(32, d), slot_mapping=index)
+    step = dict(query=q, key=k, value=v, positions=index, cos_sin_cache=new(32, d), slot_mapping=index.clone())
     float8, int8_kv = (
         {name: new(9, page, kv_heads, d, dtype=dtype) for name in ("key_cache", "value_cache")}
         for dtype in (torch.float8_e5m2, torch.int8)

@@ -73,9 +73,9 @@ def _to_fp8(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def quantize(x, scale, dtype: tl.constexpr, NATIVE_FP8: tl.constexpr):
-    """x (fp32) in a cache's dtype: divided by `scale` (which x's shape is broadcast from; None is 1.0) and rounded."""
-    if scale is not None:
+def quantize(x, scale, SCALED: tl.constexpr, dtype: tl.constexpr, NATIVE_FP8: tl.constexpr):
+    """x (fp32) in a cache's dtype: divided by `scale`, [ROWS, 1], if it is SCALED, and rounded."""
+    if SCALED:
         x = tl.div_rn(x, scale)
     if dtype == tl.int8:
         x = tl.where(x == x, tl.clamp(x, -127.0, 127.0), 0.0)
@@ -103,9 +103,9 @@ def int8_scale(bits):
 
 @triton.jit
 def fp8_scale(scale_ptr, head, stride_head, mask):
-    """The scales of the heads `head` in a float8 cache, or None."""
+    """The scales of the heads `head` in a float8 cache, [ROWS, 1]; 1.0 where there are none."""
     if scale_ptr is None:
-        return None
+        return tl.full([head.shape[0], 1], 1.0, tl.float32)
     else:
         return tl.load(scale_ptr + head * stride_head, mask=mask, other=1.0)[:, None]
 
@@ -139,9 +139,9 @@ def write_rows(
         x = x.to(tl.float32)
         scale = int8_scale(largest_bits(x))
         tl.store(scale_cache_ptr + scale_offsets, scale, mask=wanted)
-        x = quantize(x, scale[:, None], dtype, NATIVE_FP8)
+        x = quantize(x, scale[:, None], True, dtype, NATIVE_FP8)
     elif dtype != x.dtype:
-        x = quantize(x.to(tl.float32), given_scale, dtype, NATIVE_FP8)
+        x = quantize(x.to(tl.float32), given_scale, scale_ptr is not None, dtype, NATIVE_FP8)
     tl.store(cache_ptr + to_offsets[:, None] + d, x, mask=wanted[:, None] & (d < D))
 
 

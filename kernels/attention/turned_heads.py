@@ -143,6 +143,7 @@ def turn_and_write(
     """Normalises and turns heads into a cache, in its format; other arguments are those of `write_rows`."""
     WITH_REST: tl.constexpr = D > 2 * HALF
     dtype: tl.constexpr = cache_ptr.dtype.element_ty
+    SCALED: tl.constexpr = dtype == tl.int8 or scale_ptr is not None
     given_scale = fp8_scale(scale_ptr, head, stride_scale, there)
     a, b, rest = _norm_and_turn(
         ptr, there[:, None], weight_ptr, eps, weight_offset, table_row_ptr, inside, D, HALF, INTERLEAVED, WITH_REST
@@ -156,6 +157,7 @@ def turn_and_write(
         scale = row_scale[:, None]
     else:
         scale = given_scale
-    a, b = quantize(a, scale, dtype, NATIVE_FP8), quantize(b, scale, dtype, NATIVE_FP8)
-    rest = quantize(rest, scale, dtype, NATIVE_FP8)
+    a = quantize(a, scale, SCALED, dtype, NATIVE_FP8)
+    b = quantize(b, scale, SCALED, dtype, NATIVE_FP8)
+    rest = quantize(rest, scale, SCALED, dtype, NATIVE_FP8)
     _store_heads(cache_ptr + to_offsets[:, None], wanted[:, None], a, b, rest, D, HALF, INTERLEAVED, WITH_REST)
