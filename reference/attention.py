@@ -50,7 +50,7 @@ def _put(
         x = x.clamp(-most, most)
         if scale_cache is not None:
             x = x.round().nan_to_num(0.0)
-    cache[at] = x.to(cache.dtype)
+    cache[at] = x if x.dtype == cache.dtype else x.to(cache.dtype)
 
 
 def rotary_embedding_write_kv(
@@ -78,10 +78,11 @@ def rotary_embedding_write_kv(
         q = rms_norm(q, q_norm_weight, eps, weight_offset)
     if k_norm_weight is not None:
         k = rms_norm(k, k_norm_weight, eps, weight_offset)
-    k = turned(k, cos, sin, interleaved)
+    # One rotation of all heads takes a CPU little more time than one of the query's.
+    q, k = turned(torch.cat((q, k), 1), cos, sin, interleaved).split((q.shape[1], k.shape[1]), 1)
     scales = k_scale, v_scale, key_scale_cache, value_scale_cache
     write_kv(k, value, key_cache, value_cache, slot_mapping, *scales)
-    query.copy_(turned(q, cos, sin, interleaved))
+    query.copy_(q)
 
 
 def paged_attention(

@@ -42,6 +42,6 @@ def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: b
     """x, fp32 `[tokens, heads, head_size]`, rotated into new memory."""
     end = 2 * cos.shape[-1]
     a, b = (x[..., 0:end:2], x[..., 1:end:2]) if interleaved else x[..., :end].chunk(2, -1)
-    pairs = a * cos - b * sin, b * cos + a * sin
+    pairs = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
     head = torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
     return head if end == x.shape[-1] else torch.cat((head, x[..., end:]), -1)

@@ -172,7 +172,20 @@ def check_kv_cache(
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         check_last_dim_contiguous(name, cache)
         check_device(name, cache, source_name, source)
-    cache_dtype = str(key_cache.dtype).removeprefix("torch.")
+    if key_cache.dtype != source.dtype or not (k_scale is v_scale is key_scale_cache is value_scale_cache is None):
+        _check_scales(source_name, source, key_cache, k_scale, v_scale, key_scale_cache, value_scale_cache)
+
+
+def _check_scales(
+    source_name: str,
+    source: torch.Tensor,
+    key_cache: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    key_scale_cache: torch.Tensor | None,
+    value_scale_cache: torch.Tensor | None,
+) -> None:
+    cache_dtype, kv_heads = str(key_cache.dtype).removeprefix("torch."), key_cache.shape[2]
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is None:
             continue

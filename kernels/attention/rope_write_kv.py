@@ -322,21 +322,22 @@ def rotary_embedding_write_kv(
     for name, x in (("key", key), ("value", value)):
         check_dtype(name, x, (query.dtype,))
         check_shape(name, x, (tokens, kv_heads, head_size), "[tokens, kv_heads, head_size], as query")
+        check_last_dim_contiguous(name, x)
+        check_device(name, x, "query", query)
     for name, weight in (("q_norm_weight", q_norm_weight), ("k_norm_weight", k_norm_weight)):
         if weight is not None:
             check_dtype(name, weight, FLOATS)
             check_shape(name, weight, (head_size,), "[head_size], as query")
+            check_last_dim_contiguous(name, weight)
+            check_device(name, weight, "query", query)
     check_dtype("slot_mapping", slot_mapping, INTS)
     check_shape("slot_mapping", slot_mapping, (tokens,), "[tokens], as query")
-    tensors = dict(key=key, value=value, slot_mapping=slot_mapping)
-    for name, x in (tensors | dict(q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight)).items():
-        if x is not None:
-            check_last_dim_contiguous(name, x)
-            check_device(name, x, "query", query)
+    check_last_dim_contiguous("slot_mapping", slot_mapping)
+    check_device("slot_mapping", slot_mapping, "query", query)
     if eps < 0:
         raise ValueError(f"eps: {eps}; expected a number of at least 0")
     scales = k_scale, v_scale, key_scale_cache, value_scale_cache
     check_kv_cache("key", key, kv_heads, key_cache, value_cache, *scales)
-    norm = q_norm_weight, k_norm_weight, eps, weight_offset
     caches = key_cache, value_cache, slot_mapping
+    norm = q_norm_weight, k_norm_weight, eps, weight_offset
     _rotary_embedding_write_kv(query, key, value, positions, cos_sin_cache, *caches, *norm, interleaved, *scales)
