@@ -61,10 +61,11 @@ def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, generator: to
 
 def exact(inputs: Inputs) -> Triple:
     query, key, value = (x.double() for x in _heads(inputs))
-    caches = [cache.double() for cache in _caches(inputs)]
+    key_cache, value_cache = (cache.double() for cache in _caches(inputs))
     options = {name: x.double() for name, x in _options(inputs).items()}
-    table, rows = inputs["cos_sin_cache"].double(), map(_rows, caches)
-    return _plain(query, key, value, inputs["positions"], table, *rows, inputs["slots"], **options), *caches
+    rotary, rows = (inputs["positions"], inputs["cos_sin_cache"].double()), (_rows(key_cache), _rows(value_cache))
+    turned = _plain(query, key, value, *rotary, *rows, inputs["slots"], **options)
+    return turned, key_cache, value_cache
 
 
 def flops(shape: Shape) -> int:
@@ -92,7 +93,7 @@ def _caches(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     return (key_cache.to(FP8), value_cache.to(FP8)) if "k_scale" in inputs else (key_cache, value_cache)
 
 
-def _options(inputs: Inputs) -> dict[str, torch.Tensor]:
+def _options(inputs: Inputs) -> dict[str, Any]:
     return {n: inputs[n] for n in ("q_norm_weight", "k_norm_weight", "k_scale", "v_scale") if n in inputs}
 
 
