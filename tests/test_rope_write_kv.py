@@ -222,7 +222,8 @@ def test_far_slots_and_positions_touch_nothing(device, outside):
     table = octavo.rotary_cos_sin_cache(8, 5, device=device)
     q, kv = torch.ones(2, 3, 8, device=device), torch.ones(2, 1, 8, device=device)
     positions = torch.tensor([outside, 0], device=device)
-    octavo.rotary_embedding_write_kv(q, kv, kv, positions, table, k_cache, v_cache, torch.tensor([outside, 4]))
+    slots = torch.tensor([outside, 4], device=device)
+    octavo.rotary_embedding_write_kv(q, kv, kv, positions, table, k_cache, v_cache, slots)
     assert torch.equal(q, torch.ones_like(q)) and buffer.sum() == 16
     assert k_cache[1, 1].eq(1).all() and v_cache[1, 1].eq(1).all()
 
@@ -365,10 +366,15 @@ def test_graph_capture_and_replay_with_other_positions_and_slots(cache_dtype):
 def test_offsets_beyond_int32():
     """Tokens, table rows, pages and scales that lie further apart than int32 counts."""
     far = 2**31 + 64
-    q, k, v = (torch.empty(2, far, device="cuda", dtype=torch.float16)[:, None, :64].normal_() for _ in range(3))
-    table = torch.empty(2, far, device="cuda", dtype=torch.float16)[:, :64].normal_()
-    stored = [torch.zeros(2, far, device="cuda", dtype=torch.int8)[:, None, None, :64] for _ in range(2)]
-    scales = [torch.zeros(2, far, device="cuda", dtype=torch.float32)[:, None, :1] for _ in range(2)]
+
+    def two(*shape, dtype=torch.float16):
+        """Two blocks of that shape, so far apart."""
+        strides = torch.empty(shape, device="meta").stride()
+        return torch.zeros(far + 64, device="cuda", dtype=dtype).as_strided((2, *shape), (far, *strides))
+
+    q, k, v, table = (two(*shape).normal_() for shape in ((1, 64), (1, 64), (1, 64), (64,)))
+    stored = [two(1, 1, 64, dtype=torch.int8) for _ in range(2)]
+    scales = [two(1, 1, dtype=torch.float32) for _ in range(2)]
     near = [x.contiguous() for x in (q, k, v)]
     near_stored, near_scales = ([x.contiguous() for x in tensors] for tensors in (stored, scales))
     index = torch.tensor([0, 1], device="cuda")

@@ -11,7 +11,7 @@ Both caches are `[pages, page_size, kv_heads, head_size]` of one dtype, which de
   all of it reads back as NaN, and no other head or token does.
 
 Read back, a slot holds `q · scale`. The quotient is fp32 and correctly rounded, so that `(x.float() / scale)` of torch,
-clamped and converted, gives the same bits.
+clamped and converted, gives the same bits, but for the sign of a NaN.
 """
 
 import torch
