@@ -80,8 +80,9 @@ class Decoder:
         heads = c.num_attention_heads + 2 * c.num_key_value_heads
         qkv = layer.qkv(x).view(-1, heads, c.head_dim)  # [T, Hq + 2 Hkv, D]
         q, k, v = qkv.split([c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads], dim=1)
-        octavo.rotary_embedding(q, k, metadata.positions, self.cos_sin_cache)
-        octavo.write_kv(k, v, key_cache, value_cache, metadata.slot_mapping)
+        octavo.rotary_embedding_write_kv(
+            q, k, v, metadata.positions, self.cos_sin_cache, key_cache, value_cache, metadata.slot_mapping
+        )
         out = octavo.paged_attention(
             q,
             key_cache,

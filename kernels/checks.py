@@ -60,6 +60,36 @@ def check_last_dim_contiguous(name: str, x: torch.Tensor) -> None:
         raise ValueError(f"{name}: the last dimension has stride {x.stride(-1)}; expected 1: pass {name}.contiguous()")
 
 
+def check_turnable(name: str, x: torch.Tensor, layout: str) -> None:
+    """Raises ValueError unless the heads of `x`, which has three dimensions, can be rotated in place."""
+    check_ndim(name, x, 3, layout)
+    check_last_dim_contiguous(name, x)
+    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError(
+            f"{name}: strides {x.stride()} of shape {tuple(x.shape)} are an expanded view, which cannot be rotated in "
+            f"place: pass {name}.contiguous()"
+        )
+
+
+def check_rotary(query: torch.Tensor, positions: torch.Tensor, cos_sin_cache: torch.Tensor) -> None:
+    """Raises TypeError or ValueError unless each token of `query` has a position and the table goes with its heads."""
+    tokens, _, head_size = query.shape
+    check_dtype("positions", positions, INTS)
+    check_shape("positions", positions, (tokens,), "[tokens], as query")
+    check_last_dim_contiguous("positions", positions)
+    check_device("positions", positions, "query", query)
+    check_dtype("cos_sin_cache", cos_sin_cache, FLOATS)
+    check_ndim("cos_sin_cache", cos_sin_cache, 2, "[max_position, rotary_dim]")
+    check_last_dim_contiguous("cos_sin_cache", cos_sin_cache)
+    check_device("cos_sin_cache", cos_sin_cache, "query", query)
+    rotary_dim = cos_sin_cache.shape[1]
+    if rotary_dim % 2 or not 2 <= rotary_dim <= head_size:
+        raise ValueError(
+            f"cos_sin_cache: shape {tuple(cos_sin_cache.shape)} has rotary_dim {rotary_dim}; expected an even number "
+            f"of columns from 2 to head_size ({head_size}): cosines, then sines"
+        )
+
+
 def check_contiguous(name: str, x: torch.Tensor) -> None:
     """Raises ValueError unless `x` is contiguous."""
     if not x.is_contiguous():

@@ -12,6 +12,7 @@ import torch
 
 from octavo.kernels.activation import gelu_and_mul, silu_and_mul
 from octavo.kernels.attention.paged import paged_attention
+from octavo.kernels.attention.rope_write_kv import rotary_embedding_write_kv
 from octavo.kernels.attention.write_kv import write_kv
 from octavo.kernels.checks import FLOATS
 from octavo.kernels.norm import add_rms_norm, rms_norm
@@ -151,10 +152,13 @@ def _rope_and_cache(
     qkv = _empty(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
     query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
     index = _empty(tokens, dtype=index_dtype)
-    for table_dtype in {torch.float32, dtype}:
-        rotary_embedding(query, key, index, _empty(16, head_dim, dtype=table_dtype))
     cache = _empty(16, page_size, kv_heads, head_dim, dtype=dtype)
-    write_kv(key, value, cache, torch.empty_like(cache), index)
+    other = torch.empty_like(cache)
+    for table_dtype in {torch.float32, dtype}:
+        table = _empty(16, head_dim, dtype=table_dtype)
+        rotary_embedding(query, key, index, table)
+        rotary_embedding_write_kv(query, key, value, index, table, cache, other, index)
+    write_kv(key, value, cache, other, index)
 
 
 def _attention(

@@ -19,13 +19,12 @@ import triton.language as tl
 
 from octavo.kernels.checks import (
     FLOATS,
-    INTS,
     check_device,
     check_dtype,
-    check_last_dim_contiguous,
-    check_ndim,
+    check_rotary,
     check_same_dtype,
     check_shape,
+    check_turnable,
 )
 from octavo.kernels.launch import launch
 from octavo.kernels.registry import register
@@ -211,16 +210,6 @@ _rotary_embedding = register(
 )
 
 
-def _check_heads(name: str, x: torch.Tensor, layout: str) -> None:
-    check_ndim(name, x, 3, layout)
-    check_last_dim_contiguous(name, x)
-    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
-        raise ValueError(
-            f"{name}: strides {x.stride()} of shape {tuple(x.shape)} are an expanded view, which cannot be rotated in "
-            f"place: pass {name}.contiguous()"
-        )
-
-
 @replayed
 def rotary_embedding(
     query: torch.Tensor,
@@ -256,25 +245,12 @@ def rotary_embedding(
     https://arxiv.org/abs/2104.09864
     """
     check_dtype("query", query, FLOATS)
-    _check_heads("query", query, "[tokens, query_heads, head_size]")
-    tokens, _, head_size = query.shape
+    check_turnable("query", query, "[tokens, query_heads, head_size]")
     if key is not None:
         check_same_dtype("key", key, "query", query)
-        _check_heads("key", key, "[tokens, key_heads, head_size]")
+        check_turnable("key", key, "[tokens, key_heads, head_size]")
+        tokens, _, head_size = query.shape
         check_shape("key", key, (tokens, key.shape[1], head_size), "[tokens, key_heads, head_size], as query")
         check_device("key", key, "query", query)
-    check_dtype("positions", positions, INTS)
-    check_shape("positions", positions, (tokens,), "[tokens], as query")
-    check_last_dim_contiguous("positions", positions)
-    check_device("positions", positions, "query", query)
-    check_dtype("cos_sin_cache", cos_sin_cache, FLOATS)
-    check_ndim("cos_sin_cache", cos_sin_cache, 2, "[max_position, rotary_dim]")
-    check_last_dim_contiguous("cos_sin_cache", cos_sin_cache)
-    check_device("cos_sin_cache", cos_sin_cache, "query", query)
-    rotary_dim = cos_sin_cache.shape[1]
-    if rotary_dim % 2 or not 2 <= rotary_dim <= head_size:
-        raise ValueError(
-            f"cos_sin_cache: shape {tuple(cos_sin_cache.shape)} has rotary_dim {rotary_dim}; expected an even number "
-            f"of columns from 2 to head_size ({head_size}): cosines, then sines"
-        )
+    check_rotary(query, positions, cos_sin_cache)
     _rotary_embedding(query, key, positions, cos_sin_cache, interleaved)

@@ -10,6 +10,7 @@ from octavo.kernels.activation import gelu_and_mul, relu2, silu_and_mul
 from octavo.kernels.rope import rotary_embedding
 from octavo.kernels.rope_table import rotary_cos_sin_cache
 from octavo.kernels.attention.write_kv import write_kv
+from octavo.kernels.attention.rope_write_kv import rotary_embedding_write_kv
 from octavo.kernels.attention.paged import paged_attention
 from octavo.kernels.quant.packing import int4_pack, int4_unpack
 from octavo.kernels.quant.int4 import int4_linear
@@ -30,6 +31,7 @@ __all__ = [
     "rotary_embedding",
     "rotary_cos_sin_cache",
     "write_kv",
+    "rotary_embedding_write_kv",
     "paged_attention",
     "int4_linear",
     "int4_pack",

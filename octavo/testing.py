@@ -23,6 +23,9 @@ from octavo.kernels.tiles import KNOWN_DEVICES
 __all__ = ["INTERPRET", "OPS", "assert_accurate", "check_op", "poisoned_memory", "without_interpreter"]
 
 
+_FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
+
+
 def assert_accurate(actual: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor) -> None:
     """Holds a result to what its dtype allows.
 
@@ -98,7 +101,13 @@ def check_op(name: str, function: Callable[..., Any], op_args: tuple[Any, ...], 
     `args` and `kwargs` go to `function`, eagerly as often as it takes to be repeated and once compiled, on clones;
     results and mutated arguments must be the same bits.
     """
-    torch.library.opcheck(getattr(torch.ops.octavo, name).default, op_args)
+    op = getattr(torch.ops.octavo, name).default
+    if any(isinstance(a, torch.Tensor) and a.dtype in _FLOAT8 for a in op_args):
+        # torch.allclose, with which opcheck's test of the schema compares arguments, does not take float8.
+        kept = "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"
+        torch.library.opcheck(op, op_args, test_utils=kept)
+    else:
+        torch.library.opcheck(op, op_args)
     _check_replayable(name, OPS[name].launcher, op_args, {})
     _check_replayable(name, function, args, kwargs)
     torch.compiler.reset()

@@ -2,6 +2,9 @@
 
 import torch
 
+from octavo.reference.norm import rms_norm
+from octavo.reference.rope import cos_and_sin, turned
+
 
 def write_kv(
     key: torch.Tensor,
@@ -9,6 +12,10 @@ def write_kv(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    key_scale_cache: torch.Tensor | None,
+    value_scale_cache: torch.Tensor | None,
 ) -> None:
     pages, page_size = key_cache.shape[:2]
     slots = slot_mapping.tolist()
@@ -21,9 +28,61 @@ def write_kv(
     if -1 in slots:
         kept = slot_mapping >= 0
         key, value, slot_mapping = key[kept], value[kept], slot_mapping[kept]
-    page, offset = slot_mapping // page_size, slot_mapping % page_size
-    key_cache[page, offset] = key
-    value_cache[page, offset] = value
+    at = slot_mapping // page_size, slot_mapping % page_size
+    _put(key_cache, at, key, k_scale, key_scale_cache)
+    _put(value_cache, at, value, v_scale, value_scale_cache)
+
+
+def _put(
+    cache: torch.Tensor,
+    at: tuple[torch.Tensor, torch.Tensor],
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    scale_cache: torch.Tensor | None,
+) -> None:
+    """Writes x, `[tokens, kv_heads, head_size]`, into slots of a cache, in the cache's format."""
+    if scale_cache is not None:
+        scale = x.float().abs().amax(-1) / 127
+        scale_cache[at] = scale
+    if cache.dtype.itemsize == 1:
+        x = x.float() if scale is None else x.float() / scale.unsqueeze(-1)
+        most = 127 if scale_cache is not None else torch.finfo(cache.dtype).max
+        x = x.clamp(-most, most)
+        if scale_cache is not None:
+            x = x.round().nan_to_num(0.0)
+    cache[at] = x if x.dtype == cache.dtype else x.to(cache.dtype)
+
+
+def rotary_embedding_write_kv(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    q_norm_weight: torch.Tensor | None,
+    k_norm_weight: torch.Tensor | None,
+    eps: float,
+    weight_offset: float,
+    interleaved: bool,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    key_scale_cache: torch.Tensor | None,
+    value_scale_cache: torch.Tensor | None,
+) -> None:
+    cos, sin = cos_and_sin(positions, cos_sin_cache)
+    q, k = query.float(), key.float()
+    if q_norm_weight is not None:
+        q = rms_norm(q, q_norm_weight, eps, weight_offset)
+    if k_norm_weight is not None:
+        k = rms_norm(k, k_norm_weight, eps, weight_offset)
+    # One rotation of all heads takes a CPU little more time than one of the query's.
+    q, k = turned(torch.cat((q, k), 1), cos, sin, interleaved).split((q.shape[1], k.shape[1]), 1)
+    scales = k_scale, v_scale, key_scale_cache, value_scale_cache
+    write_kv(k, value, key_cache, value_cache, slot_mapping, *scales)
+    query.copy_(q)
 
 
 def paged_attention(

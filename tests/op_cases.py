@@ -11,6 +11,9 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
     def new(*shape, dtype=dtype):
         return torch.zeros(shape, dtype=dtype)
 
+    def ones(*shape):
+        return torch.ones(shape, dtype=torch.float32)
+
     heads, kv_heads, d, page = 8, 2, 64, 16
     qkv = new(tokens, heads + 2 * kv_heads, d)
     q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
@@ -24,6 +27,12 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
         seq_lens=torch.zeros(3, dtype=torch.int32),
         cu_seqlens_q=torch.zeros(4, dtype=torch.int32),
     )
+    step = dict(query=q, key=k, value=v, positions=index, cos_sin_cache=new(32, d), slot_mapping=index.clone())
+    float8, int8_kv = (
+        {name: new(9, page, kv_heads, d, dtype=dtype) for name in ("key_cache", "value_cache")}
+        for dtype in (torch.float8_e5m2, torch.int8)
+    )
+    int8_kv |= {name: new(9, page, kv_heads, dtype=torch.float32) for name in ("key_scale_cache", "value_scale_cache")}
     int4 = dict(x=new(tokens, 128), packed=new(2, 1, 64, 32, dtype=torch.int16), scale=new(1, 80))
     int8 = dict(x=new(tokens, 128), weight=new(80, 128, dtype=torch.int8), scale=new(1, 80))
     return {
@@ -51,6 +60,22 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
             octavo.write_kv,
             dict(key=k, value=v, key_cache=kv[:, 0], value_cache=kv[:, 1], slot_mapping=index),
             {},
+        ),
+        "write_kv in float8": (
+            octavo.write_kv,
+            dict(key=k, value=v, slot_mapping=index, k_scale=ones(1), v_scale=ones(kv_heads), **float8),
+            {},
+        ),
+        "write_kv in int8": (octavo.write_kv, dict(key=k, value=v, slot_mapping=index, **int8_kv), {}),
+        "rotary_embedding_write_kv": (
+            octavo.rotary_embedding_write_kv,
+            step | dict(key_cache=kv[:, 0], value_cache=kv[:, 1]),
+            {},
+        ),
+        "rotary_embedding_write_kv with norms, in int8": (
+            octavo.rotary_embedding_write_kv,
+            step | int8_kv | dict(q_norm_weight=new(d), k_norm_weight=new(d)),
+            dict(weight_offset=1.0),
         ),
         "paged_attention": (octavo.paged_attention, attention, dict(max_seqlen_q=1)),
         "paged_attention with lse": (octavo.paged_attention, attention, dict(max_seqlen_q=1, return_lse=True)),
@@ -84,6 +109,7 @@ def serve(tokens: int) -> None:
     octavo.rotary_embedding(q, k, index, new(131, 64, dtype=torch.float32))
     cache = new(2, 40, 16, 2, 64)
     octavo.write_kv(k, v, cache[0], cache[1], index)
+    octavo.rotary_embedding_write_kv(q, k, v, index, new(131, 64, dtype=torch.float32), cache[0], cache[1], index)
     for length in (1, tokens):
         b = tokens // length
         table, lens, cu = new(b, 5, dtype=torch.int32), new(b, dtype=torch.int32), new(b + 1, dtype=torch.int32)

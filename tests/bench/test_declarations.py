@@ -26,6 +26,10 @@ TINY = {
     "relu2": [{"T": 3, "intermediate": 45}],
     "rotary_embedding": [{"T": 5, "heads": 6, "kv_heads": 2, "D": 16}],
     "write_kv": [{"T": 7, "kv_heads": 2, "D": 8, "page": 4}],
+    "rotary_embedding_write_kv": [
+        {"T": 5, "heads": 6, "kv_heads": 2, "D": 16, "page": 4, "norm": norm, "fp8": fp8}
+        for norm, fp8 in ((0, 0), (0, 1), (1, 0), (1, 1))
+    ],
     "paged_attention": [
         {"B": b, "q": q, "ctx": ctx, "heads": 6, "kv_heads": 2, "D": 16, "page": page, "window": window}
         for b, q, ctx, page, window in (
@@ -51,6 +55,13 @@ BY_HAND = {
     # 40 heads of 64 pairs, 6 operations a pair; 5,120 elements in and out, an 8-byte position, 128 fp32 of the table.
     "rotary_embedding": ("T=1,heads=32,kv_heads=8,D=128", 40 * 64 * 6, 2 * 2 * 5120 + 8 + 512),
     "write_kv": ("T=16,kv_heads=8,D=128,page=16", 0, 16 * (2 * 2 * 2 * 1024 + 8)),
+    # As rotary_embedding, and 4 operations an element for the norm, 1 for the scale of a key's or value's; 4,096
+    # elements in and out, 2,048 in, as many bytes out, position, slot and the table's row; two weights and two scales.
+    "rotary_embedding_write_kv": (
+        "T=1,heads=32,kv_heads=8,D=128,page=16,norm=1,fp8=1",
+        40 * 64 * 6 + 4 * 5120 + 2048,
+        2 * 2 * 4096 + 2 * 2048 + 2048 + 16 + 512 + 2 * 2 * 128 + 2 * 4,
+    ),
     # 65,536 pairs of 32 heads; as many keys and values, query and output of 16; 4,096 pages, 16 lengths, 17 starts.
     "paged_attention": (
         "B=16,q=1,ctx=4096,heads=32,kv_heads=8,D=128,page=16,window=0",
@@ -215,7 +226,7 @@ def test_inputs_follow_the_generator(name, shape):
     first, again, other = draw(name, shape), draw(name, shape), draw(name, shape, seed=1)
     assert same(first, again)
     drawn = [k for k, v in first.items() if isinstance(v, torch.Tensor) and v.is_floating_point()]
-    if name == "rotary_embedding":
+    if name.startswith("rotary_embedding"):
         drawn.remove("cos_sin_cache")
     for key in drawn:
         assert not torch.equal(first[key], other[key]), key
@@ -236,7 +247,7 @@ def test_scattered_indices():
 
 
 def test_in_place_calls_stay_finite():
-    for name in ("add_rms_norm", "rotary_embedding"):
+    for name in ("add_rms_norm", "rotary_embedding", "rotary_embedding_write_kv"):
         call = load(name).PROVIDERS["octavo"].make(draw(name, TINY[name][0], torch.bfloat16))
         for _ in range(3000):
             result = call()
