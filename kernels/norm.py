@@ -35,13 +35,16 @@ class _Tiles:
     num_warps: int
 
 
-def choose_tiles(width: int) -> _Tiles:
+def choose_tiles(width: int, itemsize: int) -> _Tiles:
     """Rows of one program, elements of a row held at once, and the warps that hold them; wider rows are walked twice.
 
-    32 elements a thread: four 16-byte loads of x on their way at a time. Narrow rows (heads) share a program.
+    A thread holds up to 128 bytes of x: eight 16-byte loads on their way at a time. Narrow rows (heads) share a
+    program. Of rows that are walked twice as few as possible are under way, so that the second walk finds them in L2.
     """
-    block = min(next_power_of_2(width), 16384)
-    return _Tiles(max(2048 // block, 1), block, min(max(block // 1024, 2), 16))
+    block = next_power_of_2(width)
+    if block * itemsize > 65536:
+        return _Tiles(1, 16384, 32)
+    return _Tiles(max(2048 // block, 1), block, max(block * itemsize // 4096, 4))
 
 
 @triton.jit
@@ -115,7 +118,7 @@ def _norm_cuda(
     out = empty(x.shape, x.dtype, x.device)
     width = x.shape[-1]
     num_rows = x.numel() // width
-    tiles = choose_tiles(width)
+    tiles = choose_tiles(width, x.element_size())
     launch(
         _rms_norm_kernel,
         (cdiv(num_rows, tiles.rows),),

@@ -32,7 +32,7 @@ from octavo.kernels.checks import (
 from octavo.kernels.launch import launch
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
-from octavo.kernels.tiles import cdiv, next_power_of_2
+from octavo.kernels.tiles import cdiv, chains, let_next_start, next_power_of_2, wait_for_previous
 from octavo.reference import attention as reference
 
 
@@ -105,7 +105,10 @@ def _rotary_embedding_write_kv_kernel(
     NATIVE_FP8: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
     groups = query_groups + 2 * kv_groups
     token = (tl.program_id(0) // groups).to(tl.int64)
     group = tl.program_id(0) % groups
@@ -241,6 +244,7 @@ def _rotary_embedding_write_kv_cuda(
         NATIVE_FP8=native_fp8(key_cache),
         BLOCK_HEADS=tiles.block_heads,
         BLOCK_D=tiles.block_d,
+        CHAINED=chains(query.device),
     )
 
 

@@ -20,7 +20,7 @@ from octavo.kernels.checks import FLOATS, INTS, check_device, check_dtype, check
 from octavo.kernels.launch import launch
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
-from octavo.kernels.tiles import cdiv, next_power_of_2
+from octavo.kernels.tiles import cdiv, chains, let_next_start, next_power_of_2, wait_for_previous
 from octavo.reference import attention as reference
 
 
@@ -75,7 +75,10 @@ def _write_kv_kernel(
     NATIVE_FP8: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [ROWS]
     token, head = row // HEADS, row % HEADS
     there = row < num_rows
@@ -160,6 +163,7 @@ def _write_kv_cuda(
         NATIVE_FP8=native_fp8(key_cache),
         BLOCK_ROWS=tiles.block_rows,
         BLOCK_D=tiles.block_d,
+        CHAINED=chains(key.device),
     )
 
 
