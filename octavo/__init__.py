@@ -6,6 +6,7 @@ reference. The engine that composes them is `octavo.engine`.
 """
 
 from octavo.kernels.norm import add_rms_norm, rms_norm
+from octavo.kernels.layer_norm import layer_norm
 from octavo.kernels.activation import gelu_and_mul, relu2, silu_and_mul
 from octavo.kernels.rope import rotary_embedding
 from octavo.kernels.rope_table import rotary_cos_sin_cache
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "rms_norm",
     "add_rms_norm",
+    "layer_norm",
     "silu_and_mul",
     "gelu_and_mul",
     "relu2",

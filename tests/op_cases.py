@@ -34,6 +34,12 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
             dict(x=new(tokens, 512), residual=new(tokens, 512), weight=new(512, dtype=torch.float32)),
             dict(weight_offset=1.0),
         ),
+        "layer_norm": (octavo.layer_norm, dict(x=new(tokens, 512), weight=new(512), bias=new(512)), {}),
+        "layer_norm without bias": (
+            octavo.layer_norm,
+            dict(x=new(tokens, 512), weight=new(512), bias=None),
+            dict(weight_offset=1.0),
+        ),
         "silu_and_mul": (octavo.silu_and_mul, dict(x=new(tokens, 1024)), {}),
         "gelu_and_mul": (octavo.gelu_and_mul, dict(x=new(tokens, 1024)), dict(approximate="tanh")),
         "relu2": (octavo.relu2, dict(x=new(tokens, 1000)), {}),

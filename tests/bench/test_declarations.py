@@ -21,6 +21,7 @@ CPU = torch.device("cpu")
 TINY = {
     "rms_norm": [{"T": 3, "hidden": 71}],
     "add_rms_norm": [{"T": 3, "hidden": 71}],
+    "layer_norm": [{"T": 3, "hidden": 71}],
     "silu_and_mul": [{"T": 3, "intermediate": 45}],
     "gelu_and_mul": [{"T": 3, "intermediate": 45, "tanh": 0}, {"T": 3, "intermediate": 45, "tanh": 1}],
     "relu2": [{"T": 3, "intermediate": 45}],
@@ -45,6 +46,7 @@ TINY = {
 BY_HAND = {
     "rms_norm": ("T=64,hidden=4096", 4 * 262144, 2 * (262144 + 262144 + 4096)),
     "add_rms_norm": ("T=64,hidden=4096", 5 * 262144, 2 * (4 * 262144 + 4096)),
+    "layer_norm": ("T=64,hidden=4544", 7 * 290816, 2 * 2 * (290816 + 4544)),
     "silu_and_mul": ("T=16,intermediate=14336", 5 * 229376, 2 * (2 * 229376 + 229376)),
     "gelu_and_mul": ("T=1,intermediate=14336,tanh=0", 6 * 14336, 2 * (2 * 14336 + 14336)),
     "relu2": ("T=1,intermediate=18176", 36352, 72704),
@@ -108,7 +110,8 @@ def test_contract(name):
     assert first == "octavo" and second.split(" ")[0] == "torch"
     peers = [p.peer for p in providers.values()]
     assert peers == sorted(peers, key=lambda peer: peer is not None), "what runs beside octavo comes first"
-    assert set(peers) <= {None, "flashinfer", "vllm", "triton-peers"} and "vllm" in peers
+    assert set(peers) <= {None, "flashinfer", "vllm", "triton-peers"} and any(peers)
+    assert "vllm" in peers or name == "layer_norm", "it has none"
     on_cpu = [n for n, p in providers.items() if "cpu" in p.devices]
     assert on_cpu == list(providers)[:2] and all("cuda" in p.devices for p in providers.values())
 
