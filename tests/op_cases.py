@@ -25,6 +25,7 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
         cu_seqlens_q=torch.zeros(4, dtype=torch.int32),
     )
     int4 = dict(x=new(tokens, 128), packed=new(2, 1, 64, 32, dtype=torch.int16), scale=new(1, 80))
+    one = torch.ones(1)
     int8 = dict(x=new(tokens, 128), weight=new(80, 128, dtype=torch.int8), scale=new(1, 80))
     return {
         "rms_norm": (octavo.rms_norm, dict(x=new(tokens, 512), weight=new(512)), dict(eps=1e-5)),
@@ -68,6 +69,14 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
             dict(group_size=128),
         ),
         "int8_linear": (octavo.int8_linear, int8, dict(group_size=128)),
+        "quantize_int8": (octavo.quantize_int8, dict(x=new(tokens, 512), scale=None), {}),
+        "quantize_int8 by scale": (octavo.quantize_int8, dict(x=new(tokens, 512), scale=one), {}),
+        "quantize_fp8": (octavo.quantize_fp8, dict(x=new(tokens, 512), scale=None), dict(granularity="group")),
+        "quantize_fp8 by tensor": (
+            octavo.quantize_fp8,
+            dict(x=new(tokens, 512), scale=None),
+            dict(granularity="tensor", dtype=torch.float8_e5m2),
+        ),
         "int8_linear with bias": (octavo.int8_linear, int8 | dict(bias=new(80)), dict(group_size=128)),
     }
 
