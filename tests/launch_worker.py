@@ -112,12 +112,15 @@ def ordinary():
 
 
 def run(function, tensors: dict, others: dict) -> list:
-    """Calls it, and returns what reached the C function, with names for the outputs' addresses."""
+    """Calls it, and returns what reached the C function, with names for the addresses of what it allocated."""
     calls.clear()
     result = function(**tensors, **others)
     results = result if isinstance(result, tuple) else () if result is None else (result,)
     assert all(r.is_contiguous() for r in results)
-    names = {r.data_ptr(): f"out{i}" for i, r in enumerate(results) if r.numel()}
+    names = {t.data_ptr(): t.data_ptr() for t in tensors.values() if isinstance(t, torch.Tensor)}
+    names |= {r.data_ptr(): f"out{i}" for i, r in enumerate(results) if r.numel()}
+    for value in (v for _, values in calls for v in values if type(v) is int and v > 2**40):  # no size is as large
+        names.setdefault(value, f"workspace{len(names)}")
     return [(head, tuple(names.get(v, v) if v else v for v in values)) for head, values in calls]
 
 
