@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo.kernels.checks import FLOATS, check_device, check_dtype, check_last_dim_contiguous, check_shape
+from octavo.kernels.checks import check_norm_parameter, check_rows
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
@@ -167,15 +167,10 @@ def layer_norm(
 
     Safe in a CUDA graph. A row's bits do not depend on the other rows. https://arxiv.org/abs/1607.06450
     """
-    check_dtype("x", x, FLOATS)
-    check_last_dim_contiguous("x", x)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x: shape {tuple(x.shape)}; expected a last dimension of at least one element")
-    for name, parameter in {"weight": weight, **({} if bias is None else {"bias": bias})}.items():
-        check_dtype(name, parameter, FLOATS)
-        check_shape(name, parameter, (x.shape[-1],), "[hidden], as wide as x")
-        check_last_dim_contiguous(name, parameter)
-        check_device(name, parameter, "x", x)
+    check_rows(x)
+    check_norm_parameter("weight", weight, x)
+    if bias is not None:
+        check_norm_parameter("bias", bias, x)
     if eps < 0:
         raise ValueError(f"eps: {eps}; expected a number of at least 0")
     return _layer_norm(x, weight, bias, eps, weight_offset)

@@ -16,6 +16,8 @@ from octavo.kernels.quant.packing import int4_pack, int4_unpack
 from octavo.kernels.quant.int4 import int4_linear
 from octavo.kernels.quant.int8 import int8_linear
 from octavo.kernels.quant.quantize import quantize_fp8, quantize_int8
+from octavo.kernels.norm_quantize import add_rms_norm_quantize, rms_norm_quantize
+from octavo.kernels.activation_quantize import gelu_and_mul_quantize, silu_and_mul_quantize
 from octavo.kernels.registry import backends
 from octavo.kernels.warmup import WarmupReport, warmup
 from octavo.kernels.model_calls import model_calls, token_counts
@@ -40,6 +42,10 @@ __all__ = [
     "int8_linear",
     "quantize_int8",
     "quantize_fp8",
+    "rms_norm_quantize",
+    "add_rms_norm_quantize",
+    "silu_and_mul_quantize",
+    "gelu_and_mul_quantize",
     "backends",
     "warmup",
     "WarmupReport",

@@ -2,6 +2,8 @@
 
 import torch
 
+from octavo.reference import activation, norm
+
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 """What the largest magnitude becomes in each dtype."""
 
@@ -47,3 +49,41 @@ def quantize_int8(
     x: torch.Tensor, scale: torch.Tensor | None, granularity: str, group_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return quantize(x, scale, granularity, group_size, torch.int8)
+
+
+def rms_norm_quantize(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    dtype: torch.dtype,
+    eps: float,
+    scale: torch.Tensor | None,
+    group_size: int | None,
+    weight_offset: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return quantize_rows(norm.rms_norm(x.float(), weight, eps, weight_offset), dtype, scale, group_size)
+
+
+def add_rms_norm_quantize(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    dtype: torch.dtype,
+    eps: float,
+    scale: torch.Tensor | None,
+    group_size: int | None,
+    weight_offset: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    residual.add_(x)
+    return rms_norm_quantize(residual, weight, dtype, eps, scale, group_size, weight_offset)
+
+
+def silu_and_mul_quantize(
+    x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None, group_size: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return quantize_rows(activation.silu_and_mul(x.float()), dtype, scale, group_size)
+
+
+def gelu_and_mul_quantize(
+    x: torch.Tensor, dtype: torch.dtype, approximate: str, scale: torch.Tensor | None, group_size: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return quantize_rows(activation.gelu_and_mul(x.float(), approximate), dtype, scale, group_size)

@@ -71,6 +71,31 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
         "int8_linear": (octavo.int8_linear, int8, dict(group_size=128)),
         "quantize_int8": (octavo.quantize_int8, dict(x=new(tokens, 512), scale=None), {}),
         "quantize_int8 by scale": (octavo.quantize_int8, dict(x=new(tokens, 512), scale=one), {}),
+        "rms_norm_quantize": (
+            octavo.rms_norm_quantize,
+            dict(x=new(tokens, 512), weight=new(512), scale=None),
+            dict(dtype=torch.int8, group_size=128),
+        ),
+        "rms_norm_quantize by scale": (
+            octavo.rms_norm_quantize,
+            dict(x=new(tokens, 512), weight=new(512), scale=one),
+            dict(dtype=torch.float8_e4m3fn),
+        ),
+        "add_rms_norm_quantize": (
+            octavo.add_rms_norm_quantize,
+            dict(x=new(tokens, 512), residual=new(tokens, 512), weight=new(512), scale=None),
+            dict(dtype=torch.float8_e4m3fn),
+        ),
+        "silu_and_mul_quantize": (
+            octavo.silu_and_mul_quantize,
+            dict(x=new(tokens, 1024), scale=None),
+            dict(dtype=torch.float8_e4m3fn),
+        ),
+        "gelu_and_mul_quantize": (
+            octavo.gelu_and_mul_quantize,
+            dict(x=new(tokens, 1024), scale=one),
+            dict(dtype=torch.int8, approximate="tanh"),
+        ),
         "quantize_fp8": (octavo.quantize_fp8, dict(x=new(tokens, 512), scale=None), dict(granularity="group")),
         "quantize_fp8 by tensor": (
             octavo.quantize_fp8,

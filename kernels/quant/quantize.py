@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo.kernels.checks import FLOATS, check_dtype, check_last_dim_contiguous
+from octavo.kernels.checks import check_rows
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.quant.by_tensor import by_tensor_cuda
 from octavo.kernels.quant.rounding import (
@@ -159,10 +159,7 @@ _quantize_fp8 = register(
 
 
 def _check(x: torch.Tensor, scale: torch.Tensor | None, granularity: str, group_size: int) -> None:
-    check_dtype("x", x, FLOATS)
-    check_last_dim_contiguous("x", x)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x: shape {tuple(x.shape)}; expected a last dimension of at least one element")
+    check_rows(x)
     if granularity not in ("token", "tensor", "group"):
         raise ValueError(f'granularity: {granularity!r}; expected "token", "tensor" or "group"')
     if scale is not None:

@@ -23,6 +23,8 @@ from octavo.kernels.tiles import device_properties
 from octavo.reference.quantize import LIMITS
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+MAX_GROUP = 16384
+"""The largest group that an op which computes what it quantises keeps in registers."""
 
 
 def rounding(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -51,6 +53,14 @@ def scale_shape(shape: tuple[int, ...], scale: torch.Tensor | None, group_size: 
     return (*shape[:-1], 1 if group_size is None else shape[-1] // group_size)
 
 
+def fake(
+    x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, scale: torch.Tensor | None, group_size: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an op that quantises rows of a shape returns, of x's kind of tensor."""
+    scales = scale_shape(shape, scale, group_size)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(scales, dtype=torch.float32)
+
+
 def check_static_scale(scale: torch.Tensor, x: torch.Tensor) -> None:
     """Raises TypeError or ValueError unless `scale` is one fp32 number beside `x`."""
     check_dtype("scale", scale, (torch.float32,))
@@ -63,6 +73,22 @@ def check_group_size(group_size: int, width: int) -> None:
     """Raises ValueError unless rows of `width` are made of whole groups."""
     if group_size < 1 or width % group_size:
         raise ValueError(f"group_size: {group_size}; expected a divisor of the {width} elements of a row")
+
+
+def check_quantization(
+    x: torch.Tensor, width: int, dtype: torch.dtype, scale: torch.Tensor | None, group_size: int | None
+) -> None:
+    """Raises TypeError or ValueError unless an op can quantise its output, `width` elements a row, behind `x`."""
+    if dtype not in LIMITS:
+        raise TypeError(f"dtype: {dtype}; expected torch.int8, torch.float8_e4m3fn or torch.float8_e5m2")
+    if scale is not None:
+        check_static_scale(scale, x)
+        if group_size is not None:
+            raise ValueError(f"group_size: {group_size} beside a scale, which is one for all groups: leave one out")
+    if group_size is not None:
+        check_group_size(group_size, width)
+        if group_size > MAX_GROUP and group_size != width:
+            raise ValueError(f"group_size: {group_size}; expected at most {MAX_GROUP}, or all {width} of a row")
 
 
 @triton.jit
