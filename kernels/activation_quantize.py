@@ -17,15 +17,7 @@ import triton.language as tl
 from octavo.kernels.activation import _activate
 from octavo.kernels.checks import check_rows
 from octavo.kernels.launch import empty, launch
-from octavo.kernels.quant.rounding import (
-    check_quantization,
-    fake,
-    magnitude,
-    rounded,
-    rounding,
-    scale_of,
-    scale_shape,
-)
+from octavo.kernels.quant.rounding import check_quantization, fake, magnitude, rounded, rounding, scale_of, scale_shape
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
 from octavo.kernels.tiles import cdiv, next_power_of_2, row_offset, row_strides
@@ -39,15 +31,17 @@ class _Tiles:
     num_warps: int
 
 
-def choose_tiles(width: int, scale: str, group_size: int | None) -> _Tiles:
+def choose_tiles(width: int, scale: str, group_size: int | None, simple: bool) -> _Tiles:
     """Pieces of a row that a program has, and room for the elements of each, by what has a scale.
 
-    A whole row is one piece: up to 32 numbers a thread are few enough that the row's loads are all under way at once.
-    Rows beyond the largest block are walked twice.
+    A whole row is one piece, of 16 to 32 numbers a thread; 64 still fit into registers where the arithmetic is `simple`:
+    without erf and fp8 in integers. Wider rows are walked twice.
     """
     if scale == "row":
-        group = min(next_power_of_2(width), 32768)
-        return _Tiles(1, group, min(max(group // 1024, 4), 32))
+        group = next_power_of_2(width)
+        if group > (32768 if simple else 16384):
+            group = 8192
+        return _Tiles(1, group, min(max(group // 512, 4), 16))
     group = next_power_of_2(group_size) if group_size else min(next_power_of_2(width), 1024)
     groups = max(1024 // group, 1) if group_size else 1
     return _Tiles(groups, group, min(max(groups * group // 256, 1), 16))
@@ -120,7 +114,9 @@ def _activation_quantize_cuda(
     computed = empty(scale_shape(shape, scale, group_size), torch.float32, x.device)
     groups = group_size if group_size != width else None
     kind = "given" if scale is not None else "group" if groups else "row"
-    tiles = choose_tiles(width, kind, groups)
+    constants = rounding(dtype, x.device)
+    simple = activation != "gelu" and (dtype == torch.int8 or constants["NATIVE"])
+    tiles = choose_tiles(width, kind, groups, simple)
     piece = groups or (width if kind == "row" else tiles.group)
     blocks = 1 if kind == "row" else cdiv(width, tiles.groups * piece)
     launch(
@@ -137,7 +133,7 @@ def _activation_quantize_cuda(
         num_warps=tiles.num_warps,
         ACTIVATION=activation,
         SCALE=kind,
-        **rounding(dtype, x.device),
+        **constants,
         ONE_BLOCK=kind != "row" or tiles.group >= width,
         GROUPS=tiles.groups,
         GROUP=tiles.group,

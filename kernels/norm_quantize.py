@@ -24,15 +24,7 @@ from octavo.kernels.checks import (
 )
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.norm import _load_row
-from octavo.kernels.quant.rounding import (
-    check_quantization,
-    fake,
-    magnitude,
-    rounded,
-    rounding,
-    scale_of,
-    scale_shape,
-)
+from octavo.kernels.quant.rounding import check_quantization, fake, magnitude, rounded, rounding, scale_of, scale_shape
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
 from octavo.kernels.tiles import next_power_of_2, row_offset, row_strides
@@ -84,6 +76,7 @@ def _rms_norm_quantize_kernel(
     LIMIT: tl.constexpr,
     NATIVE: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
@@ -100,6 +93,11 @@ def _rms_norm_quantize_kernel(
         inverse = tl.div_rn(1.0, tl.load(scale_ptr))
     else:
         scale_ptr += row.to(tl.int64) * scales
+    q_ptrs = q_ptr + tile
+    if ADD:
+        # A thread stores 16 bytes of the sum at a time, and as many numbers of q: with more of those, the row would go
+        # through shared memory in between.
+        q_ptrs = tl.max_contiguous(q_ptrs, [1, VECTOR])
     if ONE_BLOCK:
         mask = inside & (tile < N)
         x = _load_row(x_ptr, residual_ptr, tile, mask, ADD)
@@ -111,7 +109,7 @@ def _rms_norm_quantize_kernel(
             scale = scale_of(tl.max(magnitude(y), 1), LIMIT)  # [GROUPS]
             tl.store(scale_ptr + group, scale, mask=group < scales)
             y *= tl.div_rn(1.0, scale)[:, None]
-        tl.store(q_ptr + tile, rounded(y, q_ptr.dtype.element_ty, LIMIT, NATIVE), mask=mask)
+        tl.store(q_ptrs, rounded(y, q_ptr.dtype.element_ty, LIMIT, NATIVE), mask=mask)
     else:
         total = tl.zeros([GROUPS, GROUP], tl.float32)
         largest = tl.zeros([GROUPS, GROUP], tl.float32)
@@ -143,7 +141,7 @@ def _rms_norm_quantize_kernel(
                 y *= tl.div_rn(1.0, scales_here)[:, None]
             else:
                 y *= inverse
-            tl.store(q_ptr + at, rounded(y, q_ptr.dtype.element_ty, LIMIT, NATIVE), mask=mask)
+            tl.store(q_ptrs + start, rounded(y, q_ptr.dtype.element_ty, LIMIT, NATIVE), mask=mask)
 
 
 def _norm_quantize_cuda(
@@ -183,6 +181,7 @@ def _norm_quantize_cuda(
         SCALE="given" if scale is not None else "group" if groups else "row",
         **rounding(dtype, x.device),
         ONE_BLOCK=tiles.groups * piece >= width,
+        VECTOR=min(16 // x.element_size(), tiles.group),
         GROUPS=tiles.groups,
         GROUP=tiles.group,
     )
