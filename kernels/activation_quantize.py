@@ -34,8 +34,8 @@ class _Tiles:
 def choose_tiles(width: int, scale: str, group_size: int | None, simple: bool) -> _Tiles:
     """Pieces of a row that a program has, and room for the elements of each, by what has a scale.
 
-    A whole row is one piece, of 16 to 32 numbers a thread; 64 still fit into registers where the arithmetic is `simple`:
-    without erf and fp8 in integers. Wider rows are walked twice.
+    A whole row is one piece, of 16 to 32 numbers a thread; 64 fit into registers too where the arithmetic is `simple`:
+    without erf, and without fp8 made by integers. Wider rows are walked twice.
     """
     if scale == "row":
         group = next_power_of_2(width)
