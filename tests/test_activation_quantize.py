@@ -95,8 +95,7 @@ def test_views_of_any_two_strides(kind, rows, inner, groups, group_size, gap, dt
     check(kind, function(x, dtype, *more, group_size=group_size if grouped else None), x)
 
 
-@pytest.mark.parametrize("width", [80, 40000])
-@pytest.mark.parametrize("group_size", [None, 20])
+@pytest.mark.parametrize(("width", "group_size"), [(80, None), (80, 20), (40000, None)])
 def test_zeros_nan_and_infinities_spoil_no_other_value(device, dtype, out_dtype, width, group_size):
     x = torch.randn(4, 2 * width, device=device, dtype=dtype)
     x[1], x[3, 5], x[3, 7], x[3, width + 7] = 0, float("nan"), float("inf"), -1.0
@@ -194,9 +193,9 @@ def launches(dtype):
     for out_dtype in (torch.int8, torch.float8_e4m3fn):
         if out_dtype == torch.float8_e4m3fn and device_properties(scale.device).capability < (8, 9):
             continue
-        for kind in CASES:
-            for width in (64, 4096, 8192, 14336, 28672, 65536):
+        for kind in ("silu", "gelu"):  # the tanh approximation is computed as SiLU is
+            for width in (64, 14336, 28672, 65536):
                 x = torch.empty(8, 2 * width, device="meta", dtype=dtype)
                 activation_quantize._activation_quantize_cuda(x, kind, out_dtype, None, None)
-            for fixed, group_size in ((None, 64), (None, 128), (scale, None)):
+            for fixed, group_size in ((None, 128), (scale, None)):
                 activation_quantize._activation_quantize_cuda(x, kind, out_dtype, fixed, group_size)

@@ -207,9 +207,8 @@ def launches(dtype):
     for out_dtype in (torch.int8, torch.float8_e4m3fn):
         if out_dtype == torch.float8_e4m3fn and device_properties(scale.device).capability < (8, 9):
             continue
-        for width in (64, 4096, 8192, 14336, 28672):
+        for width in (4096, 14336, 28672):
             x, w = torch.empty(8, width, device="meta", dtype=dtype), torch.empty(width, device="meta", dtype=dtype)
-            for fixed, group_size in ((None, None), (None, 64), (None, 128), (scale, None)):
-                if width > 64 or group_size is None:
-                    norm_quantize._norm_quantize_cuda(x, None, w, out_dtype, 1e-6, fixed, group_size, 0.0)
-                    norm_quantize._norm_quantize_cuda(x, x.clone(), w, out_dtype, 1e-6, fixed, group_size, 0.0)
+            for fixed, group_size in ((None, None), (None, 128), (scale, None)):
+                norm_quantize._norm_quantize_cuda(x, x.clone(), w, out_dtype, 1e-6, fixed, group_size, 0.0)
+            norm_quantize._norm_quantize_cuda(x, None, w, out_dtype, 1e-6, None, None, 0.0)
