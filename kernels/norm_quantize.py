@@ -45,10 +45,10 @@ def choose_tiles(width: int, group_size: int | None) -> _Tiles:
     """
     group = next_power_of_2(group_size or width)
     groups = next_power_of_2(width // group_size) if group_size else 1
-    if groups * group > 16384:
-        group = group if group_size else 8192
-        groups = max(8192 // group, 1)
-    return _Tiles(groups, group, min(max(groups * group // 512, 1), 16))
+    if groups * group <= 16384:
+        return _Tiles(groups, group, min(max(groups * group // 512, 1), 16))
+    group = group if group_size else 4096
+    return _Tiles(max(4096 // group, 1), group, 16)
 
 
 @triton.jit(do_not_specialize=["x_inner", "residual_inner"])
