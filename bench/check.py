@@ -6,17 +6,47 @@ With the error taken against `exact` and eps that of the output's dtype,
 
 and 16 eps for both in fp32, which admits another order of summation and not TF32. NaN and infinities must stand in the
 same places. An exact tensor that is not fp32 or fp64 (indices, packed words, values that are only copied) is held bit
-for bit.
+for bit. What an op quantises has a rule of its own: `Quantized`.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from octavo.testing import quantization_unit
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The exact result of an op that quantises to int8 or fp8: what it rounds, and to what.
+
+    A provider returns q for it, and after q its scales where it computes them. It may have rounded its values to bf16
+    before, as several do: with eps that of bf16, each number of q · scale is to lie within half a unit of q's dtype and
+    eps |value| of its value, and each computed scale within eps of the one that makes the largest value the dtype's
+    limit.
+
+    Attributes:
+        values: fp64.
+        dtype: q's.
+        scale: the scale that is given, one element; None where there is one for each of `parts` of a row, or, where
+            there are no parts, one for everything.
+    """
+
+    values: torch.Tensor
+    dtype: torch.dtype
+    scale: torch.Tensor | None = None
+    parts: int = 1
+
+    @property
+    def outputs(self) -> int:
+        return 1 if self.scale is not None else 2
+
 
 def tensors(result: Any) -> tuple[torch.Tensor, ...]:
-    """The tensors of a result, which is one tensor or a sequence of them."""
-    found = (result,) if isinstance(result, torch.Tensor) else tuple(result) if isinstance(result, tuple | list) else ()
+    """The tensors of a result, which is one tensor or a sequence of them; of what is quantised, its values."""
+    found = tuple(result) if isinstance(result, tuple | list) else (result,)
+    found = tuple(r.values if isinstance(r, Quantized) else r for r in found)
     if not found or not all(isinstance(t, torch.Tensor) for t in found):
         raise TypeError(f"result: got {type(result).__name__}; expected a tensor or a tuple of tensors")
     return found
@@ -24,13 +54,16 @@ def tensors(result: Any) -> tuple[torch.Tensor, ...]:
 
 def difference(actual: Any, exact: Any) -> str | None:
     """What is wrong with a provider's result, in a few words; None where it is right."""
-    got, want = tensors(actual), tensors(exact)
-    if len(got) != len(want):
-        return f"{len(got)} tensors, expected {len(want)}"
-    for index, (a, e) in enumerate(zip(got, want, strict=True)):
-        wrong = _difference(a, e)
+    got, want = tensors(actual), exact if isinstance(exact, tuple | list) else (exact,)
+    counts = [e.outputs if isinstance(e, Quantized) else 1 for e in want]
+    if len(got) != sum(counts):
+        return f"{len(got)} tensors, expected {sum(counts)}"
+    at = 0
+    for e, count in zip(want, counts, strict=True):
+        wrong = _quantized(got[at : at + count], e) if isinstance(e, Quantized) else _difference(got[at], e)
         if wrong:
-            return wrong if len(got) == 1 else f"output {index}: {wrong}"
+            return wrong if len(got) == 1 else f"output {at}: {wrong}"
+        at += count
     return None
 
 
@@ -85,6 +118,30 @@ def _tolerance(actual: torch.Tensor, exact: torch.Tensor) -> str | None:
     if not rms <= rms_limit:
         return f"rms error {rms:.2e}, limit {rms_limit:.2e}"
     return None
+
+
+def _quantized(got: tuple[torch.Tensor, ...], exact: Quantized) -> str | None:
+    q, values, eps = got[0], exact.values, torch.finfo(torch.bfloat16).eps
+    if q.dtype != exact.dtype or q.shape != values.shape:
+        return f"{q.dtype} of shape {tuple(q.shape)}, expected {exact.dtype} of shape {tuple(values.shape)}"
+    limit = float((torch.iinfo if q.dtype == torch.int8 else torch.finfo)(q.dtype).max)
+    if exact.parts:
+        values, q = (t.unflatten(-1, (exact.parts, -1)) for t in (values, q))
+    if exact.scale is not None:
+        scale = exact.scale.double()
+    else:
+        largest = values.abs().amax(-1, keepdim=True) if exact.parts else values.abs().amax()
+        if got[1].numel() != largest.numel():
+            return f"{got[1].numel()} scales, expected {largest.numel()}"
+        scale = got[1].double().view(largest.shape)
+        count = int((~((scale * limit - largest).abs() <= eps * largest)).sum())
+        if count:
+            return f"{count} of {scale.numel()} scales differ"
+    target = (values / scale).clamp_(-limit, limit)
+    error = q.to(values.dtype).sub_(target).abs_()
+    allowed = quantization_unit(target, exact.dtype).mul_(0.5 + 1e-3).add_(target.abs_(), alpha=eps)
+    count = int((~(error <= allowed)).sum())
+    return f"{count} of {q.numel()} elements differ" if count else None
 
 
 def _rms(x: torch.Tensor) -> float:

@@ -7,7 +7,8 @@ A benchmark module has, at module level:
 - `shapes()`: the shapes, each a dict of dimension → size in reading order;
 - `inputs(shape, dtype, device, generator)`: one fresh set of random inputs;
 - `exact(inputs)`: the right result without octavo, a tensor or a tuple of them. A tensor in fp64 (or fp32) is held to
-  the tolerance of `octavo.bench.check`; one in another dtype (integers, copied half-precision values) bit for bit;
+  the tolerance of `octavo.bench.check`; one in another dtype (integers, copied half-precision values) bit for bit; a
+  `Quantized` from there stands for a quantised tensor and its computed scales;
 - `flops(shape)` and `bytes_moved(shape, dtype)`: the floor, each input read once and each output written once;
 - `PROVIDERS`: name → `Provider`, in the order octavo, torch, torch.compile, then peers.
 
@@ -26,7 +27,7 @@ import torch
 
 Shape = dict[str, int]
 Inputs = dict[str, Any]
-Result = torch.Tensor | tuple[torch.Tensor, ...]
+Result = Any  # a tensor, a `check.Quantized`, or a tuple of them
 
 CPU_BYTES = 64 * 2**20
 CPU_FLOPS = 10**9

@@ -96,3 +96,19 @@ def check_contiguous(name: str, x: torch.Tensor) -> None:
         raise ValueError(
             f"{name}: strides {x.stride()} of shape {tuple(x.shape)} are not contiguous: pass {name}.contiguous()"
         )
+
+
+def check_rows(x: torch.Tensor) -> None:
+    """Raises TypeError or ValueError unless `x` is made of rows of numbers: what an op works on row by row."""
+    check_dtype("x", x, FLOATS)
+    check_last_dim_contiguous("x", x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x: shape {tuple(x.shape)}; expected a last dimension of at least one element")
+
+
+def check_norm_parameter(name: str, parameter: torch.Tensor, x: torch.Tensor) -> None:
+    """Raises TypeError or ValueError unless `parameter` is a number for each element of a row of `x`."""
+    check_dtype(name, parameter, FLOATS)
+    check_shape(name, parameter, (x.shape[-1],), "[hidden], as wide as x")
+    check_last_dim_contiguous(name, parameter)
+    check_device(name, parameter, "x", x)

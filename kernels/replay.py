@@ -293,7 +293,7 @@ def replayed(function: Callable[P, R]) -> Callable[P, R]:
         bits=" | ".join(names),
         names=", ".join(names),
     )
-    namespace: dict[str, Any] = {"__name__": __name__}
+    namespace: dict[str, Any] = {"__name__": __name__, "torch": torch}  # a default may be one of torch's dtypes
     exec(source, namespace)
     call = namespace["_make"](
         function, torch.compiler.is_compiling, is_watched, torch.is_grad_enabled, table, first, absent

@@ -6,6 +6,7 @@ reference. The engine that composes them is `octavo.engine`.
 """
 
 from octavo.kernels.norm import add_rms_norm, rms_norm
+from octavo.kernels.layer_norm import layer_norm
 from octavo.kernels.activation import gelu_and_mul, relu2, silu_and_mul
 from octavo.kernels.rope import rotary_embedding
 from octavo.kernels.rope_table import rotary_cos_sin_cache
@@ -15,6 +16,9 @@ from octavo.kernels.attention.paged import paged_attention
 from octavo.kernels.quant.packing import int4_pack, int4_unpack
 from octavo.kernels.quant.int4 import int4_linear
 from octavo.kernels.quant.int8 import int8_linear
+from octavo.kernels.quant.quantize import quantize_fp8, quantize_int8
+from octavo.kernels.norm_quantize import add_rms_norm_quantize, rms_norm_quantize
+from octavo.kernels.activation_quantize import gelu_and_mul_quantize, silu_and_mul_quantize
 from octavo.kernels.registry import backends
 from octavo.kernels.warmup import WarmupReport, warmup
 from octavo.kernels.model_calls import model_calls, token_counts
@@ -25,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "rms_norm",
     "add_rms_norm",
+    "layer_norm",
     "silu_and_mul",
     "gelu_and_mul",
     "relu2",
@@ -37,6 +42,12 @@ __all__ = [
     "int4_pack",
     "int4_unpack",
     "int8_linear",
+    "quantize_int8",
+    "quantize_fp8",
+    "rms_norm_quantize",
+    "add_rms_norm_quantize",
+    "silu_and_mul_quantize",
+    "gelu_and_mul_quantize",
     "backends",
     "warmup",
     "WarmupReport",

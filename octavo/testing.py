@@ -1,6 +1,7 @@
 """How octavo tests its ops, for those who add one or embed one.
 
 - `assert_accurate` is the one tolerance rule: no test has a tolerance of its own.
+- `assert_quantized` is the same for results that are rounded to int8 or fp8.
 - `poisoned_memory` fills what `torch.empty` returns with NaN (or the largest integer), so that an element that a kernel
   forgets shows.
 - `check_op` runs `torch.library.opcheck` and `torch.compile(fullgraph=True)` on one call, and holds the launcher to
@@ -20,7 +21,15 @@ from octavo.kernels.launch import INTERPRET, Recorder, recording
 from octavo.kernels.registry import OPS, without_interpreter
 from octavo.kernels.tiles import KNOWN_DEVICES
 
-__all__ = ["INTERPRET", "OPS", "assert_accurate", "check_op", "poisoned_memory", "without_interpreter"]
+__all__ = [
+    "INTERPRET",
+    "OPS",
+    "assert_accurate",
+    "assert_quantized",
+    "check_op",
+    "poisoned_memory",
+    "without_interpreter",
+]
 
 
 _FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
@@ -58,6 +67,39 @@ def assert_accurate(actual: torch.Tensor, exact: torch.Tensor, plain: torch.Tens
     assert rms_error <= rms_limit, f"root mean square error {rms_error:.3e}, limit {rms_limit:.3e}"
 
 
+def quantization_unit(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """How far apart the numbers of int8 or an fp8 dtype are at float64 values within its range."""
+    if dtype == torch.int8:
+        return torch.ones_like(x)
+    info = torch.finfo(dtype)
+    return torch.exp2(x.abs().clamp(min=info.tiny).log2().floor()) * info.eps
+
+
+def assert_quantized(q: torch.Tensor, scale: torch.Tensor, exact: torch.Tensor, noise: torch.Tensor) -> None:
+    """Holds a quantised result to what its dtype allows: every number is the nearest one, up to fp32's own error.
+
+    Args:
+        q: the result under test, int8 or fp8, contiguous.
+        scale: fp32, one element, or one for each part of a row: `[..., parts]`. Computed scales are those of the
+            largest magnitudes.
+        exact: what is quantised, in float64.
+        noise: the error, at each element, that fp32 arithmetic may have made before it was rounded; in units of exact.
+    """
+    info = torch.iinfo(q.dtype) if q.dtype == torch.int8 else torch.finfo(q.dtype)
+    limit = float(info.max)
+    assert q.is_contiguous() and scale.dtype == torch.float32 and q.shape == exact.shape
+    parts = scale.shape[-1] if scale.dim() == q.dim() else 1
+    s = scale.double()[..., None] if scale.dim() == q.dim() else scale.double()
+    e, n, v = (t.double().unflatten(-1, (parts, -1)) for t in (exact, noise, q))
+    if e.numel() and scale.dim() == q.dim():
+        computed, open_ = e.abs().amax(-1, keepdim=True) / limit, n.amax(-1, keepdim=True) / limit
+        assert ((s - computed).abs() <= open_ + 1e-6 * computed).all(), "a scale is not that of the largest magnitude"
+    target = (e / s).clamp(-limit, limit)
+    allowed = quantization_unit(target, q.dtype) / 2 + n / s + 1e-6 * target.abs()
+    wrong = ((v - target).abs() > allowed).sum().item()
+    assert wrong == 0, f"{wrong} of {q.numel()} elements are not the nearest ones"
+
+
 class _TensorOperations(TorchDispatchMode):
     """Notes which tensor operations run inside."""
 
@@ -88,8 +130,9 @@ def poisoned_memory() -> Iterator[None]:
 def _check_replayable(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Whether a call does nothing with tensors but octavo's `empty` and `launch`."""
     metas = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
+    named = {k: a.to("meta") if isinstance(a, torch.Tensor) else a for k, a in kwargs.items()}
     with recording(Recorder(KNOWN_DEVICES[90])) as recorder, _TensorOperations() as seen, ToLaunchers():
-        function(*metas, **kwargs)
+        function(*metas, **named)
     expected = ["aten.empty.memory_format"] * len(recorder.outputs)
     assert seen.names == expected, f"{name}: beside {len(recorder.outputs)} times empty it calls {seen.names}"
 

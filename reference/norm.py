@@ -1,4 +1,4 @@
-"""RMSNorm in plain torch."""
+"""RMSNorm and layer norm in plain torch."""
 
 import torch
 
@@ -15,3 +15,11 @@ def add_rms_norm(
 ) -> torch.Tensor:
     residual.add_(x)
     return rms_norm(residual, weight, eps, weight_offset)
+
+
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, weight_offset: float
+) -> torch.Tensor:
+    w = weight.float() + weight_offset
+    b = None if bias is None else bias.float()
+    return torch.nn.functional.layer_norm(x.float(), w.shape, w, b, eps).to(x.dtype)

@@ -34,6 +34,7 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
     )
     int8_kv |= {name: new(9, page, kv_heads, dtype=torch.float32) for name in ("key_scale_cache", "value_scale_cache")}
     int4 = dict(x=new(tokens, 128), packed=new(2, 1, 64, 32, dtype=torch.int16), scale=new(1, 80))
+    one = torch.ones(1)
     int8 = dict(x=new(tokens, 128), weight=new(80, 128, dtype=torch.int8), scale=new(1, 80))
     return {
         "rms_norm": (octavo.rms_norm, dict(x=new(tokens, 512), weight=new(512)), dict(eps=1e-5)),
@@ -41,6 +42,12 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
         "add_rms_norm": (
             octavo.add_rms_norm,
             dict(x=new(tokens, 512), residual=new(tokens, 512), weight=new(512, dtype=torch.float32)),
+            dict(weight_offset=1.0),
+        ),
+        "layer_norm": (octavo.layer_norm, dict(x=new(tokens, 512), weight=new(512), bias=new(512)), {}),
+        "layer_norm without bias": (
+            octavo.layer_norm,
+            dict(x=new(tokens, 512), weight=new(512), bias=None),
             dict(weight_offset=1.0),
         ),
         "silu_and_mul": (octavo.silu_and_mul, dict(x=new(tokens, 1024)), {}),
@@ -87,6 +94,39 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
             dict(group_size=128),
         ),
         "int8_linear": (octavo.int8_linear, int8, dict(group_size=128)),
+        "quantize_int8": (octavo.quantize_int8, dict(x=new(tokens, 512), scale=None), {}),
+        "quantize_int8 by scale": (octavo.quantize_int8, dict(x=new(tokens, 512), scale=one), {}),
+        "rms_norm_quantize": (
+            octavo.rms_norm_quantize,
+            dict(x=new(tokens, 512), weight=new(512), scale=None),
+            dict(dtype=torch.int8, group_size=128),
+        ),
+        "rms_norm_quantize by scale": (
+            octavo.rms_norm_quantize,
+            dict(x=new(tokens, 512), weight=new(512), scale=one),
+            dict(dtype=torch.float8_e4m3fn),
+        ),
+        "add_rms_norm_quantize": (
+            octavo.add_rms_norm_quantize,
+            dict(x=new(tokens, 512), residual=new(tokens, 512), weight=new(512), scale=None),
+            dict(dtype=torch.float8_e4m3fn),
+        ),
+        "silu_and_mul_quantize": (
+            octavo.silu_and_mul_quantize,
+            dict(x=new(tokens, 1024), scale=None),
+            dict(dtype=torch.float8_e4m3fn),
+        ),
+        "gelu_and_mul_quantize": (
+            octavo.gelu_and_mul_quantize,
+            dict(x=new(tokens, 1024), scale=one),
+            dict(dtype=torch.int8, approximate="tanh"),
+        ),
+        "quantize_fp8": (octavo.quantize_fp8, dict(x=new(tokens, 512), scale=None), dict(granularity="group")),
+        "quantize_fp8 by tensor": (
+            octavo.quantize_fp8,
+            dict(x=new(tokens, 512), scale=None),
+            dict(granularity="tensor", dtype=torch.float8_e5m2),
+        ),
         "int8_linear with bias": (octavo.int8_linear, int8 | dict(bias=new(80)), dict(group_size=128)),
     }
 

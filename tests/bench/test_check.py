@@ -1,8 +1,9 @@
 """What a provider's output may differ from the exact result."""
 
+import pytest
 import torch
 
-from octavo.bench.check import difference, not_finite
+from octavo.bench.check import Quantized, difference, not_finite
 
 
 def test_tolerance_of_half_precision():
@@ -35,3 +36,55 @@ def test_what_is_not_finite():
     assert not_finite((x, torch.arange(3))) is None
     x[1, 1], x[2, 2] = float("nan"), float("-inf")
     assert not_finite((torch.arange(3), x)) == "2 of 16 elements are not finite"
+
+
+LIMITS = {torch.int8: 127, torch.float8_e4m3fn: 448}
+
+
+def quantised(x, dtype, parts=1, scale=None):
+    """As it should be, in fp64."""
+    rows = x.unflatten(-1, (parts, -1)) if parts else x
+    if scale is None:
+        scale = (rows.abs().amax(-1, keepdim=True) if parts else rows.abs().amax()) / LIMITS[dtype]
+    q = (rows / scale).clamp(-LIMITS[dtype], LIMITS[dtype])
+    q = (q.round() if dtype == torch.int8 else q.float()).to(dtype)
+    return q.flatten(-2) if parts else q, (scale.squeeze(-1) if parts else scale.view(1)).float()
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("parts", [0, 1, 4])
+def test_quantised_numbers_are_the_nearest(dtype, parts):
+    x = torch.randn(16, 64, dtype=torch.float64)
+    exact = Quantized(x, dtype, parts=parts)
+    q, scale = quantised(x, dtype, parts)
+    assert difference((q, scale), exact) is None
+    assert difference((q, scale, x.float()), (exact, x)) is None
+    # What a provider that rounds to bf16 before makes of them.
+    assert difference(quantised(x.bfloat16().double(), dtype, parts), exact) is None
+    words = q.view(torch.uint8)
+    one_wrong = words.clone()
+    small = (q.float().abs() < 20).flatten().nonzero()[0]
+    one_wrong.view(-1)[small] ^= 2
+    assert difference((one_wrong.view(dtype), scale), exact) == "output 0: 1 of 1024 elements differ"
+    truncated = (x / scale.double().repeat_interleave(64 // max(parts, 1), -1)).trunc().to(torch.int8)
+    if dtype == torch.int8:
+        assert "elements differ" in difference((truncated, scale), exact)
+    assert "scales differ" in difference((q, scale * 1.02), exact)
+    assert "scales differ" in difference((q, scale * float("nan")), exact)
+    assert "expected" in difference((q.float(), scale), exact)
+    assert difference(q, exact) == "1 tensors, expected 2"
+    swapped = q.view(torch.uint8).flip(0).view(dtype)
+    assert "elements differ" in difference((swapped, scale), exact) or "scales" in difference((swapped, scale), exact)
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_numbers_quantised_by_a_given_scale(dtype):
+    x, scale = torch.randn(16, 64, dtype=torch.float64), torch.tensor([2.0 / LIMITS[dtype]])
+    exact = Quantized(x, dtype, scale)
+    q = quantised(x, dtype, scale=scale.double())[0]
+    assert difference(q, exact) is None and difference((q,), exact) is None
+    assert difference((q, scale), exact) == "2 tensors, expected 1"
+    assert "elements differ" in difference(quantised(1.1 * x, dtype, scale=scale.double())[0], exact)
+    if dtype == torch.float8_e4m3fn:
+        q[0, 0] = float("nan")
+        assert difference(q, exact) == "1 of 1024 elements differ"

@@ -9,6 +9,7 @@ import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
 from octavo.bench import harness
+from octavo.bench.check import Quantized
 from octavo.bench.harness import LeftOut, Provider, Unsupported
 from octavo.bench.measure import run_case
 
@@ -84,6 +85,22 @@ def test_a_wrong_output_gets_no_time(change, note, dtype):
     assert out["octavo"].times is not None and out["octavo"].times.median_us > 0
     assert out["peer"].times is None
     assert out["peer"].notes[0].startswith("wrong: ") and note in out["peer"].notes[0]
+
+
+def test_a_wrong_quantised_output_gets_no_time():
+    def quantised(inputs, off=0):
+        def call():
+            scale = inputs["x"].abs().amax(-1, keepdim=True) / 127
+            return (inputs["x"] / scale).round().to(torch.int8) + off, scale
+
+        return call
+
+    benchmark = made_up(peer=quantised, wrong=lambda inputs: quantised(inputs, 1))
+    benchmark.PROVIDERS["octavo"] = benchmark.PROVIDERS["peer"]
+    benchmark.exact = lambda inputs: Quantized(inputs["x"].double(), torch.int8)
+    out = outcomes(benchmark)
+    assert out["octavo"].times and out["peer"].times
+    assert out["wrong"].times is None and "elements differ" in out["wrong"].notes[0]
 
 
 def test_an_unwritten_element_gets_no_time():

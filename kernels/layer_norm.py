@@ -1,0 +1,176 @@
+"""Layer normalisation, with a bias or without.
+
+    y = (x - mean(x)) / sqrt(var(x) + eps) · (weight + weight_offset) + bias
+
+Ba, Kiros and Hinton, "Layer Normalization" (2016), https://arxiv.org/abs/1607.06450. Models with "1p" norms (Nemotron)
+store weight − 1: give `weight_offset=1.0`.
+
+The variance is the mean of squared deviations, never mean(x²) - mean(x)², which loses all its digits where the mean is
+large beside the deviations. A row that fits into registers is summed twice there. A wider one is walked in blocks whose
+means and squared deviations are merged (Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for
+Computing Sample Variances", 1979), and once more for the output. Everything is fp32 and rounded once, at the store.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from octavo.kernels.checks import check_norm_parameter, check_rows
+from octavo.kernels.launch import empty, launch
+from octavo.kernels.registry import register
+from octavo.kernels.replay import replayed
+from octavo.kernels.tiles import next_power_of_2, row_offset, row_strides
+from octavo.reference import norm as reference
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    block: int
+    num_warps: int
+
+
+def choose_tiles(width: int) -> _Tiles:
+    """Elements of a row held at once, and the warps that hold them; wider rows are walked twice."""
+    block = min(next_power_of_2(width), 16384)
+    return _Tiles(block, min(max(block // 512, 1), 16))
+
+
+@triton.jit
+def _normalized(deviation, inv, weight_ptr, bias_ptr, cols, mask, weight_offset, BIAS: tl.constexpr):
+    w = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32) + weight_offset
+    y = deviation * inv * w
+    if BIAS:
+        y += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    return y
+
+
+@triton.jit(do_not_specialize=["x_inner"])
+def _layer_norm_kernel(
+    # Bound by memory: x read once and written once; one program a row. Means are divided out exactly (`/` is two units
+    # off), so that a row of one value has no deviation.
+    out_ptr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    N,
+    eps,
+    weight_offset,
+    x_inner,
+    stride_x_outer,
+    stride_x_inner,
+    BIAS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    x_ptr += row_offset(row, x_inner, stride_x_outer, stride_x_inner)
+    out_ptr += row.to(tl.int64) * N
+    cols = tl.arange(0, BLOCK)
+    if ONE_BLOCK:
+        mask = cols < N
+        x = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
+        deviation = tl.where(mask, x - tl.div_rn(tl.sum(x, 0), 1.0 * N), 0.0)
+        inv = tl.rsqrt(tl.sum(deviation * deviation, 0) / N + eps)
+        y = _normalized(deviation, inv, weight_ptr, bias_ptr, cols, mask, weight_offset, BIAS)
+        tl.store(out_ptr + cols, y.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        mean = 0.0
+        squares = 0.0
+        for start in range(0, N, BLOCK):
+            mask = start + cols < N
+            count = tl.minimum(N - start, BLOCK).to(tl.float32)
+            x = tl.load(x_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
+            block_mean = tl.div_rn(tl.sum(x, 0), count)
+            deviation = tl.where(mask, x - block_mean, 0.0)
+            # Of `start` elements before and `count` now, each about its own mean, to all of them about the common one.
+            apart, share = block_mean - mean, count / (start + count)
+            mean += apart * share
+            squares += tl.sum(deviation * deviation, 0) + apart * apart * share * start
+        inv = tl.rsqrt(squares / N + eps)
+        for start in range(0, N, BLOCK):
+            at = start + cols
+            mask = at < N
+            deviation = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) - mean
+            y = _normalized(deviation, inv, weight_ptr, bias_ptr, at, mask, weight_offset, BIAS)
+            tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _layer_norm_cuda(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, weight_offset: float
+) -> torch.Tensor:
+    out = empty(x.shape, x.dtype, x.device)
+    width = x.shape[-1]
+    tiles = choose_tiles(width)
+    launch(
+        _layer_norm_kernel,
+        (x.numel() // width,),
+        out,
+        x,
+        weight,
+        bias,
+        width,
+        eps,
+        weight_offset,
+        *row_strides("x", x),
+        device=x.device,
+        num_warps=tiles.num_warps,
+        BIAS=bias is not None,
+        ONE_BLOCK=tiles.block >= width,
+        BLOCK=tiles.block,
+    )
+    return out
+
+
+def _layer_norm_fake(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, weight_offset: float
+) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+_layer_norm = register(
+    "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps, float weight_offset) -> Tensor",
+    reference=reference.layer_norm,
+    launcher=_layer_norm_cuda,
+    fake=_layer_norm_fake,
+)
+
+
+@replayed
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    weight_offset: float = 0.0,
+) -> torch.Tensor:
+    """Layer normalisation over the last dimension.
+
+    `y = (x - mean(x)) / sqrt(var(x) + eps) · (weight + weight_offset) + bias`, var the mean of squared deviations.
+
+    Args:
+        x: `[..., hidden]`, fp16, bf16 or fp32; last dimension contiguous, the others of any two strides.
+        weight: `[hidden]`, fp16, bf16 or fp32, its dtype free of x's.
+        bias: None, or as weight.
+        eps: added to the variance.
+        weight_offset: 0, or 1 for "1p" layer norms (Nemotron), whose weights are stored minus one.
+
+    Returns:
+        `[..., hidden]`, contiguous, in x's dtype. Computed in fp32 and rounded once; the variance is as accurate where
+        the mean is large.
+
+    Raises:
+        TypeError: a dtype that is not accepted.
+        ValueError: weight's or bias's shape or device does not fit x, or a stride that is not supported.
+
+    Safe in a CUDA graph. A row's bits do not depend on the other rows. https://arxiv.org/abs/1607.06450
+    """
+    check_rows(x)
+    check_norm_parameter("weight", weight, x)
+    if bias is not None:
+        check_norm_parameter("bias", bias, x)
+    if eps < 0:
+        raise ValueError(f"eps: {eps}; expected a number of at least 0")
+    return _layer_norm(x, weight, bias, eps, weight_offset)
