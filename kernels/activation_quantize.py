@@ -20,7 +20,15 @@ from octavo.kernels.launch import empty, launch
 from octavo.kernels.quant.rounding import check_quantization, fake, magnitude, rounded, rounding, scale_of, scale_shape
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
-from octavo.kernels.tiles import cdiv, next_power_of_2, row_offset, row_strides
+from octavo.kernels.tiles import (
+    cdiv,
+    chains,
+    let_next_start,
+    next_power_of_2,
+    row_offset,
+    row_strides,
+    wait_for_previous,
+)
 from octavo.reference import quantize as reference
 
 
@@ -72,7 +80,10 @@ def _activation_quantize_kernel(
     ONE_BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
     program = tl.program_id(0)
     row = program // blocks
     x_ptr += row_offset(row, x_inner, stride_x_outer, stride_x_inner)
@@ -137,6 +148,7 @@ def _activation_quantize_cuda(
         ONE_BLOCK=kind != "row" or tiles.group >= width,
         GROUPS=tiles.groups,
         GROUP=tiles.group,
+        CHAINED=chains(x.device),
     )
     return q, computed
 

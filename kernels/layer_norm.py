@@ -21,7 +21,14 @@ from octavo.kernels.checks import check_norm_parameter, check_rows
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
-from octavo.kernels.tiles import next_power_of_2, row_offset, row_strides
+from octavo.kernels.tiles import (
+    chains,
+    let_next_start,
+    next_power_of_2,
+    row_offset,
+    row_strides,
+    wait_for_previous,
+)
 from octavo.reference import norm as reference
 
 
@@ -63,7 +70,10 @@ def _layer_norm_kernel(
     BIAS: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
     row = tl.program_id(0)
     x_ptr += row_offset(row, x_inner, stride_x_outer, stride_x_inner)
     out_ptr += row.to(tl.int64) * N
@@ -119,6 +129,7 @@ def _layer_norm_cuda(
         BIAS=bias is not None,
         ONE_BLOCK=tiles.block >= width,
         BLOCK=tiles.block,
+        CHAINED=chains(x.device),
     )
     return out
 

@@ -27,7 +27,14 @@ from octavo.kernels.norm import _load_row
 from octavo.kernels.quant.rounding import check_quantization, fake, magnitude, rounded, rounding, scale_of, scale_shape
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
-from octavo.kernels.tiles import next_power_of_2, row_offset, row_strides
+from octavo.kernels.tiles import (
+    chains,
+    let_next_start,
+    next_power_of_2,
+    row_offset,
+    row_strides,
+    wait_for_previous,
+)
 from octavo.reference import quantize as reference
 
 
@@ -79,7 +86,10 @@ def _rms_norm_quantize_kernel(
     VECTOR: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
     row = tl.program_id(0)
     x_ptr += row_offset(row, x_inner, stride_x_outer, stride_x_inner)
     if ADD:
@@ -184,6 +194,7 @@ def _norm_quantize_cuda(
         VECTOR=min(16 // x.element_size(), tiles.group),
         GROUPS=tiles.groups,
         GROUP=tiles.group,
+        CHAINED=chains(x.device),
     )
     return q, computed
 

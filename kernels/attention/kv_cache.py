@@ -20,6 +20,7 @@ import triton.language as tl
 
 from octavo.kernels.checks import check_device, check_dtype, check_last_dim_contiguous, check_shape
 from octavo.kernels.launch import INTERPRET
+from octavo.kernels.quant.rounding import rounded
 from octavo.kernels.tiles import device_properties
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -55,36 +56,16 @@ def strides_of(cache: torch.Tensor | None) -> tuple[int, ...]:
 
 
 @triton.jit
-def _to_fp8(x, dtype: tl.constexpr):
-    # Half to even, and NaN stays: the sign, and the magnitude rounded in integers. A normal result drops SHIFT bits of
-    # the mantissa; a subnormal one is what is left in the lowest bits of a sum with a number of the right exponent.
-    MANTISSA: tl.constexpr = 3 if dtype == tl.float8e4nv else 2
-    BIAS: tl.constexpr = 7 if dtype == tl.float8e4nv else 15
-    SHIFT: tl.constexpr = 23 - MANTISSA
-    EXPONENT: tl.constexpr = 24 - BIAS - MANTISSA
-    bits = x.to(tl.int32, bitcast=True)
-    size = bits & 0x7FFFFFFF
-    even = (size >> SHIFT) & 1
-    normal = ((size + ((1 << (SHIFT - 1)) - 1) + even) >> SHIFT) - ((127 - BIAS) << MANTISSA)
-    tiny = (size.to(tl.float32, bitcast=True) + 2.0**EXPONENT).to(tl.int32, bitcast=True) - ((127 + EXPONENT) << 23)
-    q = tl.where(size < ((128 - BIAS) << 23), tiny, normal)
-    q = tl.where(size > 0x7F800000, 0x7F, q) | ((bits >> 24) & 0x80)
-    return q.to(tl.uint8).to(dtype, bitcast=True)
-
-
-@triton.jit
 def quantize(x, scale, SCALED: tl.constexpr, dtype: tl.constexpr, NATIVE_FP8: tl.constexpr):
     """x (fp32) in a cache's dtype: divided by `scale`, [ROWS, 1], if it is SCALED, and rounded."""
     if SCALED:
         x = tl.div_rn(x, scale)
     if dtype == tl.int8:
-        x = tl.where(x == x, tl.clamp(x, -127.0, 127.0), 0.0)
-        # 1.5 · 2²³: the sum's lowest bits are x, rounded half to even.
-        return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
-    elif dtype == tl.float8e4nv or dtype == tl.float8e5:
-        MAX: tl.constexpr = 448.0 if dtype == tl.float8e4nv else 57344.0
-        x = tl.clamp(x, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
-        return x.to(dtype) if NATIVE_FP8 else _to_fp8(x, dtype)
+        return rounded(x, dtype, 127.0, NATIVE_FP8)
+    elif dtype == tl.float8e4nv:
+        return rounded(x, dtype, 448.0, NATIVE_FP8)
+    elif dtype == tl.float8e5:
+        return rounded(x, dtype, 57344.0, NATIVE_FP8)
     else:
         return x.to(dtype)
 

@@ -13,7 +13,16 @@ import triton.language as tl
 
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.quant.rounding import magnitude, rounded, rounding, scale_of
-from octavo.kernels.tiles import cdiv, device_properties, next_power_of_2, row_offset, row_strides
+from octavo.kernels.tiles import (
+    cdiv,
+    chains,
+    device_properties,
+    let_next_start,
+    next_power_of_2,
+    row_offset,
+    row_strides,
+    wait_for_previous,
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,10 @@ def _largest_kernel(
     stride_x_outer,
     stride_x_inner,
     BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
     program = tl.program_id(0)
     largest = tl.zeros([BLOCK], tl.float32)
     for tile in range(program, tiles, tl.num_programs(0)):
@@ -70,7 +82,10 @@ def _by_tensor_kernel(
     NATIVE: tl.constexpr,
     BLOCK_COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
     tile = tl.program_id(0)
     if DYNAMIC:
         at = tl.arange(0, BLOCK_COUNT)
@@ -113,6 +128,7 @@ def by_tensor_cuda(
             device=x.device,
             num_warps=tiles.num_warps,
             BLOCK=tiles.block,
+            CHAINED=chains(x.device),
         )
     launch(
         _by_tensor_kernel,
@@ -132,5 +148,6 @@ def by_tensor_cuda(
         **rounding(dtype, x.device),
         BLOCK_COUNT=next_power_of_2(count),
         BLOCK=tiles.block,
+        CHAINED=chains(x.device),
     )
     return q, out

@@ -29,7 +29,15 @@ from octavo.kernels.quant.rounding import (
 )
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
-from octavo.kernels.tiles import cdiv, next_power_of_2, row_offset, row_strides
+from octavo.kernels.tiles import (
+    cdiv,
+    chains,
+    let_next_start,
+    next_power_of_2,
+    row_offset,
+    row_strides,
+    wait_for_previous,
+)
 from octavo.reference import quantize as reference
 
 Granularity = Literal["token", "tensor", "group"]
@@ -67,7 +75,10 @@ def _quantize_rows_kernel(
     ONE_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     present = row < total
     x_ptrs = x_ptr + row_offset(row // groups, x_inner, stride_x_outer, stride_x_inner) + row % groups * N
@@ -121,6 +132,7 @@ def _quantize_cuda(
         ONE_BLOCK=tiles.block >= width,
         ROWS=tiles.rows,
         BLOCK=tiles.block,
+        CHAINED=chains(x.device),
     )
     return q, scale
 
