@@ -14,6 +14,7 @@ from octavo.kernels.attention.paged import paged_attention
 from octavo.kernels.quant.packing import int4_pack, int4_unpack
 from octavo.kernels.quant.int4 import int4_linear
 from octavo.kernels.quant.int8 import int8_linear
+from octavo.kernels.sampling.sample import sample
 from octavo.kernels.registry import backends
 from octavo.kernels.warmup import WarmupReport, warmup
 from octavo.kernels.model_calls import model_calls, token_counts
@@ -35,6 +36,7 @@ __all__ = [
     "int4_pack",
     "int4_unpack",
     "int8_linear",
+    "sample",
     "backends",
     "warmup",
     "WarmupReport",
