@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from octavo.kernels.sampling.logits import LOWEST, edit, load_raw, setting, temperature_setting, top_k_setting
+from octavo.kernels.sampling.logits import LOWEST, STAGES, edit, load_raw, setting, temperature_setting, top_k_setting
 from octavo.kernels.sampling.noise import gumbel
 from octavo.kernels.sampling.threshold import find_threshold, list_tiles, listed_logits, lower_bound
 
@@ -70,7 +70,7 @@ def _largest_kept(
     best = tl.full([TILES, TILE], -float("inf"), tl.float32)
     best_token = tl.full([TILES, TILE], 0x7FFFFFFF, tl.int32)
     masses = tl.zeros([TILES, TILE], tl.float32)
-    for start in range(0, listed, TILES):
+    for start in tl.range(0, listed, TILES, num_stages=STAGES):
         x, token, tile = listed_logits(
             list_ptr, start, listed, logits_ptr, row, V, tiles, stride_logits_row, edits, TILES, TILE
         )
@@ -165,7 +165,7 @@ def choose_kernel(
             if filtered:
                 log_min_p = tl.log(tl.minimum(tl.where(min_p > 0.0, min_p, 1.0), 1.0))
                 floor = tl.where(min_p > 0.0, top + log_min_p / scale, LOWEST)
-                low = lower_bound(tile, tile_max, top, total, scale, floor, k, p, V)
+                low, loose = lower_bound(tile, tile_max, top, total, scale, floor, k, p, V)
                 list_ptr += row.to(tl.int64) * tiles
                 listed = list_tiles(list_ptr, tile, tile_max, low)
                 threshold = find_threshold(
@@ -175,6 +175,7 @@ def choose_kernel(
                     row,
                     listed,
                     low,
+                    loose,
                     top,
                     total,
                     scale,

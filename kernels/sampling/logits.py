@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 GREEDY_BELOW = tl.constexpr(1e-5)
+STAGES = tl.constexpr(3)  # tiles of a loop over them that are on their way while one is computed
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
@@ -51,8 +52,8 @@ def load_raw(logits_ptr, row, token, V, stride_logits_row):
 
 
 @triton.jit
-def _is_set(mask_ptr, row, token, V, stride_mask_row):
-    words = tl.load(mask_ptr + row.to(tl.int64) * stride_mask_row + (token >> 5), mask=token < V, other=0)
+def _is_set(mask_ptr, row, token, known, stride_mask_row):
+    words = tl.load(mask_ptr + row.to(tl.int64) * stride_mask_row + (token >> 5), mask=known, other=0)
     return ((words >> (token & 31)) & 1) != 0
 
 
@@ -86,17 +87,19 @@ def edit(x, row, token, first, last, V, edits):
         repetition = setting(repetition_ptr, row, 1.0)
         presence = setting(presence_ptr, row, 0.0)
         frequency = setting(frequency_ptr, row, 0.0)
-        if (repetition != 1.0) | (presence != 0.0) | (frequency != 0.0):
-            counts = tl.load(counts_ptr + row.to(tl.int64) * stride_counts_row + token, mask=token < V, other=0)
-            if repetition_ptr is not None:
-                seen = counts > 0
-                if prompt_ptr is not None:
-                    seen = seen | _is_set(prompt_ptr, row, token, V, stride_prompt_row)
-                penalised = tl.where(x > 0.0, x * tl.div_rn(1.0, repetition), x * repetition)
-                x = tl.where(seen, penalised, x)
-            x = x - frequency * counts.to(tl.float32)
-            x = x - tl.where(counts > 0, presence, 0.0)
+        # Where all of them are off, nothing is read, and nothing changes. Not a branch: that would end the prefetching
+        # of a loop around this.
+        on = (repetition != 1.0) | (presence != 0.0) | (frequency != 0.0)
+        known = (token < V) & on
+        counts = tl.load(counts_ptr + row.to(tl.int64) * stride_counts_row + token, mask=known, other=0)
+        if repetition_ptr is not None:
+            seen = counts > 0
+            if prompt_ptr is not None:
+                seen = seen | _is_set(prompt_ptr, row, token, known, stride_prompt_row)
+            x = tl.where(seen, tl.where(x > 0.0, x * tl.div_rn(1.0, repetition), x * repetition), x)
+        x = x - frequency * counts.to(tl.float32)
+        x = x - tl.where(counts > 0, presence, 0.0)
     if allowed_ptr is not None:
         # A NaN stays one: it is to be reported, not masked.
-        x = tl.where(_is_set(allowed_ptr, row, token, V, stride_allowed_row) | (x != x), x, -float("inf"))
+        x = tl.where(_is_set(allowed_ptr, row, token, token < V, stride_allowed_row) | (x != x), x, -float("inf"))
     return x

@@ -30,18 +30,23 @@ from octavo.reference import sampling as reference
 class _Tiles:
     tile: int
     """Tokens of one tile."""
-    tiles: int
-    """Tiles that a program holds at once."""
+    stats_tiles: int
+    """Tiles of a program of the first kernel."""
+    choose_tiles: int
+    """Tiles that a program of the second kernel holds at once."""
     candidates: int
-    """Tokens that a program sorts at most."""
-    stats_warps: int
-    choose_warps: int
+    """Tokens that it sorts at most."""
+    num_warps: int
 
 
-def choose_tiles(vocab: int) -> _Tiles:
-    """Tiles as small as 1024 of them allow: the second kernel holds one number of each, and reads whole ones."""
+def choose_tiles(vocab: int, edited: bool) -> _Tiles:
+    """Tiles as small as 1024 of them allow: the second kernel holds one number of each, and reads whole ones.
+
+    Nothing but the time depends on how many a program holds; bias, penalties and masks take registers.
+    """
     tile = max(128, next_power_of_2(cdiv(vocab, 1024)))
-    return _Tiles(tile, max(4096 // tile, 1), 1024, stats_warps=8, choose_warps=8)
+    few = max(2048 // tile, 1)
+    return _Tiles(tile, few if edited else 2 * few, few, candidates=1024, num_warps=8)
 
 
 def _row_stride(x: torch.Tensor | None) -> int:
@@ -69,9 +74,10 @@ def _sample_cuda(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, vocab = logits.shape
     device = logits.device
-    choice = choose_tiles(vocab)
+    edited = bias_ids is not None or output_counts is not None or allowed_mask is not None
+    choice = choose_tiles(vocab, edited)
     tiles = cdiv(vocab, choice.tile)
-    chunks = cdiv(tiles, choice.tiles)
+    chunks = cdiv(tiles, choice.stats_tiles)
 
     def workspace(width: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
         return empty((rows, width), dtype, device) if wanted else None
@@ -117,8 +123,8 @@ def _sample_cuda(
         biases,
         *strides,
         device=device,
-        num_warps=choice.stats_warps,
-        TILES=choice.tiles,
+        num_warps=choice.num_warps,
+        TILES=choice.stats_tiles,
         TILE=choice.tile,
     )
     launch(
@@ -136,8 +142,8 @@ def _sample_cuda(
         num_logprobs or 0,
         *strides,
         device=device,
-        num_warps=choice.choose_warps,
-        TILES=choice.tiles,
+        num_warps=choice.num_warps,
+        TILES=choice.choose_tiles,
         TILE=choice.tile,
         ALL_TILES=next_power_of_2(tiles),
         CANDIDATES=choice.candidates,

@@ -15,7 +15,7 @@ is the threshold of the filters before it. Both are searched for in the same way
 import triton
 import triton.language as tl
 
-from octavo.kernels.sampling.logits import LOWEST, edit, load_raw
+from octavo.kernels.sampling.logits import LOWEST, STAGES, edit, load_raw
 
 
 @triton.jit
@@ -64,16 +64,20 @@ def list_tiles(list_ptr, tile, tile_max, low):
 
 @triton.jit
 def lower_bound(tile, tile_max, top, total, scale, floor, k, p, V):
-    """A logit that the threshold is not below, from the tiles' maxima alone."""
+    """A logit that the threshold is not below, and whether many tokens may lie above it, from the tiles' maxima."""
     ordered = tl.sort(tile_max, descending=True)
-    kth = tl.max(tl.where(tile == k - 1, ordered, LOWEST), 0)
-    # Without top-k and min-p, top-p takes its share of `total`, which is known. All tokens below `tail` together hold
-    # less than half of what top-p leaves out.
-    enough = tl.cumsum(tl.exp((ordered - top) * scale), 0) >= p * total
-    tail = top + tl.log((1.0 - tl.minimum(p, 0.9999999)) * total / V * 0.5) / scale
-    share = tl.maximum(tl.max(tl.where(enough, ordered, LOWEST), 0), tail)
-    low = tl.maximum(floor, kth)
-    return tl.where((k == 0) & (floor == LOWEST) & (p < 1.0), share, low)
+    if (k == 0) & (floor == LOWEST):
+        # Top-p takes its share of `total`, which is known. All tokens below `tail` together hold less than half of what
+        # it leaves out.
+        enough = tl.cumsum(tl.exp((ordered - top) * scale), 0) >= p * total
+        low = tl.max(tl.where(enough, ordered, LOWEST), 0)
+        tail = top + tl.log((1.0 - tl.minimum(p, 0.9999999)) * total / V * 0.5) / scale
+        loose = tail > low
+        low = tl.maximum(low, tail)
+    else:
+        low = tl.maximum(floor, tl.max(tl.where(tile == k - 1, ordered, LOWEST), 0))
+        loose = low == LOWEST
+    return low, loose
 
 
 @triton.jit
@@ -84,6 +88,7 @@ def find_threshold(
     row,
     listed,
     low,
+    loose,
     top,
     total,
     scale,
@@ -100,7 +105,8 @@ def find_threshold(
 ):
     """The smallest logit kept, given a lower bound `low` of it; k = 0 and p = 1 are off.
 
-    `floor` is min-p's threshold, `listed` the number of tiles that hold a logit of at least `low`.
+    `floor` is min-p's threshold; `listed` tiles hold a logit of at least `low`; where low is `loose`, there are so many
+    such logits that gathering them is not worth trying.
     """
     slot = tl.arange(0, CANDIDATES)
     threshold = floor
@@ -116,8 +122,8 @@ def find_threshold(
     high_mass = total * 0.0
     while searching:
         low, high = _value(low_key), _value(high_key)
-        found = k * 0
-        for start in range(0, listed, TILES):
+        found = tl.where(loose, CANDIDATES + 1, 0)
+        for start in tl.range(0, tl.where(loose, 0, listed), TILES, num_stages=STAGES):
             x, _, _ = listed_logits(
                 list_ptr, start, listed, logits_ptr, row, V, tiles, stride_logits_row, edits, TILES, TILE
             )
@@ -133,7 +139,8 @@ def find_threshold(
                 low, high = _value(low_key), tl.minimum(_value(high_key), top)
                 step = high * 0.33333334 - low * 0.33333334
                 inner, outer = low_key + 1, high_key - 1
-                a = tl.where(share_known | counting, tl.minimum(tl.maximum(_key(low + step), inner), outer), low_key)
+                a = tl.minimum(tl.maximum(_key(low + step), inner), outer)
+                a = tl.where(loose | ((share_known | counting) == 0), low_key, a)  # what lies above `low` must be known
                 b = tl.minimum(tl.maximum(_key(high - step), inner), outer)
                 c = ((low_key.to(tl.int64) + high_key) >> 1).to(tl.int32)
                 a_value, b_value, c_value = _value(a), _value(b), _value(c)
@@ -143,7 +150,7 @@ def find_threshold(
                 a_masses = tl.zeros([TILES, TILE], tl.float32)
                 b_masses = tl.zeros([TILES, TILE], tl.float32)
                 c_masses = tl.zeros([TILES, TILE], tl.float32)
-                for start in range(0, listed, TILES):
+                for start in tl.range(0, listed, TILES, num_stages=STAGES):
                     x, _, _ = listed_logits(
                         list_ptr, start, listed, logits_ptr, row, V, tiles, stride_logits_row, edits, TILES, TILE
                     )
@@ -167,6 +174,7 @@ def find_threshold(
                     high_key, high_count = tl.where(falls, key, high_key), tl.where(falls, count, high_count)
                     high_mass = tl.where(falls, mass, high_mass)
                 share_known = share_known | (counting == 0)
+                loose = loose & (listed < 0)
         else:
             # In descending order; if more than fit, all are tied at `low`.
             x = tl.sort(tl.load(candidates_ptr + slot, mask=slot < found, other=-float("inf")), descending=True)
@@ -182,6 +190,7 @@ def find_threshold(
                 enough = kept & (high_mass + tl.cumsum(mass, 0) >= p * share)
                 threshold = tl.maximum(threshold, tl.max(tl.where(enough, x, low), 0))
             counting = k < 0
+            loose = searching & (k > CANDIDATES)
             low_key, high_key = tl.where(searching, _key(threshold), low_key), above_top
             high_count, high_mass = high_count * 0, high_mass * 0.0
     return threshold
