@@ -89,8 +89,8 @@ def edit(x, row, token, first, last, V, edits):
         frequency = setting(frequency_ptr, row, 0.0)
         # Where all of them are off, nothing is read, and nothing changes. Not a branch: that would end the prefetching
         # of a loop around this.
-        on = (repetition != 1.0) | (presence != 0.0) | (frequency != 0.0)
-        known = (token < V) & on
+        on = tl.where((repetition != 1.0) | (presence != 0.0) | (frequency != 0.0), 1, 0)
+        known = (token < V) & (on == 1)  # an integer between: the interpreter can't spread a comparison of floats
         counts = tl.load(counts_ptr + row.to(tl.int64) * stride_counts_row + token, mask=known, other=0)
         if repetition_ptr is not None:
             seen = counts > 0
