@@ -112,13 +112,21 @@ def ordinary():
 
 
 def run(function, tensors: dict, others: dict) -> list:
-    """Calls it, and returns what reached the C function, with names for the outputs' addresses."""
+    """Calls it, and returns what reached the C function, with names for the addresses of outputs and workspaces."""
     calls.clear()
     result = function(**tensors, **others)
     results = result if isinstance(result, tuple) else () if result is None else (result,)
     assert all(r.is_contiguous() for r in results)
     names = {r.data_ptr(): f"out{i}" for i, r in enumerate(results) if r.numel()}
-    return [(head, tuple(names.get(v, v) if v else v for v in values)) for head, values in calls]
+    given = {t.data_ptr() for t in tensors.values() if t is not None}
+    workspaces: dict = {}  # what is neither given nor returned, by its first appearance; no number is that large
+
+    def name(value):
+        if type(value) is not int or value in given or value < 2**32:
+            return value
+        return names.get(value) or workspaces.setdefault(value, f"workspace{len(workspaces)}")
+
+    return [(head, tuple(map(name, values))) for head, values in calls]
 
 
 def check_same_launches() -> None:
@@ -129,7 +137,8 @@ def check_same_launches() -> None:
         for name, (function, tensors, others) in cases(tokens).items():
             with ordinary():
                 expected = run(function, tensors, others)
-            assert len(expected) == (tokens > 0), (name, expected)
+            kernels = 2 if function is octavo.sample else 1
+            assert len(expected) == kernels * (tokens > 0), (name, expected)
             before = sum(map(len, function.plans.values()))
             for _ in range(2):
                 direct = run(function, tensors, others)
@@ -286,7 +295,8 @@ def check_hooks_may_call_ops() -> None:
 def check_token_counts() -> None:
     """A new number of tokens compiles nothing beyond the tile choices that depend on it."""
     pretend()
-    variants = {"int4_linear": 3, "int8_linear": 3}  # tile choices for up to 16, up to 64, and more tokens
+    # Tile choices for up to 16, up to 64, and more tokens; two kernels.
+    variants = {"int4_linear": 3, "int8_linear": 3, "sample": 2}
     for name in cases(1):
         launching._ready.clear()
         before = octavo.compile_count()
