@@ -81,10 +81,10 @@ def _plain(logits: torch.Tensor, k: int, p: float) -> torch.Tensor:
     return ids.gather(1, drawn).squeeze(1)
 
 
-def _settings(inputs: Inputs) -> dict[str, torch.Tensor]:
+def _settings(inputs: Inputs) -> dict[str, Any]:
     """The filters that are on, one value a row, as an engine has them."""
     rows, device = inputs["logits"].shape[0], inputs["logits"].device
-    found = {}
+    found: dict[str, Any] = {}
     if inputs["k"]:
         found["top_k"] = torch.full((rows,), inputs["k"], dtype=torch.int32, device=device)
     if inputs["p"] < 1:

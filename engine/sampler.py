@@ -1,6 +1,7 @@
 """From logits to the next token, one request's settings a row."""
 
 import random
+from typing import Any
 
 import torch
 
@@ -34,12 +35,12 @@ class Sampler:
         """Drops the state of a finished request."""
         self._seeds.pop(sequence.id, None)
 
-    def _settings(self, sequences: list[Sequence]) -> dict[str, torch.Tensor]:
+    def _settings(self, sequences: list[Sequence]) -> dict[str, Any]:
         """The arguments of `octavo.sample`, fewer where all requests are greedy or none has a filter."""
         params = [s.params for s in sequences]
         if not any(p.temperature > 0 for p in params):
             return {}
-        settings = {
+        settings: dict[str, Any] = {
             "temperature": self._tensor([p.temperature for p in params], torch.float32),
             "seeds": self._tensor([self._seed(s) for s in sequences], torch.int64),
             "positions": self._tensor([len(s.token_ids) - s.prompt_length for s in sequences], torch.int64),

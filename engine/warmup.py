@@ -54,7 +54,11 @@ def _draws(logits: torch.Tensor) -> None:
     def new(dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(rows, dtype=dtype, device="meta")
 
-    drawn = {"temperature": new(torch.float32), "seeds": new(torch.int64), "positions": new(torch.int64)}
+    drawn: dict[str, Any] = {
+        "temperature": new(torch.float32),
+        "seeds": new(torch.int64),
+        "positions": new(torch.int64),
+    }
     octavo.sample(logits, **drawn)
     octavo.sample(logits, **drawn, top_k=new(torch.int32), top_p=new(torch.float32), min_p=new(torch.float32))
 

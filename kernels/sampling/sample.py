@@ -12,7 +12,7 @@ rests on is computed in one order whatever the batch, so it is the same bits in 
 """
 
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 
@@ -151,7 +151,7 @@ def _sample_cuda(
     return tokens, logprobs, top_ids, top_logprobs
 
 
-def _outputs(new, rows: int, num_logprobs: int | None, device: torch.device) -> tuple[torch.Tensor, ...]:
+def _outputs(new: Any, rows: int, num_logprobs: int | None, device: torch.device) -> tuple[torch.Tensor, ...]:
     wide = (0,) if num_logprobs is None else (rows, num_logprobs)
     return (
         new((rows,), torch.int64, device),
@@ -161,9 +161,8 @@ def _outputs(new, rows: int, num_logprobs: int | None, device: torch.device) -> 
     )
 
 
-def _sample_fake(logits: torch.Tensor, *settings: object) -> tuple[torch.Tensor, ...]:
-    num_logprobs = settings[-2]
-    assert num_logprobs is None or isinstance(num_logprobs, int | torch.SymInt)
+def _sample_fake(logits: torch.Tensor, *others: Any) -> tuple[torch.Tensor, ...]:
+    num_logprobs, _ = others[-2:]
 
     def new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return logits.new_empty(shape, dtype=dtype)

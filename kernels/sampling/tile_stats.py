@@ -60,7 +60,11 @@ def tile_stats_kernel(
     token = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]  # [TILES, TILE]
     at = row.to(tl.int64) * tiles + tile
     written = tile < tiles
-    raw = load_raw(logits_ptr, row, token, V, stride_logits_row)
+    x = load_raw(logits_ptr, row, token, V, stride_logits_row)
+    if raw_sum_ptr is not None:
+        top = tl.max(x, 1)
+        tl.store(raw_max_ptr + at, top, mask=written)
+        tl.store(raw_sum_ptr + at, exp_sums(x, top, 1.0), mask=written)
     edits = (
         repetition_ptr,
         presence_ptr,
@@ -77,15 +81,11 @@ def tile_stats_kernel(
         stride_bias_values_row,
         stride_allowed_row,
     )
-    x = edit(raw, row, token, chunk * TILES * TILE, (chunk + 1) * TILES * TILE, V, edits)
+    x = edit(x, row, token, chunk * TILES * TILE, (chunk + 1) * TILES * TILE, V, edits)
     _, greedy, scale = temperature_setting(temperature_ptr, seeds_ptr, row)
     top = tl.max(x, 1)
     tl.store(tile_max_ptr + at, top, mask=written)
     tl.store(tile_sum_ptr + at, exp_sums(x, top, scale), mask=written)
-    if raw_sum_ptr is not None:
-        top = tl.max(raw, 1)
-        tl.store(raw_max_ptr + at, top, mask=written)
-        tl.store(raw_sum_ptr + at, exp_sums(raw, top, 1.0), mask=written)
     if seeds_ptr is not None:
         filtered = top_k_setting(top_k_ptr, row, V) > 0
         filtered = filtered | (setting(top_p_ptr, row, 1.0) < 1.0) | (setting(min_p_ptr, row, 0.0) > 0.0)
