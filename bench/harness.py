@@ -12,6 +12,9 @@ A benchmark module has, at module level:
 - `flops(shape)` and `bytes_moved(shape, dtype)`: the floor, each input read once and each output written once;
 - `PROVIDERS`: name → `Provider`, in the order octavo, torch, torch.compile, then peers.
 
+It may also have `observe(result, inputs)`: what of a provider's result is compared with `exact`, where results that
+differ can be equally right.
+
 The harness owns the rest: selection here, correctness in `check`, time in `timing`, one case in `measure`.
 """
 

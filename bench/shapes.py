@@ -126,6 +126,7 @@ def _fits(model: Model, shape: Mapping[str, int]) -> bool:
         "heads": model.heads,
         "kv_heads": model.kv_heads,
         "D": model.head_dim,
+        "vocab": model.vocab,
     }
     known = facts.keys() & shape.keys()
     if "N" in shape and "K" in shape:

@@ -1,40 +1,63 @@
 """From logits to the next token, one request's settings a row."""
 
+import random
+from typing import Any
+
 import torch
 
+import octavo
 from octavo.engine.sequence import Sequence
 
 
 class Sampler:
-    """Greedy and temperature sampling; a seeded request draws the same tokens in any batch."""
+    """Draws with `octavo.sample`; a seeded request draws the same tokens in any batch."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._generators: dict[int, torch.Generator] = {}
+        self._seeds: dict[int, int] = {}
 
     def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
-        """One token id a sequence from `logits`, `[sequences, vocab]` fp32."""
-        scores = logits
-        random_rows = [i for i, s in enumerate(sequences) if s.params.temperature > 0]
-        if random_rows:
-            # argmax(log p + Gumbel noise) draws from p; -log of an exponential variate is Gumbel noise.
-            scores = logits.clone()
-            for row in random_rows:
-                noise = torch.empty(logits.shape[1], dtype=torch.float32, device=self.device)
-                noise.exponential_(generator=self._generator(sequences[row]))
-                scores[row] = logits[row] / sequences[row].params.temperature - noise.log()
-        return scores.argmax(dim=-1).tolist()
+        """One token id a sequence from `logits`, `[sequences, vocab]` fp32.
+
+        Raises:
+            RuntimeError: a row of logits has no largest, or no distribution: it holds NaN, say.
+        """
+        tokens = octavo.sample(logits, **self._settings(sequences)).tolist()
+        for sequence, token in zip(sequences, tokens, strict=True):
+            if token < 0:
+                raise RuntimeError(
+                    f"request {sequence.id}: its logits hold NaN or infinities, so no token can be drawn; "
+                    "a model computed in fp16 may overflow: try dtype=torch.bfloat16 or torch.float32"
+                )
+        return tokens
 
     def forget(self, sequence: Sequence) -> None:
         """Drops the state of a finished request."""
-        self._generators.pop(sequence.id, None)
+        self._seeds.pop(sequence.id, None)
 
-    def _generator(self, sequence: Sequence) -> torch.Generator:
-        if sequence.id not in self._generators:
-            generator = torch.Generator(self.device)
-            if sequence.params.seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(sequence.params.seed)
-            self._generators[sequence.id] = generator
-        return self._generators[sequence.id]
+    def _settings(self, sequences: list[Sequence]) -> dict[str, Any]:
+        """The arguments of `octavo.sample`, fewer where all requests are greedy or none has a filter."""
+        params = [s.params for s in sequences]
+        if not any(p.temperature > 0 for p in params):
+            return {}
+        settings: dict[str, Any] = {
+            "temperature": self._tensor([p.temperature for p in params], torch.float32),
+            "seeds": self._tensor([self._seed(s) for s in sequences], torch.int64),
+            "positions": self._tensor([len(s.token_ids) - s.prompt_length for s in sequences], torch.int64),
+        }
+        if any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params):  # all or none: one kernel for any of them
+            settings["top_k"] = self._tensor([p.top_k for p in params], torch.int32)
+            settings["top_p"] = self._tensor([p.top_p for p in params], torch.float32)
+            settings["min_p"] = self._tensor([p.min_p for p in params], torch.float32)
+        return settings
+
+    def _seed(self, sequence: Sequence) -> int:
+        """The request's seed as a signed 64-bit number; one of its own, for all its tokens, where it has none."""
+        if sequence.id not in self._seeds:
+            seed = sequence.params.seed
+            seed = random.SystemRandom().getrandbits(64) if seed is None else seed
+            self._seeds[sequence.id] = (seed + 2**63) % 2**64 - 2**63
+        return self._seeds[sequence.id]
+
+    def _tensor(self, values: list, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)

@@ -10,12 +10,18 @@ class SamplingParams:
     Args:
         max_tokens: the most tokens to generate, at least 1.
         temperature: 0 is greedy; otherwise logits are divided by it before sampling.
+        top_k: sample among that many of the most probable tokens; 0 is off.
+        top_p: sample among the most probable tokens that together hold this much of the probability; 1 is off.
+        min_p: sample among the tokens at least this much as probable as the most probable one; 0 is off.
         seed: makes sampling reproducible whatever else is in the batch; None draws a fresh one.
         ignore_eos: go on after the model's end-of-sequence token.
     """
 
     max_tokens: int = 128
     temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
     seed: int | None = None
     ignore_eos: bool = False
 
@@ -24,6 +30,12 @@ class SamplingParams:
             raise ValueError(f"max_tokens: {self.max_tokens}; expected at least 1")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature: {self.temperature}; expected a finite number of at least 0 (0 is greedy)")
+        if not 0 <= self.top_k < 2**31:
+            raise ValueError(f"top_k: {self.top_k}; expected at least 0 (0 is off)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: {self.top_p}; expected more than 0 and at most 1 (1 is off)")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p: {self.min_p}; expected 0 to 1 (0 is off)")
 
 
 @dataclass(eq=False)

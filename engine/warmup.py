@@ -43,7 +43,24 @@ def _step(model: Decoder, kv_cache: torch.Tensor, tokens: int, sequences: int) -
         max_seqlen_q=tokens // sequences,
     )
     hidden = model.hidden(new(tokens, dtype=torch.int64), kv_cache, metadata)
-    model.logits(hidden)
+    _draws(model.logits(hidden))
+
+
+def _draws(logits: torch.Tensor) -> None:
+    """What `Sampler` may ask for: greedy alone, draws without filters and with them."""
+    rows = logits.shape[0]
+    octavo.sample(logits)
+
+    def new(dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(rows, dtype=dtype, device="meta")
+
+    drawn: dict[str, Any] = {
+        "temperature": new(torch.float32),
+        "seeds": new(torch.int64),
+        "positions": new(torch.int64),
+    }
+    octavo.sample(logits, **drawn)
+    octavo.sample(logits, **drawn, top_k=new(torch.int32), top_p=new(torch.float32), min_p=new(torch.float32))
 
 
 def _meta(value: Any) -> Any:

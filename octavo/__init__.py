@@ -19,6 +19,7 @@ from octavo.kernels.quant.int8 import int8_linear
 from octavo.kernels.quant.quantize import quantize_fp8, quantize_int8
 from octavo.kernels.norm_quantize import add_rms_norm_quantize, rms_norm_quantize
 from octavo.kernels.activation_quantize import gelu_and_mul_quantize, silu_and_mul_quantize
+from octavo.kernels.sampling.sample import sample
 from octavo.kernels.registry import backends
 from octavo.kernels.warmup import WarmupReport, warmup
 from octavo.kernels.model_calls import model_calls, token_counts
@@ -48,6 +49,7 @@ __all__ = [
     "add_rms_norm_quantize",
     "silu_and_mul_quantize",
     "gelu_and_mul_quantize",
+    "sample",
     "backends",
     "warmup",
     "WarmupReport",

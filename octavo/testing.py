@@ -127,10 +127,18 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+def _meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
+def _clone(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
 def _check_replayable(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Whether a call does nothing with tensors but octavo's `empty` and `launch`."""
-    metas = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
-    named = {k: a.to("meta") if isinstance(a, torch.Tensor) else a for k, a in kwargs.items()}
+    metas = [_meta(a) for a in args]
+    named = {name: _meta(a) for name, a in kwargs.items()}
     with recording(Recorder(KNOWN_DEVICES[90])) as recorder, _TensorOperations() as seen, ToLaunchers():
         function(*metas, **named)
     expected = ["aten.empty.memory_format"] * len(recorder.outputs)
@@ -154,13 +162,14 @@ def check_op(name: str, function: Callable[..., Any], op_args: tuple[Any, ...], 
     _check_replayable(name, OPS[name].launcher, op_args, {})
     _check_replayable(name, function, args, kwargs)
     torch.compiler.reset()
-    on_gpu = any(isinstance(a, torch.Tensor) and a.is_cuda for a in args)
+    on_gpu = any(isinstance(a, torch.Tensor) and a.is_cuda for a in (*args, *kwargs.values()))
     compiled = torch.compile(function, fullgraph=True, backend="inductor" if on_gpu else "aot_eager")
     sides = []
     for call in (function, function, function, compiled):
-        mine = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)
-        out = call(*mine, **kwargs)
-        sides.append([x for x in (*mine, *(out if isinstance(out, tuple) else (out,))) if isinstance(x, torch.Tensor)])
+        mine, named = tuple(map(_clone, args)), {name: _clone(a) for name, a in kwargs.items()}
+        out = call(*mine, **named)
+        seen = (*mine, *named.values(), *(out if isinstance(out, tuple) else (out,)))
+        sides.append([x for x in seen if isinstance(x, torch.Tensor)])
     for side in sides[1:]:
         for first, later in zip(sides[0], side, strict=True):
             torch.testing.assert_close(later, first, rtol=0, atol=0, equal_nan=True)

@@ -33,6 +33,26 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
         for dtype in (torch.float8_e5m2, torch.int8)
     )
     int8_kv |= {name: new(9, page, kv_heads, dtype=torch.float32) for name in ("key_scale_cache", "value_scale_cache")}
+    vocab = 1000
+    row, bits = new(tokens, dtype=torch.float32), new(tokens, -(-vocab // 32), dtype=torch.int32)
+    drawing = dict(
+        temperature=row,
+        top_k=new(tokens, dtype=torch.int32),
+        top_p=row.clone(),
+        min_p=row.clone(),
+        seeds=index.clone(),
+        positions=index.clone(),
+    )
+    editing = dict(
+        repetition_penalty=row.clone(),
+        presence_penalty=row.clone(),
+        frequency_penalty=row.clone(),
+        output_counts=new(tokens, vocab, dtype=torch.int32),
+        prompt_mask=bits,
+        bias_ids=new(tokens, 3, dtype=torch.int64),
+        bias_values=new(tokens, 3, dtype=torch.float32),
+        allowed_mask=bits.clone(),
+    )
     int4 = dict(x=new(tokens, 128), packed=new(2, 1, 64, 32, dtype=torch.int16), scale=new(1, 80))
     one = torch.ones(1)
     int8 = dict(x=new(tokens, 128), weight=new(80, 128, dtype=torch.int8), scale=new(1, 80))
@@ -126,6 +146,13 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
             octavo.quantize_fp8,
             dict(x=new(tokens, 512), scale=None),
             dict(granularity="tensor", dtype=torch.float8_e5m2),
+        ),
+        "sample greedily": (octavo.sample, dict(logits=new(tokens, vocab)), {}),
+        "sample": (octavo.sample, dict(logits=new(tokens, vocab), **drawing), {}),
+        "sample with everything": (
+            octavo.sample,
+            dict(logits=new(tokens, vocab, dtype=torch.float32), **drawing, **editing),
+            dict(num_logprobs=3),
         ),
         "int8_linear with bias": (octavo.int8_linear, int8 | dict(bias=new(80)), dict(group_size=128)),
     }

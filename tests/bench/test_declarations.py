@@ -56,6 +56,10 @@ TINY = {
     ],
     "int4_linear": [{"M": 3, "N": 40, "K": 256, "group": 128}],
     "int8_linear": [{"M": 3, "N": 40, "K": 256, "group": 128}, {"M": 3, "N": 40, "K": 256, "group": 256}],
+    "sample": [
+        {"B": 3, "vocab": 100, "k": k, "p": p, "flat": flat}
+        for k, p, flat in ((5, 90, 0), (0, 50, 1), (7, 100, 1), (0, 100, 0))
+    ],
 }
 
 # One shape of each benchmark: its label, flops, and bytes in bfloat16, from the op's definition.
@@ -91,6 +95,8 @@ BY_HAND = {
     ),
     # A nibble a weight; 32 groups of 4096 inputs.
     "int4_linear": ("M=1,N=6144,K=4096,group=128", 50331648, 12582912 + 2 * (4096 + 32 * 6144 + 6144)),
+    # 36 bytes of settings, seed, position and token a row.
+    "sample": ("B=64,vocab=32000,k=50,p=90,flat=0", 4 * 2048000, 2 * 2048000 + 64 * 36),
     "int8_linear": ("M=16,N=8192,K=8192,group=8192", 2147483648, 67108864 + 2 * (131072 + 8192 + 131072)),
 }
 
@@ -106,6 +112,10 @@ def _reference():
 
 def draw(name, shape, dtype=torch.float32, seed=0):
     return load(name).inputs(shape, dtype, CPU, torch.Generator().manual_seed(seed))
+
+
+def observed(name, result, inputs):
+    return getattr(load(name), "observe", lambda result, inputs: result)(result, inputs)
 
 
 def same(a, b):
@@ -195,7 +205,7 @@ def test_what_runs_without_peers_is_right(name, shape, dtype):
         if unsupported(name, shape, provider):
             continue
         call = provider.make(copy(inputs))
-        assert difference(call(), exact) is None
+        assert difference(observed(name, call(), inputs), exact) is None
     if module.OP.startswith("quantize") or module.OP.endswith("quantize"):
         q, *others = call()
         word = q.view(torch.uint8)
@@ -223,7 +233,7 @@ def test_compiled_formulas_are_right_and_whole(name, shape, monkeypatch):
     inputs = draw(name, shape)
     exact = load(name).exact(inputs)
     call = provider.make(inputs)
-    assert difference(call(), exact) is None
+    assert difference(observed(name, call(), inputs), exact) is None
 
 
 def test_many_shapes_compile_past_the_recompile_limit(monkeypatch):
@@ -260,6 +270,16 @@ def test_inputs_follow_the_generator(name, shape):
     for key in drawn:
         assert not torch.equal(first[key], other[key]), key
         assert (first[key] != 0).float().mean() > 0.9, f"{key} holds zeros"
+
+
+def test_what_filters_leave_out_is_seen():
+    module = load("sample")
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(4, -1)
+    every = torch.arange(4)
+    for k, p, kept in ((2, 1.0, [0, 0, 1, 1]), (0, 0.9, [0, 1, 1, 1]), (3, 0.7, [0, 0, 1, 1]), (3, 0.6, [0, 0, 0, 1])):
+        assert module.observe(every, {"logits": logits, "k": k, "p": p}).tolist() == [bool(x) for x in kept]
+    outside = torch.tensor([-1, 4, 3, 2**40])
+    assert module.observe(outside, {"logits": logits, "k": 0, "p": 1.0}).tolist() == [False, False, True, False]
 
 
 def test_scattered_indices():

@@ -22,7 +22,8 @@ def test_frequencies_follow_the_softmax():
     sampler, s = Sampler(torch.device("cpu")), sequence(0, temperature=temperature, seed=3)
     counts = torch.zeros(6)
     for _ in range(draws):
-        counts[sampler.sample(logits, [s])[0]] += 1
+        s.token_ids.append(sampler.sample(logits, [s])[0])
+        counts[s.token_ids[-1]] += 1
     assert ((counts - draws * probs) ** 2 / (draws * probs)).sum() < 20.5
 
 
@@ -40,7 +41,32 @@ def test_unseeded_requests_differ_and_state_is_forgotten():
     assert a != b
     sampler.forget(requests[0])
     sampler.forget(requests[0])
-    assert list(sampler._generators) == [1]
+    assert list(sampler._seeds) == [1]
+
+
+def test_filters_of_each_request():
+    logits = torch.tensor([[3.0, 2.9, 2.8, 0.0]]).expand(4, -1).contiguous()
+    filters = [dict(top_k=1), dict(top_p=0.3, temperature=50.0), dict(min_p=0.95), dict(temperature=0)]
+    requests = [sequence(i, **f) for i, f in enumerate(filters)]
+    for _ in range(20):
+        tokens = Sampler(torch.device("cpu")).sample(logits, requests)
+        assert tokens[0] == tokens[3] == 0 and tokens[1] in (0, 1) and tokens[2] == 0
+
+
+def test_a_seed_of_any_size_will_do():
+    logits = torch.randn(1, 1000)
+    for seed in (-1, 2**63, 2**64 + 5, 10**30):
+        first, second = (Sampler(torch.device("cpu")).sample(logits, [sequence(0, seed=seed)]) for _ in range(2))
+        assert first == second
+
+
+def test_nan_is_reported():
+    logits = torch.zeros(2, 10)
+    logits[1, 3] = torch.nan
+    for temperature in (0, 1):
+        requests = [sequence(4), sequence(9, temperature=temperature)]
+        with pytest.raises(RuntimeError, match="request 9: its logits hold NaN or infinities"):
+            Sampler(torch.device("cpu")).sample(logits, requests)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +76,11 @@ def test_unseeded_requests_differ_and_state_is_forgotten():
         (dict(temperature=-0.1), "temperature: -0.1; expected"),
         (dict(temperature=float("nan")), "temperature: nan; expected"),
         (dict(temperature=float("inf")), "temperature: inf; expected"),
+        (dict(top_k=-1), "top_k: -1; expected at least 0"),
+        (dict(top_p=0.0), "top_p: 0.0; expected more than 0"),
+        (dict(top_p=1.1), "top_p: 1.1; expected more than 0"),
+        (dict(min_p=-0.1), "min_p: -0.1; expected 0 to 1"),
+        (dict(min_p=float("nan")), "min_p: nan; expected 0 to 1"),
     ],
 )
 def test_errors(params, message):

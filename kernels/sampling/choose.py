@@ -1,0 +1,261 @@
+"""The second of sampling's two kernels: one program a row finds the few tiles that matter, and chooses the token."""
+
+import triton
+import triton.language as tl
+
+from octavo.kernels.sampling.logits import LOWEST, STAGES, edit, load_raw, setting, temperature_setting, top_k_setting
+from octavo.kernels.sampling.noise import gumbel
+from octavo.kernels.sampling.threshold import find_threshold, list_tiles, listed_logits, lower_bound
+
+
+@triton.jit
+def _first_of_largest(score, token):
+    """The lowest token id among those of the largest score."""
+    best = tl.max(tl.max(score, 1), 0)
+    return tl.min(tl.min(tl.where(score == best, token, 0x7FFFFFFF), 1), 0)
+
+
+@triton.jit
+def _largest(
+    tile_max,
+    tile_best_ptr,
+    logits_ptr,
+    row,
+    V,
+    tiles,
+    stride_logits_row,
+    edits,
+    greedy,
+    scale,
+    seeds_ptr,
+    positions_ptr,
+    ALL_TILES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Among all logits, the token of the largest, or of the largest with its noise."""
+    tile_best = tile_max  # [ALL_TILES]
+    if seeds_ptr is not None:
+        tile = tl.arange(0, ALL_TILES)
+        at = row.to(tl.int64) * tiles + tile
+        drawn = tl.load(tile_best_ptr + at, mask=(tile < tiles) & (greedy == 0), other=-float("inf"))
+        tile_best = tl.where(greedy, tile_max, drawn)
+    tile = tl.argmax(tile_best, 0) + tl.arange(0, 1)  # [1]
+    token = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]  # [1, TILE]
+    score = edit(load_raw(logits_ptr, row, token, V, stride_logits_row), row, token, 0, V, V, edits)
+    if seeds_ptr is not None:
+        noise = gumbel(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), tile, TILE)
+        score = tl.where(greedy, score, score * scale + noise)
+    return _first_of_largest(score, token)
+
+
+@triton.jit
+def _largest_kept(
+    list_ptr,
+    listed,
+    threshold,
+    logits_ptr,
+    row,
+    V,
+    tiles,
+    stride_logits_row,
+    edits,
+    top,
+    scale,
+    seed,
+    position,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Among the logits that reach the threshold, the token of the largest with its noise; and the mass of them all."""
+    best = tl.full([TILES, TILE], -float("inf"), tl.float32)
+    best_token = tl.full([TILES, TILE], 0x7FFFFFFF, tl.int32)
+    masses = tl.zeros([TILES, TILE], tl.float32)
+    for start in tl.range(0, listed, TILES, num_stages=STAGES):
+        x, token, tile = listed_logits(
+            list_ptr, start, listed, logits_ptr, row, V, tiles, stride_logits_row, edits, TILES, TILE
+        )
+        kept = x >= threshold
+        score = tl.where(kept, x * scale + gumbel(seed, position, tile, TILE), -float("inf"))
+        better = score > best
+        best, best_token = tl.where(better, score, best), tl.where(better, token, best_token)
+        masses += tl.where(kept, tl.exp((x - top) * scale), 0.0)
+    return _first_of_largest(best, best_token), tl.sum(tl.sum(masses, 1), 0)
+
+
+@triton.jit(do_not_specialize=["biases", "stride_bias_ids_row", "stride_bias_values_row", "num_logprobs"])
+def choose_kernel(
+    # Bound by latency: of a row, the tiles' numbers and, as a rule, a few tiles are read. One program a row.
+    tokens_ptr,
+    logprobs_ptr,
+    top_ids_ptr,
+    top_logprobs_ptr,
+    list_ptr,
+    candidates_ptr,
+    tile_max_ptr,
+    tile_sum_ptr,
+    tile_best_ptr,
+    raw_max_ptr,
+    raw_sum_ptr,
+    logits_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    seeds_ptr,
+    positions_ptr,
+    repetition_ptr,
+    presence_ptr,
+    frequency_ptr,
+    counts_ptr,
+    prompt_ptr,
+    bias_ids_ptr,
+    bias_values_ptr,
+    allowed_ptr,
+    V,
+    tiles,
+    biases,
+    num_logprobs,
+    stride_logits_row,
+    stride_counts_row,
+    stride_prompt_row,
+    stride_bias_ids_row,
+    stride_bias_values_row,
+    stride_allowed_row,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
+    ALL_TILES: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+):
+    row = tl.program_id(0)
+    edits = (
+        repetition_ptr,
+        presence_ptr,
+        frequency_ptr,
+        counts_ptr,
+        prompt_ptr,
+        bias_ids_ptr,
+        bias_values_ptr,
+        allowed_ptr,
+        biases,
+        stride_counts_row,
+        stride_prompt_row,
+        stride_bias_ids_row,
+        stride_bias_values_row,
+        stride_allowed_row,
+    )
+    tile = tl.arange(0, ALL_TILES)
+    at = row.to(tl.int64) * tiles + tile
+    tile_max = tl.load(tile_max_ptr + at, mask=tile < tiles, other=-float("inf"))
+    tile_sum = tl.load(tile_sum_ptr + at, mask=tile < tiles, other=0.0)
+    temperature, greedy, scale = temperature_setting(temperature_ptr, seeds_ptr, row)
+    top = tl.minimum(tl.maximum(tl.max(tile_max, 0), LOWEST), -LOWEST)
+    total = tl.sum(tile_sum * tl.exp((tile_max - top) * scale), 0)
+    # Neither for NaN (the sum is NaN), nor for +inf (it is inf), nor where nothing is allowed (0) is there a softmax.
+    usable = (total > 0.0) & (total < float("inf")) & (temperature >= 0.0)
+    token = tl.full([], -1, tl.int32)
+    threshold = tl.full([], LOWEST, tl.float32)
+    kept_mass = total
+    if usable:
+        filtered = greedy != greedy
+        if list_ptr is not None:
+            k = top_k_setting(top_k_ptr, row, V)
+            p = setting(top_p_ptr, row, 1.0)
+            min_p = setting(min_p_ptr, row, 0.0)
+            filtered = (greedy == 0) & ((k > 0) | (p < 1.0) | (min_p > 0.0))
+            if filtered:
+                log_min_p = tl.log(tl.minimum(tl.where(min_p > 0.0, min_p, 1.0), 1.0))
+                floor = tl.where(min_p > 0.0, top + log_min_p / scale, LOWEST)
+                low, loose = lower_bound(tile, tile_max, top, total, scale, floor, k, p, V)
+                list_ptr += row.to(tl.int64) * tiles
+                listed = list_tiles(list_ptr, tile, tile_max, low)
+                threshold = find_threshold(
+                    list_ptr,
+                    candidates_ptr + row.to(tl.int64) * CANDIDATES,
+                    logits_ptr,
+                    row,
+                    listed,
+                    low,
+                    loose,
+                    top,
+                    total,
+                    scale,
+                    floor,
+                    k,
+                    p,
+                    V,
+                    tiles,
+                    stride_logits_row,
+                    edits,
+                    CANDIDATES,
+                    TILES,
+                    TILE,
+                )
+                token, kept_mass = _largest_kept(
+                    list_ptr,
+                    listed,
+                    threshold,
+                    logits_ptr,
+                    row,
+                    V,
+                    tiles,
+                    stride_logits_row,
+                    edits,
+                    top,
+                    scale,
+                    tl.load(seeds_ptr + row),
+                    tl.load(positions_ptr + row),
+                    TILES,
+                    TILE,
+                )
+        if filtered == 0:
+            token = _largest(
+                tile_max,
+                tile_best_ptr,
+                logits_ptr,
+                row,
+                V,
+                tiles,
+                stride_logits_row,
+                edits,
+                greedy,
+                scale,
+                seeds_ptr,
+                positions_ptr,
+                ALL_TILES,
+                TILE,
+            )
+    tl.store(tokens_ptr + row, token.to(tl.int64))
+    if logprobs_ptr is not None:
+        nothing = float("nan")
+        if raw_sum_ptr is not None:
+            # Of the model's own distribution, before anything was done to it.
+            threshold = tl.full([], LOWEST, tl.float32)
+            scale = tl.full([], 1.0, tl.float32)
+            tile_max = tl.load(raw_max_ptr + at, mask=tile < tiles, other=-float("inf"))
+            tile_sum = tl.load(raw_sum_ptr + at, mask=tile < tiles, other=0.0)
+            top = tl.minimum(tl.maximum(tl.max(tile_max, 0), LOWEST), -LOWEST)
+            kept_mass = tl.sum(tile_sum * tl.exp(tile_max - top), 0)
+        log_mass = tl.log(kept_mass)
+        chosen = tl.maximum(token, 0)
+        value = load_raw(logits_ptr, row, chosen, V, stride_logits_row)
+        if raw_sum_ptr is None:
+            value = edit(value, row, chosen, 0, V, V, edits)
+        logprob = tl.where(value >= threshold, (value - top) * scale - log_mass, -float("inf"))
+        tl.store(logprobs_ptr + row, tl.where(usable, logprob, nothing))
+        # The n most probable, one after the other: the tile of the largest that is left, then its place in there.
+        last, last_token = tl.full([], float("inf"), tl.float32), tl.full([], -1, tl.int32)
+        for i in range(num_logprobs):
+            winner = tl.argmax(tile_max, 0) + tl.arange(0, 1)
+            tokens = winner[:, None] * TILE + tl.arange(0, TILE)[None, :]
+            x = load_raw(logits_ptr, row, tokens, V, stride_logits_row)
+            if raw_sum_ptr is None:
+                x = edit(x, row, tokens, 0, V, V, edits)
+            x = tl.where((x < last) | ((x == last) & (tokens > last_token)), x, -float("inf"))
+            last, last_token = tl.max(tl.max(x, 1), 0), _first_of_largest(x, tokens)
+            left = tl.where((x < last) | (tokens > last_token), x, -float("inf"))
+            tile_max = tl.where(tile == winner, tl.max(tl.max(left, 1), 0), tile_max)
+            logprob = tl.where(last >= threshold, (last - top) * scale - log_mass, -float("inf"))
+            there = usable & (last > -float("inf"))
+            out = row.to(tl.int64) * num_logprobs + i
+            tl.store(top_ids_ptr + out, tl.where(there, last_token, -1).to(tl.int64))
+            tl.store(top_logprobs_ptr + out, tl.where(usable, logprob, nothing))

@@ -1,0 +1,25 @@
+"""Gumbel noise that depends on a request's seed, the position of the token in it and the token's id, and nothing else.
+
+argmax(log p + noise) draws from p (Gumbel, 1954). Since a token's noise does not depend on the row, the batch, or how
+the vocabulary is cut up, a request draws the same tokens wherever it is computed, and filters only have to say which
+tokens take part. The bits are Philox 4x32-10 with the seed as key and (id / 4, position, 0) as counter: Salmon et al.,
+"Parallel random numbers: as easy as 1, 2, 3" (2011), https://doi.org/10.1145/2063384.2063405.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gumbel(seed, position, tile, TILE: tl.constexpr):
+    """Noise `[len(tile), TILE]` of the tokens `tile · TILE` and on; seed and position are int64."""
+    quad = tile[:, None] * (TILE // 4) + tl.arange(0, TILE // 4)[None, :]  # [tiles, TILE / 4]
+    low, high = position.to(tl.int32), (position >> 32).to(tl.int32)
+    r0, r1, r2, r3 = tl.philox(seed, quad, quad * 0 + low, quad * 0 + high, quad * 0)
+    # One call of Philox serves four neighbours, which lie in one thread's registers: nothing is moved.
+    words = tl.join(tl.join(r0, r2), tl.join(r1, r3))
+    words = tl.reshape(words, [quad.shape[0], TILE])
+    # E = -log(1 - u) is exponential. Small E decide who wins, so u must be fine near 0 and 1 - u must not round them.
+    u = tl.minimum((words.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
+    series = u * (1.0 + u * (0.5 + u * (0.3333333333333333 + u * 0.25)))
+    return -tl.log(tl.where(u < 0.015625, series, -tl.log(1.0 - u)))

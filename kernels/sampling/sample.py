@@ -1,0 +1,333 @@
+"""Sampling the next token of each row of logits: penalties, filters, seeded draws, log-probabilities; two kernels.
+
+    x = logits + bias, penalised, -inf where not allowed
+    z = x / temperature
+    kept = {v: p(v) ≥ min_p · max p}, of those the top_k largest, of those the most probable that hold top_p of the mass
+    token = argmax over kept of z + noise(seed, position, v)
+
+The noise is Gumbel's (`noise.py`), so that the draw has probability softmax(z over kept); filters are thresholds on x
+(`threshold.py`). The first kernel (`tile_stats.py`) reads the vocabulary once and keeps a few numbers of each tile of
+it; the second (`choose.py`) reads those numbers and the few tiles that they leave in question. All that a row's result
+rests on is computed in one order whatever the batch, so it is the same bits in any batch and row.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+
+from octavo.kernels.launch import empty, launch
+from octavo.kernels.registry import register
+from octavo.kernels.replay import replayed
+from octavo.kernels.sampling.check import check_sample
+from octavo.kernels.sampling.choose import choose_kernel
+from octavo.kernels.sampling.tile_stats import tile_stats_kernel
+from octavo.kernels.tiles import cdiv, next_power_of_2
+from octavo.reference import sampling as reference
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    tile: int
+    """Tokens of one tile."""
+    stats_tiles: int
+    """Tiles of a program of the first kernel."""
+    choose_tiles: int
+    """Tiles that a program of the second kernel holds at once."""
+    candidates: int
+    """Tokens that it sorts at most."""
+    num_warps: int
+
+
+def choose_tiles(vocab: int, edited: bool) -> _Tiles:
+    """Tiles as small as 1024 of them allow: the second kernel holds one number of each, and reads whole ones.
+
+    Nothing but the time depends on how many a program holds; bias, penalties and masks take registers.
+    """
+    tile = max(128, next_power_of_2(cdiv(vocab, 1024)))
+    few = max(2048 // tile, 1)
+    return _Tiles(tile, few if edited else 2 * few, few, candidates=1024, num_warps=8)
+
+
+def _row_stride(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
+
+
+def _sample_cuda(
+    logits: torch.Tensor,
+    temperature: torch.Tensor | None,
+    top_k: torch.Tensor | None,
+    top_p: torch.Tensor | None,
+    min_p: torch.Tensor | None,
+    seeds: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    repetition_penalty: torch.Tensor | None,
+    presence_penalty: torch.Tensor | None,
+    frequency_penalty: torch.Tensor | None,
+    output_counts: torch.Tensor | None,
+    prompt_mask: torch.Tensor | None,
+    bias_ids: torch.Tensor | None,
+    bias_values: torch.Tensor | None,
+    allowed_mask: torch.Tensor | None,
+    num_logprobs: int | None,
+    processed_logprobs: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, vocab = logits.shape
+    device = logits.device
+    edited = bias_ids is not None or output_counts is not None or allowed_mask is not None
+    choice = choose_tiles(vocab, edited)
+    tiles = cdiv(vocab, choice.tile)
+    chunks = cdiv(tiles, choice.stats_tiles)
+
+    def workspace(width: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+        return empty((rows, width), dtype, device) if wanted else None
+
+    tokens, logprobs, top_ids, top_logprobs = _outputs(empty, rows, num_logprobs, device)
+    wants_logprobs = num_logprobs is not None
+    # Noise is of use only with seeds, and without it every row is greedy, so that filters have no say.
+    filters = seeds is not None and (top_k is not None or top_p is not None or min_p is not None)
+    stats = (
+        workspace(tiles),
+        workspace(tiles),
+        workspace(tiles, seeds is not None),
+        workspace(tiles, wants_logprobs and not processed_logprobs),
+        workspace(tiles, wants_logprobs and not processed_logprobs),
+    )
+    pointers = (
+        logits,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seeds,
+        positions,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        output_counts,
+        prompt_mask,
+        bias_ids,
+        bias_values,
+        allowed_mask,
+    )
+    biases = 0 if bias_ids is None else bias_ids.shape[1]
+    strides = tuple(map(_row_stride, (logits, output_counts, prompt_mask, bias_ids, bias_values, allowed_mask)))
+    launch(
+        tile_stats_kernel,
+        (rows * chunks,),
+        *stats,
+        *pointers,
+        vocab,
+        tiles,
+        chunks,
+        biases,
+        *strides,
+        device=device,
+        num_warps=choice.num_warps,
+        TILES=choice.stats_tiles,
+        TILE=choice.tile,
+    )
+    launch(
+        choose_kernel,
+        (rows,),
+        tokens,
+        *((logprobs, top_ids, top_logprobs) if wants_logprobs else (None, None, None)),
+        workspace(tiles, filters, torch.int32),
+        workspace(choice.candidates, filters),
+        *stats,
+        *pointers,
+        vocab,
+        tiles,
+        biases,
+        num_logprobs or 0,
+        *strides,
+        device=device,
+        num_warps=choice.num_warps,
+        TILES=choice.choose_tiles,
+        TILE=choice.tile,
+        ALL_TILES=next_power_of_2(tiles),
+        CANDIDATES=choice.candidates,
+    )
+    return tokens, logprobs, top_ids, top_logprobs
+
+
+def _outputs(new: Any, rows: int, num_logprobs: int | None, device: torch.device) -> tuple[torch.Tensor, ...]:
+    wide = (0,) if num_logprobs is None else (rows, num_logprobs)
+    return (
+        new((rows,), torch.int64, device),
+        new(wide[:1], torch.float32, device),
+        new(wide, torch.int64, device),
+        new(wide, torch.float32, device),
+    )
+
+
+def _sample_fake(logits: torch.Tensor, *others: Any) -> tuple[torch.Tensor, ...]:
+    num_logprobs, _ = others[-2:]
+
+    def new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return logits.new_empty(shape, dtype=dtype)
+
+    return _outputs(new, logits.shape[0], num_logprobs, logits.device)
+
+
+_sample = register(
+    "sample(Tensor logits, Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor? seeds, "
+    "Tensor? positions, Tensor? repetition_penalty, Tensor? presence_penalty, Tensor? frequency_penalty, "
+    "Tensor? output_counts, Tensor? prompt_mask, Tensor? bias_ids, Tensor? bias_values, Tensor? allowed_mask, "
+    "int? num_logprobs, bool processed_logprobs) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.sample,
+    launcher=_sample_cuda,
+    fake=_sample_fake,
+)
+
+
+@overload
+def sample(
+    logits: torch.Tensor,
+    *,
+    temperature: torch.Tensor | None = None,
+    top_k: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
+    seeds: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    repetition_penalty: torch.Tensor | None = None,
+    presence_penalty: torch.Tensor | None = None,
+    frequency_penalty: torch.Tensor | None = None,
+    output_counts: torch.Tensor | None = None,
+    prompt_mask: torch.Tensor | None = None,
+    bias_ids: torch.Tensor | None = None,
+    bias_values: torch.Tensor | None = None,
+    allowed_mask: torch.Tensor | None = None,
+    num_logprobs: Literal[None] = None,
+    processed_logprobs: bool = False,
+) -> torch.Tensor: ...
+@overload
+def sample(
+    logits: torch.Tensor,
+    *,
+    temperature: torch.Tensor | None = None,
+    top_k: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
+    seeds: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    repetition_penalty: torch.Tensor | None = None,
+    presence_penalty: torch.Tensor | None = None,
+    frequency_penalty: torch.Tensor | None = None,
+    output_counts: torch.Tensor | None = None,
+    prompt_mask: torch.Tensor | None = None,
+    bias_ids: torch.Tensor | None = None,
+    bias_values: torch.Tensor | None = None,
+    allowed_mask: torch.Tensor | None = None,
+    num_logprobs: int,
+    processed_logprobs: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]: ...
+@replayed
+def sample(
+    logits: torch.Tensor,
+    *,
+    temperature: torch.Tensor | None = None,
+    top_k: torch.Tensor | None = None,
+    top_p: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
+    seeds: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    repetition_penalty: torch.Tensor | None = None,
+    presence_penalty: torch.Tensor | None = None,
+    frequency_penalty: torch.Tensor | None = None,
+    output_counts: torch.Tensor | None = None,
+    prompt_mask: torch.Tensor | None = None,
+    bias_ids: torch.Tensor | None = None,
+    bias_values: torch.Tensor | None = None,
+    allowed_mask: torch.Tensor | None = None,
+    num_logprobs: int | None = None,
+    processed_logprobs: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draws one token a row, each row by its own settings; what is None is off for all rows, and costs nothing.
+
+    In this order: bias, penalties, allowed tokens; temperature; min_p, top_k, top_p (each of the distribution that the
+    one before leaves, renormalised, as in vLLM and Hugging Face); the draw.
+
+    Args:
+        logits: `[rows, vocab]`, fp16, bf16 or fp32; last dimension contiguous, rows of any stride.
+        temperature: `[rows]` fp32; logits are divided by it. Below 1e-5 (0, that is) the row is greedy: the largest
+            logit after bias, penalties and mask, of equals the lowest id; filters do not matter then.
+        top_k: `[rows]` int32; that many of the largest logits are kept, and what is tied with the last of them. Off
+            where it is 0, negative, or at least vocab.
+        top_p: `[rows]` fp32; a token is kept if the more probable ones hold less than top_p of the mass; so ties are
+            kept or dropped together, and the most probable stays at 0 and below. Off at 1 and above.
+        min_p: `[rows]` fp32; tokens are kept whose probability is at least min_p times the largest. Off at 0 and below.
+        seeds: `[rows]` int64. Without seeds every row is greedy.
+        positions: `[rows]` int64, how many tokens its request has drawn before: the draw is a function of the row's
+            logits, settings, seed and position, and of nothing else in the batch.
+        repetition_penalty: `[rows]` fp32; logits of tokens in the prompt or the output are divided by it where
+            positive, multiplied where not (Keskar et al., CTRL). 1 is off.
+        presence_penalty: `[rows]` fp32, taken from the logits of tokens in the output. 0 is off.
+        frequency_penalty: `[rows]` fp32, taken from them once for each time they are there. 0 is off.
+        output_counts: `[rows, vocab]` int32 or int16, how often the row's request has drawn each token. Rows whose
+            penalties are off do not read it.
+        prompt_mask: `[rows, ceil(vocab / 32)]` int32, the tokens of the prompt: bit `v % 32` of word `v // 32`.
+        bias_ids: `[rows, biases]` int32 or int64, token ids; -1 (and any other id outside the vocabulary) is padding.
+        bias_values: `[rows, biases]` fp32, added to their logits; an id that comes twice gets both.
+        allowed_mask: `[rows, ceil(vocab / 32)]` int32 as xgrammar makes it, bits as in prompt_mask; the other tokens'
+            logits become -inf.
+        num_logprobs: also return log-probabilities, of the drawn token and of that many of the most probable.
+        processed_logprobs: log-probabilities of the distribution that was drawn from (-inf where a filter removed the
+            token) in place of the model's own, before bias, penalties, mask and temperature.
+
+    Returns:
+        Token ids `[rows]` int64. With num_logprobs also, in natural logarithm: those of the drawn tokens `[rows]` fp32,
+        the ids `[rows, num_logprobs]` int64 of the most probable tokens in descending order (of equals the lower id
+        first; -1 where fewer have a logit above -inf), and their log-probabilities, fp32.
+
+        A row that has no distribution gives token -1, ids -1 and log-probabilities NaN: a logit that is NaN, or +inf
+        after bias and penalties; no token allowed or above -inf; a temperature that is negative or NaN. Other rows are
+        not affected. No rows give empty results.
+
+    Raises:
+        TypeError: a dtype that is not accepted.
+        ValueError: a shape, stride or device that does not fit, or arguments that need another one.
+
+    Two kernels, no host synchronisation; safe in a CUDA graph, which may be replayed with other settings. Masses are
+    fp32: a token whose place is within rounding of top_p may fall on either side. https://arxiv.org/abs/2411.13676
+    (min_p: https://arxiv.org/abs/2407.01082, top_p: https://arxiv.org/abs/1904.09751)
+    """
+    check_sample(
+        logits,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seeds,
+        positions,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        output_counts,
+        prompt_mask,
+        bias_ids,
+        bias_values,
+        allowed_mask,
+        num_logprobs,
+    )
+    results = _sample(
+        logits,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seeds,
+        positions,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        output_counts,
+        prompt_mask,
+        bias_ids,
+        bias_values,
+        allowed_mask,
+        num_logprobs,
+        processed_logprobs,
+    )
+    return results[0] if num_logprobs is None else results

@@ -1,0 +1,95 @@
+"""The first of sampling's two kernels: the vocabulary read once, and a few numbers kept of each tile of it.
+
+A tile is 128 or more neighbouring tokens. Of each, the largest logit and the sum of exponentials suffice for the second
+kernel to find the few tiles that can matter; of a row that is drawn from without filters also the best perturbed logit.
+"""
+
+import triton
+import triton.language as tl
+
+from octavo.kernels.sampling.logits import LOWEST, edit, load_raw, setting, temperature_setting, top_k_setting
+from octavo.kernels.sampling.noise import gumbel
+
+
+@triton.jit
+def exp_sums(x, top, scale):
+    """Σ exp((x - top) · scale) of each tile: NaN if it holds one, inf if it holds inf, 0 if all is -inf."""
+    top = tl.minimum(tl.maximum(top, LOWEST), -LOWEST)
+    return tl.sum(tl.exp((x - top[:, None]) * scale), 1)
+
+
+@triton.jit(do_not_specialize=["biases", "stride_bias_ids_row", "stride_bias_values_row"])
+def tile_stats_kernel(
+    # Bound by memory: the logits read once, and 2 to 5 numbers written for each tile. One program some tiles of a row.
+    tile_max_ptr,
+    tile_sum_ptr,
+    tile_best_ptr,
+    raw_max_ptr,
+    raw_sum_ptr,
+    logits_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    seeds_ptr,
+    positions_ptr,
+    repetition_ptr,
+    presence_ptr,
+    frequency_ptr,
+    counts_ptr,
+    prompt_ptr,
+    bias_ids_ptr,
+    bias_values_ptr,
+    allowed_ptr,
+    V,
+    tiles,
+    chunks,
+    biases,
+    stride_logits_row,
+    stride_counts_row,
+    stride_prompt_row,
+    stride_bias_ids_row,
+    stride_bias_values_row,
+    stride_allowed_row,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0) // chunks
+    chunk = tl.program_id(0) % chunks
+    tile = chunk * TILES + tl.arange(0, TILES)  # [TILES]
+    token = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]  # [TILES, TILE]
+    at = row.to(tl.int64) * tiles + tile
+    written = tile < tiles
+    x = load_raw(logits_ptr, row, token, V, stride_logits_row)
+    if raw_sum_ptr is not None:
+        top = tl.max(x, 1)
+        tl.store(raw_max_ptr + at, top, mask=written)
+        tl.store(raw_sum_ptr + at, exp_sums(x, top, 1.0), mask=written)
+    edits = (
+        repetition_ptr,
+        presence_ptr,
+        frequency_ptr,
+        counts_ptr,
+        prompt_ptr,
+        bias_ids_ptr,
+        bias_values_ptr,
+        allowed_ptr,
+        biases,
+        stride_counts_row,
+        stride_prompt_row,
+        stride_bias_ids_row,
+        stride_bias_values_row,
+        stride_allowed_row,
+    )
+    x = edit(x, row, token, chunk * TILES * TILE, (chunk + 1) * TILES * TILE, V, edits)
+    _, greedy, scale = temperature_setting(temperature_ptr, seeds_ptr, row)
+    top = tl.max(x, 1)
+    tl.store(tile_max_ptr + at, top, mask=written)
+    tl.store(tile_sum_ptr + at, exp_sums(x, top, scale), mask=written)
+    if seeds_ptr is not None:
+        filtered = top_k_setting(top_k_ptr, row, V) > 0
+        filtered = filtered | (setting(top_p_ptr, row, 1.0) < 1.0) | (setting(min_p_ptr, row, 0.0) > 0.0)
+        # Noise costs more than all the rest; behind a filter it is computed for the tokens that are left alone.
+        if (greedy | filtered) == 0:
+            noise = gumbel(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), tile, TILE)
+            tl.store(tile_best_ptr + at, tl.max(x * scale + noise, 1), mask=written)
