@@ -6,6 +6,7 @@ import triton.language as tl
 from octavo.kernels.sampling.logits import LOWEST, STAGES, edit, load_raw, setting, temperature_setting, top_k_setting
 from octavo.kernels.sampling.noise import gumbel
 from octavo.kernels.sampling.threshold import find_threshold, list_tiles, listed_logits, lower_bound
+from octavo.kernels.tiles import let_next_start, wait_for_previous
 
 
 @triton.jit
@@ -125,7 +126,10 @@ def choose_kernel(
     TILE: tl.constexpr,
     ALL_TILES: tl.constexpr,
     CANDIDATES: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
     row = tl.program_id(0)
     edits = (
         repetition_ptr,

@@ -22,7 +22,7 @@ from octavo.kernels.replay import replayed
 from octavo.kernels.sampling.check import check_sample
 from octavo.kernels.sampling.choose import choose_kernel
 from octavo.kernels.sampling.tile_stats import tile_stats_kernel
-from octavo.kernels.tiles import cdiv, next_power_of_2
+from octavo.kernels.tiles import cdiv, chains, next_power_of_2
 from octavo.reference import sampling as reference
 
 
@@ -126,6 +126,7 @@ def _sample_cuda(
         num_warps=choice.num_warps,
         TILES=choice.stats_tiles,
         TILE=choice.tile,
+        CHAINED=chains(device),
     )
     launch(
         choose_kernel,
@@ -147,6 +148,7 @@ def _sample_cuda(
         TILE=choice.tile,
         ALL_TILES=next_power_of_2(tiles),
         CANDIDATES=choice.candidates,
+        CHAINED=chains(device),
     )
     return tokens, logprobs, top_ids, top_logprobs
 

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from octavo.kernels.sampling.logits import LOWEST, edit, load_raw, setting, temperature_setting, top_k_setting
 from octavo.kernels.sampling.noise import gumbel
+from octavo.kernels.tiles import let_next_start, wait_for_previous
 
 
 @triton.jit
@@ -53,7 +54,10 @@ def tile_stats_kernel(
     stride_allowed_row,
     TILES: tl.constexpr,
     TILE: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
     row = tl.program_id(0) // chunks
     chunk = tl.program_id(0) % chunks
     tile = chunk * TILES + tl.arange(0, TILES)  # [TILES]
