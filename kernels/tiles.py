@@ -67,7 +67,11 @@ def wait_for_previous(CHAINED: tl.constexpr):
 
 @triton.jit
 def let_next_start(CHAINED: tl.constexpr):
-    """Lets the next kernel in the stream start once all programs of this one have come here, if that one is chained."""
+    """Lets the next kernel in the stream start once all programs of this one have come here, if that one is chained.
+
+    It comes after the wait: ahead of it several kernels lie in wait on the GPU at once, which takes add_rms_norm of one
+    token from 1.4 to 1.2 µs, and that of 64 from 2.2 to 3.7.
+    """
     if CHAINED:
         tl.extra.cuda.gdc_launch_dependents()
 

@@ -262,6 +262,37 @@ def check_plans_keep_nothing_alive() -> None:
     assert max(map(len, octavo.rms_norm.plans.values())) == 16
 
 
+def check_another_gpu_than_the_current_one() -> None:
+    """With several GPUs a repeated call makes the tensors' own one current, where it is not."""
+    pretend()
+    current, entered = [False], []
+
+    @contextmanager
+    def device(index):
+        entered.append(index)
+        current[0] = True
+        yield
+        current[0] = False
+
+    torch.cuda.device_count = lambda: 2
+    for module in (launching, replay):
+        module.is_current = lambda index: current[0]
+    torch.cuda.device = device
+    started = []
+    function, tensors, others = cases(3)["rms_norm"]
+    with device(0):
+        for _ in range(2):
+            function(**tensors, **others)
+    ((plan,),) = function.plans.values()
+    entered.clear()
+    for expected in ([-1], []):  # CPU tensors stand for CUDA's, and have this index
+        started.append(run(function, tensors, others))
+        assert entered == expected and len(started[-1]) == 1
+        entered.clear()
+        current[0] = True
+    assert started[0] == started[1] and plan in next(iter(function.plans.values()))
+
+
 def check_a_kernel_that_cannot_be_loaded() -> None:
     """It says so each time that it is called."""
     from triton.runtime.errors import OutOfResources

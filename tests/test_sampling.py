@@ -126,15 +126,22 @@ def chance(tokens, probs):
     """The probability of a chi-squared statistic at least as large as that of these draws."""
     counts = np.bincount(tokens.cpu().numpy(), minlength=len(probs))
     assert not counts[probs == 0].any(), "drew what the filters leave out"
+    # Tokens of which few are expected are taken together, neighbours in probability, until five or more are.
     order = np.argsort(probs)
-    expected, counts = (probs * len(tokens))[order], counts[order]
-    pooled = np.cumsum(expected) < 5  # so few are expected of the rarest that they are taken together with the next
-    last = min(int(pooled.sum()), len(expected) - 1)
-    expected = np.append(expected[: last + 1].sum(), expected[last + 1 :])
-    counts = np.append(counts[: last + 1].sum(), counts[last + 1 :])
+    expected, counted = [0.0], [0]
+    for e, c in zip((probs * len(tokens))[order].tolist(), counts[order].tolist(), strict=True):
+        if expected[-1] >= 5:
+            expected.append(0.0)
+            counted.append(0)
+        expected[-1] += e
+        counted[-1] += c
+    if expected[-1] < 5 and len(expected) > 1:
+        last, last_count = expected.pop(), counted.pop()
+        expected[-1] += last
+        counted[-1] += last_count
     if len(expected) == 1:
         return 1.0
-    statistic = ((counts - expected) ** 2 / expected).sum()
+    statistic = sum((c - e) ** 2 / e for e, c in zip(expected, counted, strict=True))
     half = torch.tensor([(len(expected) - 1) / 2, statistic / 2], dtype=torch.float64)
     return torch.special.gammaincc(half[0], half[1]).item()
 
