@@ -149,7 +149,7 @@ def logits_of(vocab=VOCAB, seed=1, scale=1.5, rows=1):
 @pytest.mark.parametrize("features", COMBINATIONS, ids=lambda c: "+".join(c) or "none")
 def test_reference_draws_from_the_exact_distribution(features):
     """Every combination of filters; the kernels draw the same tokens as the reference, which other tests hold."""
-    rows = 6000
+    rows = 2000
     logits, given = logits_of(), settings(features, rows)
     tokens = by_reference(logits.expand(rows, -1), **given)[0]
     assert chance(tokens, probabilities(logits[0], given)) > LIMIT
