@@ -164,6 +164,7 @@ def choose_kernel(
         if list_ptr is not None:
             k = top_k_setting(top_k_ptr, row, V)
             p = setting(top_p_ptr, row, 1.0)
+            p = tl.where(p < 0.0, 0.0, p)
             min_p = setting(min_p_ptr, row, 0.0)
             filtered = (greedy == 0) & ((k > 0) | (p < 1.0) | (min_p > 0.0))
             if filtered:

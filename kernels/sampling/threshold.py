@@ -20,8 +20,8 @@ from octavo.kernels.sampling.logits import LOWEST, STAGES, edit, load_raw
 
 @triton.jit
 def _key(x):
-    """An int32 that is ordered as the fp32 is."""
-    bits = x.to(tl.int32, bitcast=True)
+    """An int32 that is ordered as the fp32 is; zeros of either sign have one key."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
