@@ -33,6 +33,28 @@ def test_compiles_everywhere(module):
         assert row["chained"] == chained and row["waits"] == chained, "a chained kernel waits for the one before it"
 
 
+def test_kernels_wait_before_they_touch_memory():
+    """A chained kernel runs beside the one before it: all that it does ahead of the wait is arithmetic.
+
+    An early return ahead of the wait would be as wrong: a kernel that has ended says that those before it have.
+    """
+    kernels = [
+        node
+        for path in (TESTS.parent / "kernels").rglob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+        if any("jit" in ast.unparse(d) for d in node.decorator_list)
+    ]
+    assert len(kernels) > 10
+    for kernel in kernels:
+        assert kernel.args.args[-1].arg == "CHAINED", kernel.name
+        texts = [ast.unparse(statement) for statement in kernel.body]
+        at = texts.index("wait_for_previous(CHAINED)")
+        assert texts[at + 1] == "let_next_start(CHAINED)", kernel.name
+        early = "\n".join(texts[:at])
+        assert not any(word in early for word in ("load(", "store(", "atomic", "return")), (kernel.name, early)
+
+
 def test_every_launcher_is_compiled_here():
     """Each function that starts a kernel is called by the `launches` of some test module."""
     functions = [
