@@ -2,6 +2,8 @@
 
 import importlib
 import importlib.metadata
+import os
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -251,7 +253,10 @@ def _note(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     if type(error).__name__ == "CompilationError":  # Triton's quotes the source and says last what is wrong with it
         lines = [line.strip() for line in lines if any(c.isalpha() for c in line)][-1:] or lines
-    text = lines[0][:200]
+    text = lines[0]
+    for folder in filter(None, sys.path):  # where a peer is installed is this machine's affair
+        text = text.replace(folder + os.sep, "")
+    text = text[:200]
     match error:
         case Wrong():
             return text

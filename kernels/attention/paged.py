@@ -20,14 +20,7 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.attention.online_softmax import attend, find_sequence
-from octavo.kernels.checks import (
-    FLOATS,
-    check_device,
-    check_dtype,
-    check_last_dim_contiguous,
-    check_ndim,
-    check_shape,
-)
+from octavo.kernels.attention.paged_check import check_paged_attention
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
@@ -43,7 +36,6 @@ from octavo.kernels.tiles import (
 from octavo.reference import attention as reference
 
 LOG2_E = 1.4426950408889634
-MAX_HEAD_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -378,7 +370,7 @@ def paged_attention(
     Sums, softmax and scores are fp32. Safe in a CUDA graph, which may be replayed with other lengths and pages.
     https://arxiv.org/abs/2309.06180, https://arxiv.org/abs/2205.14135
     """
-    _check(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q)
+    check_paged_attention(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q)
     if max_seqlen_q < 0:
         raise ValueError(f"max_seqlen_q: {max_seqlen_q}; expected at least 0")
     if window_size is not None and window_size < 1:
@@ -402,46 +394,3 @@ def paged_attention(
         return_lse,
     )
     return (out, lse) if return_lse else out
-
-
-def _check(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-) -> None:
-    check_dtype("query", query, FLOATS)
-    check_ndim("query", query, 3, "[tokens, heads, head_size]")
-    heads, head_size = query.shape[1:]
-    if head_size % 8 or not 0 < head_size <= MAX_HEAD_SIZE:
-        raise ValueError(f"query: head_size {head_size}; expected a multiple of 8 up to {MAX_HEAD_SIZE}")
-    check_dtype("key_cache", key_cache, (query.dtype,))
-    check_ndim("key_cache", key_cache, 4, "[pages, page_size, kv_heads, head_size]")
-    if key_cache.shape[3] != head_size or 0 in key_cache.shape:
-        raise ValueError(
-            f"key_cache: shape {tuple(key_cache.shape)}; expected [pages, page_size, kv_heads, {head_size}], the "
-            "head_size of query, with at least one page, slot and head"
-        )
-    if heads == 0 or heads % key_cache.shape[2]:
-        raise ValueError(f"query: {heads} heads; expected a multiple of the {key_cache.shape[2]} heads of key_cache")
-    check_dtype("value_cache", value_cache, (query.dtype,))
-    check_shape("value_cache", value_cache, key_cache.shape, "the shape of key_cache")
-    check_dtype("block_table", block_table, (torch.int32,))
-    check_ndim("block_table", block_table, 2, "[sequences, max_pages]")
-    sequences = block_table.shape[0]
-    check_dtype("seq_lens", seq_lens, (torch.int32,))
-    check_shape("seq_lens", seq_lens, (sequences,), "[sequences], as many as block_table has rows")
-    check_dtype("cu_seqlens_q", cu_seqlens_q, (torch.int32,))
-    check_shape("cu_seqlens_q", cu_seqlens_q, (sequences + 1,), "[sequences + 1], where each sequence's queries start")
-    for name, x in dict(
-        query=query,
-        key_cache=key_cache,
-        value_cache=value_cache,
-        block_table=block_table,
-        seq_lens=seq_lens,
-        cu_seqlens_q=cu_seqlens_q,
-    ).items():
-        check_last_dim_contiguous(name, x)
-        check_device(name, x, "query", query)
