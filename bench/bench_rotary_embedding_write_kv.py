@@ -246,7 +246,7 @@ PROVIDERS = {
     "octavo": Provider(_octavo, devices=("cpu", "cuda"), package="octavo"),
     "torch": Provider(_torch, devices=("cpu", "cuda"), package="torch"),
     "torch.compile": Provider(_compiled, package="torch"),
-    "octavo, separate": Provider(_separate, package="octavo"),
+    "octavo, separate": Provider(_separate, devices=("cpu", "cuda"), package="octavo"),
     "flashinfer": Provider(_flashinfer, "flashinfer", package="flashinfer-python"),
     "vllm": Provider(_vllm, "vllm", package="vllm"),
 }

@@ -23,7 +23,7 @@ from triton.compiler.compiler import LazyDict
 
 import octavo
 from octavo.kernels import launch as launching
-from octavo.kernels import registry, replay
+from octavo.kernels import registry, replay, tiles
 from octavo.kernels.registry import OPS
 
 STREAM, FUNCTION = 7, 4321
@@ -86,6 +86,7 @@ class Driver:
 def pretend() -> None:
     """From here on, CPU tensors are launched on."""
     triton.runtime.driver.set_active(Driver())
+    tiles._INTERPRETER = tiles.KNOWN_DEVICES[90]  # what tile choices for CPU tensors see
     launching.DEVICES.add("cpu")
     for module in (launching, replay):
         module.is_current = lambda index: True
@@ -354,9 +355,9 @@ def check_threads() -> None:
 
     def work(seed: int) -> None:
         mine.calls = []
-        weight = torch.zeros(512, dtype=torch.bfloat16)
+        weight = torch.zeros(2048, dtype=torch.bfloat16)
         for i in range(200):
-            x = torch.zeros(1 + (seed + i) % 5, 512, dtype=torch.bfloat16)
+            x = torch.zeros(1 + (seed + i) % 5, 2048, dtype=torch.bfloat16)
             mine.calls.clear()
             out = octavo.rms_norm(x, weight)
             ((head, values),) = mine.calls
