@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo.kernels.checks import FLOATS, check_dtype, check_last_dim_contiguous
+from octavo.kernels.checks import check_gated, check_rows
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
@@ -148,17 +148,6 @@ _relu2 = register(
 )
 
 
-def _check(x: torch.Tensor, *, gated: bool) -> None:
-    check_dtype("x", x, FLOATS)
-    check_last_dim_contiguous("x", x)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x: shape {tuple(x.shape)}; expected a last dimension of at least one element")
-    if gated and x.shape[-1] % 2:
-        raise ValueError(
-            f"x: last dimension {x.shape[-1]} is odd; expected an even one: the gate, then what it multiplies"
-        )
-
-
 @replayed
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """SwiGLU's activation: SiLU of the first half of the last dimension times the second half.
@@ -177,7 +166,7 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
 
     Safe in a CUDA graph. A row's bits do not depend on the other rows. https://arxiv.org/abs/2002.05202
     """
-    _check(x, gated=True)
+    check_gated(x)
     return _silu_and_mul(x)
 
 
@@ -201,7 +190,7 @@ def gelu_and_mul(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
 
     Safe in a CUDA graph. A row's bits do not depend on the other rows. https://arxiv.org/abs/2002.05202
     """
-    _check(x, gated=True)
+    check_gated(x)
     if approximate not in ("none", "tanh"):
         raise ValueError(f'approximate: {approximate!r}; expected "none" (exact) or "tanh"')
     return _gelu_and_mul(x, approximate)
@@ -225,5 +214,5 @@ def relu2(x: torch.Tensor) -> torch.Tensor:
 
     Safe in a CUDA graph. A row's bits do not depend on the other rows. https://arxiv.org/abs/2109.08668
     """
-    _check(x, gated=False)
+    check_rows(x)
     return _relu2(x)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.activation import _activate
-from octavo.kernels.checks import check_rows
+from octavo.kernels.checks import check_gated
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.quant.rounding import check_quantization, fake, magnitude, rounded, rounding, scale_of, scale_shape
 from octavo.kernels.registry import register
@@ -188,11 +188,7 @@ _gelu_and_mul_quantize = register(
 
 
 def _check(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None, group_size: int | None) -> None:
-    check_rows(x)
-    if x.shape[-1] % 2:
-        raise ValueError(
-            f"x: last dimension {x.shape[-1]} is odd; expected an even one: the gate, then what it multiplies"
-        )
+    check_gated(x)
     check_quantization(x, x.shape[-1] // 2, dtype, scale, group_size)
 
 

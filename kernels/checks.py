@@ -112,3 +112,20 @@ def check_norm_parameter(name: str, parameter: torch.Tensor, x: torch.Tensor) ->
     check_shape(name, parameter, (x.shape[-1],), "[hidden], as wide as x")
     check_last_dim_contiguous(name, parameter)
     check_device(name, parameter, "x", x)
+
+
+def check_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    """Raises TypeError or ValueError unless the rows of `x` can be normalised with these."""
+    check_rows(x)
+    check_norm_parameter("weight", weight, x)
+    if eps < 0:
+        raise ValueError(f"eps: {eps}; expected a number of at least 0")
+
+
+def check_gated(x: torch.Tensor) -> None:
+    """Raises TypeError or ValueError unless the rows of `x` are a gate and what it multiplies."""
+    check_rows(x)
+    if x.shape[-1] % 2:
+        raise ValueError(
+            f"x: last dimension {x.shape[-1]} is odd; expected an even one: the gate, then what it multiplies"
+        )

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo.kernels.checks import check_norm_parameter, check_rows
+from octavo.kernels.checks import check_norm, check_norm_parameter
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
@@ -178,10 +178,7 @@ def layer_norm(
 
     Safe in a CUDA graph. A row's bits do not depend on the other rows. https://arxiv.org/abs/1607.06450
     """
-    check_rows(x)
-    check_norm_parameter("weight", weight, x)
+    check_norm(x, weight, eps)
     if bias is not None:
         check_norm_parameter("bias", bias, x)
-    if eps < 0:
-        raise ValueError(f"eps: {eps}; expected a number of at least 0")
     return _layer_norm(x, weight, bias, eps, weight_offset)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo.kernels.checks import FLOATS, check_device, check_dtype, check_last_dim_contiguous, check_shape
+from octavo.kernels.checks import check_device, check_dtype, check_last_dim_contiguous, check_norm, check_shape
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
@@ -171,19 +171,6 @@ _add_rms_norm = register(
 )
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
-    check_dtype("x", x, FLOATS)
-    check_last_dim_contiguous("x", x)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x: shape {tuple(x.shape)}; expected a last dimension of at least one element")
-    check_dtype("weight", weight, FLOATS)
-    check_shape("weight", weight, (x.shape[-1],), "[hidden], as wide as x")
-    check_last_dim_contiguous("weight", weight)
-    check_device("weight", weight, "x", x)
-    if eps < 0:
-        raise ValueError(f"eps: {eps}; expected a number of at least 0")
-
-
 @replayed
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, weight_offset: float = 0.0) -> torch.Tensor:
     """Root-mean-square layer normalisation over the last dimension.
@@ -205,7 +192,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, weight
 
     Safe in a CUDA graph. A row's bits do not depend on the other rows. https://arxiv.org/abs/1910.07467
     """
-    _check(x, weight, eps)
+    check_norm(x, weight, eps)
     return _rms_norm(x, weight, eps, weight_offset)
 
 
@@ -230,7 +217,7 @@ def add_rms_norm(
 
     Safe in a CUDA graph. A row's bits do not depend on the other rows.
     """
-    _check(x, weight, eps)
+    check_norm(x, weight, eps)
     check_dtype("residual", residual, (x.dtype,))
     check_shape("residual", residual, x.shape, "the shape of x")
     check_last_dim_contiguous("residual", residual)

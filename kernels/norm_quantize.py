@@ -18,8 +18,7 @@ from octavo.kernels.checks import (
     check_device,
     check_dtype,
     check_last_dim_contiguous,
-    check_norm_parameter,
-    check_rows,
+    check_norm,
     check_shape,
 )
 from octavo.kernels.launch import empty, launch
@@ -229,13 +228,6 @@ _add_rms_norm_quantize = register(
 )
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
-    check_rows(x)
-    check_norm_parameter("weight", weight, x)
-    if eps < 0:
-        raise ValueError(f"eps: {eps}; expected a number of at least 0")
-
-
 @overload
 def rms_norm_quantize(
     x: torch.Tensor,
@@ -290,7 +282,7 @@ def rms_norm_quantize(
 
     Safe in a CUDA graph. A row's bits do not depend on the other rows. https://arxiv.org/abs/1910.07467
     """
-    _check(x, weight, eps)
+    check_norm(x, weight, eps)
     check_quantization(x, x.shape[-1], dtype, scale, group_size)
     q, computed = _rms_norm_quantize(x, weight, dtype, eps, scale, group_size, weight_offset)
     return (q, computed) if scale is None else q
@@ -350,7 +342,7 @@ def add_rms_norm_quantize(
 
     Safe in a CUDA graph. A row's bits do not depend on the other rows.
     """
-    _check(x, weight, eps)
+    check_norm(x, weight, eps)
     check_quantization(x, x.shape[-1], dtype, scale, group_size)
     check_dtype("residual", residual, (x.dtype,))
     check_shape("residual", residual, x.shape, "the shape of x")
