@@ -20,7 +20,7 @@ import inspect
 from collections.abc import Callable
 from functools import cache, partial, update_wrapper
 from threading import Lock
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.autograd import profiler
@@ -52,43 +52,36 @@ _PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.Size}
 deterministic = torch._C._get_deterministic_algorithms
 
 
-class Plan(NamedTuple):
-    """What one call did, to be done again with other tensors of the same kind."""
-
-    matches: Callable[..., bool]
-    """Whether tensors are of the same kind."""
-    run: Callable[..., Any]
-    """Does the call again, given the addresses of such tensors, all aligned to 16 bytes; 0 for an absent one."""
+Plan = Callable[..., Any]
+"""Does a call again, given its tensors (None for an absent one); MISS, and nothing done, where they are of another
+kind than those that it was made of, or not aligned to 16 bytes."""
+MISS = object()
 
 
-def _make_plan(tensors: tuple[torch.Tensor, ...], recorder: Recorder, result: Any) -> Plan:
+def make_plan(given: tuple[torch.Tensor | None, ...], recorder: Recorder, result: Any) -> Plan:
+    """The plan of a call with these tensors, of which all that it did was recorded."""
+    tensors = [t for t in given if t is not None]
     guards = TensorGuards(
         *tensors,
         dynamic_dims_sizes=[list(t.shape) for t in tensors],  # type: ignore[misc]
         dynamic_dims_strides=[list(t.stride()) for t in tensors],  # type: ignore[misc]
     )
-    return Plan(guards.check, runner(tensors, recorder, result))
-
-
-def runner(tensors: tuple[torch.Tensor, ...], recorder: Recorder, result: Any) -> Callable[..., Any]:
-    """The function that does again what was recorded: `Plan.run`."""
     outputs = [out for out in recorder.outputs if out.numel() or _is_in(out, result)]
     where = {id(t): i for i, t in enumerate([*tensors, *outputs])}
     pointers, counts, bound = [], [], []
     for launch in recorder.launches:
-        given = launch.args[: launch.pointers]
-        pointers.append(tuple(where[id(a)] if a is not None and a.numel() else None for a in given))
+        args = launch.args[: launch.pointers]
+        pointers.append(tuple(where[id(a)] if a is not None and a.numel() else None for a in args))
         others = *launch.args[launch.pointers :], *[None] * len(launch.constexprs)
         assert launch.ready is not None
         counts.append((len(launch.ready.middle), len(others)))
         bound += [launch.ready.start, *in_three(launch.grid), *launch.ready.middle, *others]
     at = {id(out): i for i, out in enumerate(outputs)}
     returned = tuple(at[id(r)] for r in result) if isinstance(result, tuple) else at.get(id(result))
-    make = _maker(len(tensors), len(outputs), tuple(pointers), tuple(counts), returned)
-    device = tensors[0].get_device()
+    present = tuple(t is not None for t in given)
+    make = _maker(present, len(outputs), tuple(pointers), tuple(counts), returned, torch.cuda.device_count() > 1)
     allocators = [allocator for out in outputs for allocator in _allocators(out)]
-    run = make(current_stream, device, deterministic, *allocators, *bound)
-    return _on_its_device(run, device) if torch.cuda.device_count() > 1 else run
+    return make(guards.check, MISS, current_stream, tensors[0].get_device(), deterministic, *allocators, *bound)
 
 
 def _is_in(tensor: torch.Tensor, result: Any) -> bool:
@@ -106,45 +99,48 @@ def _allocators(out: torch.Tensor) -> tuple[Callable[[], torch.Tensor], Callable
     return partial(_empty_strided_cuda, tuple(out.shape), out.stride(), out.dtype), configured
 
 
-def _on_its_device(run: Callable[..., Any], device: int) -> Callable[..., Any]:
-    def switched(*addresses: int) -> Any:
-        if is_current(device):
-            return run(*addresses)
-        with torch.cuda.device(device):
-            return run(*addresses)
-
-    return switched
-
-
-_RUN = """
-def make(stream_of, device, deterministic, {parameters}):
-    def run({addresses}):
+_PLAN = """
+def make(matches, miss, stream_of, device, deterministic, {parameters}):
+    def plan({given}):
+        if not matches({tensors}):
+            return miss
         {body}
-    return run
+    return plan
 """
+_ON_ITS_DEVICE = """if not is_current(device):
+            with device_of(device):
+                return plan({given})"""
 
 
 @cache
 def _maker(
-    tensors: int,
+    present: tuple[bool, ...],
     outputs: int,
     pointers: tuple[tuple[int | None, ...], ...],
     bound: tuple[tuple[int, int], ...],
     returned: int | tuple[int, ...] | None,
-) -> Callable[..., Callable[..., Any]]:
-    """Generates what makes a `Plan.run`: calls of one structure share it, and differ in the values bound to it.
+    several_devices: bool,
+) -> Callable[..., Plan]:
+    """Generates what makes a plan: calls of one structure share it, and differ in the values bound to it.
 
     Generated, because sorting addresses and numbers into a call of 20 to 50 arguments would take a microsecond.
 
     Args:
-        tensors, outputs: how many there are.
-        pointers: of each launch, which of the tensors and outputs its pointers are; None is a null pointer.
+        present: of the tensors that the op takes, which are given.
+        outputs: how many there are.
+        pointers: of each launch, which of the present tensors and the outputs its pointers are; None is a null pointer.
         bound: of each launch, how many values come between the stream and the pointers, and how many after those.
         returned: which of the outputs.
+        several_devices: whether another device than the plan's may be current.
     """
-    addresses = [f"a{i}" for i in range(tensors + outputs)]
-    parameters, body = [], []
-    for i, address in enumerate(addresses[tensors:]):
+    given = [f"t{i}" for i in range(len(present))]
+    tensors = [name for name, there in zip(given, present, strict=True) if there]
+    addresses = [f"a{i}" for i in range(len(tensors) + outputs)]
+    parameters: list[str] = []
+    body = [_ON_ITS_DEVICE.format(given=", ".join(given))] if several_devices else []
+    body += [f"{address} = {tensor}.data_ptr()" for address, tensor in zip(addresses, tensors, strict=False)]
+    body += [f"if ({' | '.join(addresses[: len(tensors)])}) & 15:", "    return miss"]
+    for i, address in enumerate(addresses[len(tensors) :]):
         parameters += [f"plain{i}", f"filled{i}"]
         body += [f"o{i} = (filled{i} if deterministic() else plain{i})()", f"{address} = o{i}.data_ptr()"]
     if pointers:
@@ -152,16 +148,19 @@ def _maker(
     for step, (which, (middle, others)) in enumerate(zip(pointers, bound, strict=True)):
         start, x, y, z, *values = [f"v{step}_{i}" for i in range(4 + middle + others)]
         parameters += [start, x, y, z, *values]
-        given = [*("0" if i is None else addresses[i] for i in which), *values[middle:]]
-        last = f"({', '.join(given)},)" if starter.one_sequence else ", ".join(given)  # type: ignore[union-attr]
+        args = [*("0" if i is None else addresses[i] for i in which), *values[middle:]]
+        last = f"({', '.join(args)},)" if starter.one_sequence else ", ".join(args)  # type: ignore[union-attr]
         body.append(f"{start}({', '.join([x, y, z, 'stream', *values[:middle], last])})")
     several = isinstance(returned, tuple)
     results = [f"o{i}" for i in ((returned,) if isinstance(returned, int) else returned or ())]
     body.append(f"return ({', '.join(results)},)" if several else f"return {''.join(results)}")
-    source = _RUN.format(
-        parameters=", ".join(parameters), addresses=", ".join(addresses[:tensors]), body="\n        ".join(body)
+    source = _PLAN.format(
+        parameters=", ".join(parameters),
+        given=", ".join(given),
+        tensors=", ".join(tensors),
+        body="\n        ".join(body),
     )
-    namespace: dict[str, Any] = {"__name__": __name__}
+    namespace: dict[str, Any] = {"__name__": __name__, "is_current": is_current, "device_of": torch.cuda.device}
     exec(source, namespace)
     return namespace["make"]
 
@@ -179,8 +178,9 @@ def is_watched() -> bool:
     return any(type(mode) is not DeviceContext for mode in modes)
 
 
-def _may_plan(tensors: tuple[Any, ...], key: tuple[Any, ...]) -> bool:
+def _may_plan(given: tuple[Any, ...], key: tuple[Any, ...]) -> bool:
     """Whether only the op's launcher has a say in what this call does, and the key says all about its numbers."""
+    tensors = [t for t in given if t is not None]
     return (
         TensorGuards is not None
         and starter is not None
@@ -196,22 +196,22 @@ def _may_plan(tensors: tuple[Any, ...], key: tuple[Any, ...]) -> bool:
     )
 
 
-def _plan(tensors: tuple[torch.Tensor, ...], recorder: Recorder, result: Any) -> Plan | None:
+def _plan(given: tuple[torch.Tensor | None, ...], recorder: Recorder, result: Any) -> Plan | None:
     """A plan of what was recorded, or None where it is not all of what the call did."""
     results = result if isinstance(result, tuple) else () if result is None else (result,)
     allocated = {id(t) for t in recorder.outputs}
-    known = allocated | {id(t) for t in tensors}
+    known = allocated | {id(t) for t in given}
     if not recorder.launched or not {id(r) for r in results} <= allocated:
         return None
     for launch in recorder.launches:
         if launch.ready is None or not all(a is None or id(a) in known for a in launch.args[: launch.pointers]):
             return None
-    return _make_plan(tensors, recorder, result)
+    return make_plan(given, recorder, result)
 
 
 # Names begin with an underscore, as no parameter's does.
 _CALL = """
-def _make(_function, _is_compiling, _is_watched, _is_grad_enabled, _table, _first, _absent):
+def _make(_function, _is_compiling, _is_watched, _is_grad_enabled, _table, _first, _miss):
     def {name}{signature}:
         if _is_compiling() or _is_watched():
             return _function({arguments})
@@ -221,11 +221,9 @@ def _make(_function, _is_compiling, _is_watched, _is_grad_enabled, _table, _firs
         except (AttributeError, TypeError):
             return _function({arguments})
         for _plan in _plans:
-            if _plan.matches({tensors}):
-                {addresses}
-                if ({bits}) & 15:
-                    break
-                return _plan.run({names})
+            _result = _plan({tensors})
+            if _result is not _miss:
+                return _result
         return _first(_key, ({tensors},), {arguments})
     return {name}
 """
@@ -241,8 +239,6 @@ def replayed(function: Callable[P, R]) -> Callable[P, R]:
     parameters = list(signature.parameters.values())
     tensors = [p.name for p in parameters if p.annotation in (torch.Tensor, torch.Tensor | None)]
     optional = [p.name for p in parameters if p.annotation == torch.Tensor | None]
-    # In place of an absent tensor another is matched, and its absence is part of the key.
-    absent = {name: torch.empty(0, device="cpu") for name in optional}
     table: dict[Any, list[Plan]] = {}
     changing = Lock()
 
@@ -276,8 +272,6 @@ def replayed(function: Callable[P, R]) -> Callable[P, R]:
             key.append(f"{p.name} is None")
         elif p.name not in tensors:
             key.append(p.name)
-    given = [f"_absent[{n!r}] if {n} is None else {n}" if n in optional else n for n in tensors]
-    names = [f"_address_{n}" for n in tensors]
     source = _CALL.format(
         name=function.__name__,
         signature=signature.replace(
@@ -285,18 +279,12 @@ def replayed(function: Callable[P, R]) -> Callable[P, R]:
         ),
         arguments=", ".join(f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else p.name for p in parameters),
         key=", ".join(key) + ",",
-        tensors=", ".join(given),
-        addresses="; ".join(
-            f"{name} = {f'0 if {n} is None else ' if n in optional else ''}{n}.data_ptr()"
-            for name, n in zip(names, tensors, strict=True)
-        ),
-        bits=" | ".join(names),
-        names=", ".join(names),
+        tensors=", ".join(tensors),
     )
     namespace: dict[str, Any] = {"__name__": __name__, "torch": torch}  # a default may be one of torch's dtypes
     exec(source, namespace)
     call = namespace["_make"](
-        function, torch.compiler.is_compiling, is_watched, torch.is_grad_enabled, table, first, absent
+        function, torch.compiler.is_compiling, is_watched, torch.is_grad_enabled, table, first, MISS
     )
     call.plans = table
     return update_wrapper(call, function)

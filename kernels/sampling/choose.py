@@ -6,6 +6,7 @@ import triton.language as tl
 from octavo.kernels.sampling.logits import LOWEST, STAGES, edit, load_raw, setting, temperature_setting, top_k_setting
 from octavo.kernels.sampling.noise import gumbel
 from octavo.kernels.sampling.threshold import find_threshold, list_tiles, listed_logits, lower_bound
+from octavo.kernels.sampling.tile_stats import BEST, MAX, PLANES, RAW_MAX, RAW_SUM, SUM
 from octavo.kernels.tiles import let_next_start, wait_for_previous
 
 
@@ -37,8 +38,7 @@ def _largest(
     tile_best = tile_max  # [ALL_TILES]
     if seeds_ptr is not None:
         tile = tl.arange(0, ALL_TILES)
-        at = row.to(tl.int64) * tiles + tile
-        drawn = tl.load(tile_best_ptr + at, mask=(tile < tiles) & (greedy == 0), other=-float("inf"))
+        drawn = tl.load(tile_best_ptr + tile, mask=(tile < tiles) & (greedy == 0), other=-float("inf"))
         tile_best = tl.where(greedy, tile_max, drawn)
     tile = tl.argmax(tile_best, 0) + tl.arange(0, 1)  # [1]
     token = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]  # [1, TILE]
@@ -90,13 +90,7 @@ def choose_kernel(
     logprobs_ptr,
     top_ids_ptr,
     top_logprobs_ptr,
-    list_ptr,
-    candidates_ptr,
-    tile_max_ptr,
-    tile_sum_ptr,
-    tile_best_ptr,
-    raw_max_ptr,
-    raw_sum_ptr,
+    stats_ptr,
     logits_ptr,
     temperature_ptr,
     top_k_ptr,
@@ -126,6 +120,8 @@ def choose_kernel(
     TILE: tl.constexpr,
     ALL_TILES: tl.constexpr,
     CANDIDATES: tl.constexpr,
+    FILTERS: tl.constexpr,
+    RAW: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     wait_for_previous(CHAINED)
@@ -148,9 +144,10 @@ def choose_kernel(
         stride_allowed_row,
     )
     tile = tl.arange(0, ALL_TILES)
-    at = row.to(tl.int64) * tiles + tile
-    tile_max = tl.load(tile_max_ptr + at, mask=tile < tiles, other=-float("inf"))
-    tile_sum = tl.load(tile_sum_ptr + at, mask=tile < tiles, other=0.0)
+    plane = tl.num_programs(0).to(tl.int64) * tiles
+    row_stats_ptr = stats_ptr + row.to(tl.int64) * tiles
+    tile_max = tl.load(row_stats_ptr + MAX * plane + tile, mask=tile < tiles, other=-float("inf"))
+    tile_sum = tl.load(row_stats_ptr + SUM * plane + tile, mask=tile < tiles, other=0.0)
     temperature, greedy, scale = temperature_setting(temperature_ptr, seeds_ptr, row)
     top = tl.minimum(tl.maximum(tl.max(tile_max, 0), LOWEST), -LOWEST)
     total = tl.sum(tile_sum * tl.exp((tile_max - top) * scale), 0)
@@ -161,7 +158,7 @@ def choose_kernel(
     kept_mass = total
     if usable:
         filtered = greedy != greedy
-        if list_ptr is not None:
+        if FILTERS:
             k = top_k_setting(top_k_ptr, row, V)
             p = setting(top_p_ptr, row, 1.0)
             p = tl.where(p < 0.0, 0.0, p)
@@ -171,11 +168,13 @@ def choose_kernel(
                 log_min_p = tl.log(tl.minimum(tl.where(min_p > 0.0, min_p, 1.0), 1.0))
                 floor = tl.where(min_p > 0.0, top + log_min_p / scale, LOWEST)
                 low, loose = lower_bound(tile, tile_max, top, total, scale, floor, k, p, V)
-                list_ptr += row.to(tl.int64) * tiles
+                # Past the planes: a list of tiles for each row, and its candidates.
+                list_ptr = (row_stats_ptr + PLANES * plane).to(tl.pointer_type(tl.int32))
+                candidates_ptr = stats_ptr + (PLANES + 1) * plane + row.to(tl.int64) * CANDIDATES
                 listed = list_tiles(list_ptr, tile, tile_max, low)
                 threshold = find_threshold(
                     list_ptr,
-                    candidates_ptr + row.to(tl.int64) * CANDIDATES,
+                    candidates_ptr,
                     logits_ptr,
                     row,
                     listed,
@@ -215,7 +214,7 @@ def choose_kernel(
         if filtered == 0:
             token = _largest(
                 tile_max,
-                tile_best_ptr,
+                row_stats_ptr + BEST * plane,
                 logits_ptr,
                 row,
                 V,
@@ -232,18 +231,18 @@ def choose_kernel(
     tl.store(tokens_ptr + row, token.to(tl.int64))
     if logprobs_ptr is not None:
         nothing = float("nan")
-        if raw_sum_ptr is not None:
+        if RAW:
             # Of the model's own distribution, before anything was done to it.
             threshold = tl.full([], LOWEST, tl.float32)
             scale = tl.full([], 1.0, tl.float32)
-            tile_max = tl.load(raw_max_ptr + at, mask=tile < tiles, other=-float("inf"))
-            tile_sum = tl.load(raw_sum_ptr + at, mask=tile < tiles, other=0.0)
+            tile_max = tl.load(row_stats_ptr + RAW_MAX * plane + tile, mask=tile < tiles, other=-float("inf"))
+            tile_sum = tl.load(row_stats_ptr + RAW_SUM * plane + tile, mask=tile < tiles, other=0.0)
             top = tl.minimum(tl.maximum(tl.max(tile_max, 0), LOWEST), -LOWEST)
             kept_mass = tl.sum(tile_sum * tl.exp(tile_max - top), 0)
         log_mass = tl.log(kept_mass)
         chosen = tl.maximum(token, 0)
         value = load_raw(logits_ptr, row, chosen, V, stride_logits_row)
-        if raw_sum_ptr is None:
+        if not RAW:
             value = edit(value, row, chosen, 0, V, V, edits)
         logprob = tl.where(value >= threshold, (value - top) * scale - log_mass, -float("inf"))
         tl.store(logprobs_ptr + row, tl.where(usable, logprob, nothing))
@@ -253,7 +252,7 @@ def choose_kernel(
             winner = tl.argmax(tile_max, 0) + tl.arange(0, 1)
             tokens = winner[:, None] * TILE + tl.arange(0, TILE)[None, :]
             x = load_raw(logits_ptr, row, tokens, V, stride_logits_row)
-            if raw_sum_ptr is None:
+            if not RAW:
                 x = edit(x, row, tokens, 0, V, V, edits)
             x = tl.where((x < last) | ((x == last) & (tokens > last_token)), x, -float("inf"))
             last, last_token = tl.max(tl.max(x, 1), 0), _first_of_largest(x, tokens)

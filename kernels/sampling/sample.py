@@ -21,7 +21,7 @@ from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
 from octavo.kernels.sampling.check import check_sample
 from octavo.kernels.sampling.choose import choose_kernel
-from octavo.kernels.sampling.tile_stats import tile_stats_kernel
+from octavo.kernels.sampling.tile_stats import PLANES, tile_stats_kernel
 from octavo.kernels.tiles import cdiv, chains, next_power_of_2
 from octavo.reference import sampling as reference
 
@@ -36,7 +36,8 @@ class _Tiles:
     """Tiles that a program of the second kernel holds at once."""
     candidates: int
     """Tokens that it sorts at most."""
-    num_warps: int
+    stats_warps: int
+    choose_warps: int
 
 
 def choose_tiles(vocab: int, edited: bool) -> _Tiles:
@@ -46,7 +47,7 @@ def choose_tiles(vocab: int, edited: bool) -> _Tiles:
     """
     tile = max(128, next_power_of_2(cdiv(vocab, 1024)))
     few = max(2048 // tile, 1)
-    return _Tiles(tile, few if edited else 2 * few, few, candidates=1024, num_warps=8)
+    return _Tiles(tile, few if edited else 2 * few, few, candidates=1024, stats_warps=8, choose_warps=8)
 
 
 def _row_stride(x: torch.Tensor | None) -> int:
@@ -79,20 +80,15 @@ def _sample_cuda(
     tiles = cdiv(vocab, choice.tile)
     chunks = cdiv(tiles, choice.stats_tiles)
 
-    def workspace(width: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
-        return empty((rows, width), dtype, device) if wanted else None
-
     tokens, logprobs, top_ids, top_logprobs = _outputs(empty, rows, num_logprobs, device)
     wants_logprobs = num_logprobs is not None
+    raw = wants_logprobs and not processed_logprobs
     # Noise is of use only with seeds, and without it every row is greedy, so that filters have no say.
     filters = seeds is not None and (top_k is not None or top_p is not None or min_p is not None)
-    stats = (
-        workspace(tiles),
-        workspace(tiles),
-        workspace(tiles, seeds is not None),
-        workspace(tiles, wants_logprobs and not processed_logprobs),
-        workspace(tiles, wants_logprobs and not processed_logprobs),
-    )
+    # One workspace, since every allocation takes a microsecond: the planes, and for filters a list of tiles and
+    # candidates.
+    width = PLANES.value * tiles + (tiles + choice.candidates if filters else 0)
+    workspace = empty((rows, width), torch.float32, device)
     pointers = (
         logits,
         temperature,
@@ -115,7 +111,7 @@ def _sample_cuda(
     launch(
         tile_stats_kernel,
         (rows * chunks,),
-        *stats,
+        workspace,
         *pointers,
         vocab,
         tiles,
@@ -123,9 +119,10 @@ def _sample_cuda(
         biases,
         *strides,
         device=device,
-        num_warps=choice.num_warps,
+        num_warps=choice.stats_warps,
         TILES=choice.stats_tiles,
         TILE=choice.tile,
+        RAW=raw,
         CHAINED=chains(device),
     )
     launch(
@@ -133,9 +130,7 @@ def _sample_cuda(
         (rows,),
         tokens,
         *((logprobs, top_ids, top_logprobs) if wants_logprobs else (None, None, None)),
-        workspace(tiles, filters, torch.int32),
-        workspace(choice.candidates, filters),
-        *stats,
+        workspace,
         *pointers,
         vocab,
         tiles,
@@ -143,11 +138,13 @@ def _sample_cuda(
         num_logprobs or 0,
         *strides,
         device=device,
-        num_warps=choice.num_warps,
+        num_warps=choice.choose_warps,
         TILES=choice.choose_tiles,
         TILE=choice.tile,
         ALL_TILES=next_power_of_2(tiles),
         CANDIDATES=choice.candidates,
+        FILTERS=filters,
+        RAW=raw,
         CHAINED=chains(device),
     )
     return tokens, logprobs, top_ids, top_logprobs

@@ -11,6 +11,14 @@ from octavo.kernels.sampling.logits import LOWEST, edit, load_raw, setting, temp
 from octavo.kernels.sampling.noise import gumbel
 from octavo.kernels.tiles import let_next_start, wait_for_previous
 
+# What is kept of each tile, in planes of [rows, tiles] fp32 one after the other; `stats_ptr` is of the first.
+MAX = tl.constexpr(0)
+SUM = tl.constexpr(1)
+BEST = tl.constexpr(2)  # the largest perturbed logit
+RAW_MAX = tl.constexpr(3)  # of the model's own logits
+RAW_SUM = tl.constexpr(4)
+PLANES = tl.constexpr(5)
+
 
 @triton.jit
 def exp_sums(x, top, scale):
@@ -22,11 +30,7 @@ def exp_sums(x, top, scale):
 @triton.jit(do_not_specialize=["biases", "stride_bias_ids_row", "stride_bias_values_row"])
 def tile_stats_kernel(
     # Bound by memory: the logits read once, and 2 to 5 numbers written for each tile. One program some tiles of a row.
-    tile_max_ptr,
-    tile_sum_ptr,
-    tile_best_ptr,
-    raw_max_ptr,
-    raw_sum_ptr,
+    stats_ptr,
     logits_ptr,
     temperature_ptr,
     top_k_ptr,
@@ -54,6 +58,7 @@ def tile_stats_kernel(
     stride_allowed_row,
     TILES: tl.constexpr,
     TILE: tl.constexpr,
+    RAW: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     wait_for_previous(CHAINED)
@@ -62,13 +67,14 @@ def tile_stats_kernel(
     chunk = tl.program_id(0) % chunks
     tile = chunk * TILES + tl.arange(0, TILES)  # [TILES]
     token = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]  # [TILES, TILE]
-    at = row.to(tl.int64) * tiles + tile
+    plane = (tl.num_programs(0) // chunks).to(tl.int64) * tiles
+    stats_ptr += row.to(tl.int64) * tiles
     written = tile < tiles
     x = load_raw(logits_ptr, row, token, V, stride_logits_row)
-    if raw_sum_ptr is not None:
+    if RAW:
         top = tl.max(x, 1)
-        tl.store(raw_max_ptr + at, top, mask=written)
-        tl.store(raw_sum_ptr + at, exp_sums(x, top, 1.0), mask=written)
+        tl.store(stats_ptr + RAW_MAX * plane + tile, top, mask=written)
+        tl.store(stats_ptr + RAW_SUM * plane + tile, exp_sums(x, top, 1.0), mask=written)
     edits = (
         repetition_ptr,
         presence_ptr,
@@ -88,12 +94,12 @@ def tile_stats_kernel(
     x = edit(x, row, token, chunk * TILES * TILE, (chunk + 1) * TILES * TILE, V, edits)
     _, greedy, scale = temperature_setting(temperature_ptr, seeds_ptr, row)
     top = tl.max(x, 1)
-    tl.store(tile_max_ptr + at, top, mask=written)
-    tl.store(tile_sum_ptr + at, exp_sums(x, top, scale), mask=written)
+    tl.store(stats_ptr + MAX * plane + tile, top, mask=written)
+    tl.store(stats_ptr + SUM * plane + tile, exp_sums(x, top, scale), mask=written)
     if seeds_ptr is not None:
         filtered = top_k_setting(top_k_ptr, row, V) > 0
         filtered = filtered | (setting(top_p_ptr, row, 1.0) < 1.0) | (setting(min_p_ptr, row, 0.0) > 0.0)
         # Noise costs more than all the rest; behind a filter it is computed for the tokens that are left alone.
         if (greedy | filtered) == 0:
             noise = gumbel(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), tile, TILE)
-            tl.store(tile_best_ptr + at, tl.max(x * scale + noise, 1), mask=written)
+            tl.store(stats_ptr + BEST * plane + tile, tl.max(x * scale + noise, 1), mask=written)
