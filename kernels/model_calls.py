@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from octavo.kernels.activation import gelu_and_mul, silu_and_mul
-from octavo.kernels.attention.paged import paged_attention
+from octavo.kernels.attention.paged_attention import paged_attention
 from octavo.kernels.attention.rope_write_kv import rotary_embedding_write_kv
 from octavo.kernels.attention.write_kv import write_kv
 from octavo.kernels.checks import FLOATS

@@ -98,6 +98,10 @@ def paged_attention(
     window_size: int | None,
     softcap: float,
     return_lse: bool,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    key_scale_cache: torch.Tensor | None,
+    value_scale_cache: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, heads, _ = query.shape
     out = query.new_zeros(query.shape)
@@ -112,9 +116,13 @@ def paged_attention(
         if start >= end or seq_len <= 0:
             continue
         first_key = 0 if window_size is None else max(0, seq_len - query_len - window_size + 1)
+        at = block_table[b], first_key, seq_len, f"block_table[{b}]"
         k, v = (
-            _gather(cache, block_table[b], first_key, seq_len, f"block_table[{b}]")
-            for cache in (key_cache, value_cache)
+            _read(cache, scale, scale_cache, *at)
+            for cache, scale, scale_cache in (
+                (key_cache, k_scale, key_scale_cache),
+                (value_cache, v_scale, value_scale_cache),
+            )
         )
         o, sums = _attend(query[start:end], k, v, seq_len - first_key, scale, causal, window_size, softcap, return_lse)
         out[start:end] = o
@@ -123,8 +131,24 @@ def paged_attention(
     return out, lse
 
 
+def _read(
+    cache: torch.Tensor,
+    scale: torch.Tensor | None,
+    scale_cache: torch.Tensor | None,
+    table: torch.Tensor,
+    start: int,
+    end: int,
+    name: str,
+) -> torch.Tensor:
+    """The keys or values of positions `start` to `end` of one sequence, in fp32: `[Hkv, end - start, D]`."""
+    x = _gather(cache, table, start, end, name)
+    if scale_cache is not None:
+        x = x * _gather(scale_cache, table, start, end, name)[..., None]
+    return x if scale is None else x * scale.view(-1, 1, 1)
+
+
 def _gather(cache: torch.Tensor, table: torch.Tensor, start: int, end: int, name: str) -> torch.Tensor:
-    """The slots of positions `start` to `end` of one sequence, in fp32: `[Hkv, end - start, D]`."""
+    """The slots of positions `start` to `end` of one sequence, in fp32: `[Hkv, end - start, …]`."""
     page_size = cache.shape[1]
     first_page, last_page = start // page_size, (end - 1) // page_size
     if last_page >= table.shape[0]:

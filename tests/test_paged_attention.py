@@ -74,13 +74,21 @@ def check(args, max_seqlen_q, function=octavo.paged_attention, **options):
     return out
 
 
-def reference_with_options(
-    *, max_seqlen_q, scale=None, causal=True, window_size=None, softcap=0.0, return_lse=False, **args
-):
+TENSORS = ("query", "key_cache", "value_cache", "block_table", "seq_lens", "cu_seqlens_q")
+SCALES = ("k_scale", "v_scale", "key_scale_cache", "value_scale_cache")
+
+
+def op_args(args, max_seqlen_q, scale=None, causal=True, window_size=None, softcap=0.0, return_lse=False, **options):
+    """A call's arguments as the op itself takes them, all of them and in order."""
     scale = args["query"].shape[2] ** -0.5 if scale is None else scale
-    return reference.attention.paged_attention(
-        *args.values(), max_seqlen_q, scale, causal, window_size, softcap, return_lse
-    )
+    given = args | options
+    numbers = max_seqlen_q, scale, causal, window_size, softcap, return_lse
+    return *(given[name] for name in TENSORS), *numbers, *(given.get(name) for name in SCALES)
+
+
+def reference_with_options(**args):
+    options = {name: args.pop(name) for name in list(args) if name not in TENSORS}
+    return reference.attention.paged_attention(*op_args(args, **options))
 
 
 DECODE = [(1, 150), (1, 1), (1, 33), (1, 64)]
@@ -245,7 +253,7 @@ def test_without_lse(device):
     args, longest = case(MIX, device=device)
     out = octavo.paged_attention(**args, max_seqlen_q=longest)
     assert torch.equal(out, octavo.paged_attention(**args, max_seqlen_q=longest, return_lse=True)[0])
-    op_out, lse = torch.ops.octavo.paged_attention(*args.values(), longest, 0.25, True, None, 0.0, False)
+    op_out, lse = torch.ops.octavo.paged_attention(*op_args(args, longest))
     assert torch.equal(op_out, out) and lse.shape == (0,)
 
 
@@ -306,7 +314,7 @@ def test_opcheck_and_compile(device, return_lse):
     check_op(
         "paged_attention",
         octavo.paged_attention,
-        (*tensors, longest, 0.25, True, 3, 2.0, return_lse),
+        op_args(args, longest, window_size=3, softcap=2.0, return_lse=return_lse),
         *tensors,
         max_seqlen_q=longest,
         scale=0.25,
@@ -440,4 +448,6 @@ def _launch(d, group, longest, window_size, softcap, lse, dtype):
 
     query, cache = empty(64, 8 * group, d, dtype=dtype), empty(100, 16, 8, d, dtype=dtype)
     lengths = empty(4, 50), empty(4), empty(5)
-    paged._paged_attention_cuda(query, cache, cache, *lengths, longest, 0.1, True, window_size, softcap, lse)
+    paged._paged_attention_cuda(
+        query, cache, cache, *lengths, longest, 0.1, True, window_size, softcap, lse, *[None] * 4
+    )

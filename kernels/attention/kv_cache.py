@@ -24,6 +24,20 @@ from octavo.kernels.quant.rounding import rounded
 from octavo.kernels.tiles import device_properties
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# Triton's interpreter reads float8 with wrong subnormal numbers, infinities and NaNs.
+READ_FP8_BY_BITS = tl.constexpr(INTERPRET or torch.version.hip is not None)
+
+
+def check_supported(cache: torch.Tensor) -> None:
+    """Raises ValueError where kernels for the GPU can't take the dtype of a cache at all."""
+    if cache.dtype != torch.float8_e4m3fn or INTERPRET or torch.version.hip:
+        return
+    major, minor = device_properties(cache.device).capability
+    if (major, minor) < (8, 9):
+        raise ValueError(
+            f"key_cache: dtype float8_e4m3fn needs a GPU of compute capability 8.9 or later, this one has "
+            f"{major}.{minor}: use float8_e5m2 or int8"
+        )
 
 
 def native_fp8(cache: torch.Tensor) -> bool:
@@ -32,17 +46,12 @@ def native_fp8(cache: torch.Tensor) -> bool:
     Triton converts before sm_90 by way of a truncated fp16, and in its interpreter with wrong carries.
 
     Raises:
-        ValueError: kernels for this GPU can't take the dtype at all.
+        ValueError: as `check_supported`.
     """
+    check_supported(cache)
     if cache.dtype not in FLOAT8 or INTERPRET or torch.version.hip:
         return False
-    major, minor = device_properties(cache.device).capability
-    if cache.dtype == torch.float8_e4m3fn and (major, minor) < (8, 9):
-        raise ValueError(
-            f"key_cache: dtype float8_e4m3fn needs a GPU of compute capability 8.9 or later, this one has "
-            f"{major}.{minor}: use float8_e5m2 or int8"
-        )
-    return major >= 9
+    return device_properties(cache.device).capability >= (9, 0)
 
 
 def scale_stride(scale: torch.Tensor | None) -> int:
@@ -68,6 +77,33 @@ def quantize(x, scale, SCALED: tl.constexpr, dtype: tl.constexpr, NATIVE_FP8: tl
         return rounded(x, dtype, 57344.0, NATIVE_FP8)
     else:
         return x.to(dtype)
+
+
+@triton.jit
+def _fp8_as_fp16(x):
+    """Numbers of a float8 type as fp16, which holds all of them."""
+    if not READ_FP8_BY_BITS:
+        return x.to(tl.float16)
+    byte = x.to(tl.uint8, bitcast=True).to(tl.int32)
+    if x.dtype == tl.float8e5:
+        return (byte << 8).to(tl.uint16).to(tl.float16, bitcast=True)
+    # Exponents are biased by 7 here and by 15 there. A NaN of either sign has all other bits set.
+    bits = ((byte & 0x80) << 8) | ((byte & 0x7F) << 7)
+    half = bits.to(tl.uint16).to(tl.float16, bitcast=True) * 256.0
+    return tl.where((byte & 0x7F) == 0x7F, float("nan"), half).to(tl.float16)
+
+
+@triton.jit
+def widened(x, dtype: tl.constexpr):
+    """What a cache holds, in a float type of two bytes or more, which holds it exactly; the scale is left out.
+
+    Float8 becomes fp16 by one instruction for two numbers, and goes on from there, because Triton would turn the
+    infinities and NaNs of float8_e5m2 into finite bf16. int8 becomes bf16 by a permutation of bytes and a subtraction
+    on sm_90, and anything else by way of fp32. (Read in the code that Triton 3.7 makes, not timed.)
+    """
+    if x.dtype == tl.float8e4nv or x.dtype == tl.float8e5:
+        x = _fp8_as_fp16(x)
+    return x.to(dtype)
 
 
 @triton.jit

@@ -6,6 +6,19 @@ The softmax is the online one of FlashAttention (Dao et al. 2022, https://arxiv.
 import triton
 import triton.language as tl
 
+from octavo.kernels.attention.kv_cache import widened
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def offset_by(ptr, offset):
+    """`ptr + offset`; None for a tensor that was not given."""
+    if ptr is None:
+        return None
+    else:
+        return ptr + offset
+
 
 @triton.jit
 def _tanh(x2):
@@ -39,6 +52,21 @@ def _load_page_ids(table_ptr, key, end, num_pages, PAGE_SIZE: tl.constexpr):
 
 
 @triton.jit
+def _float8_scale(scale_ptr):
+    """The scale of one head of a float8 cache; NaN if it is infinite, so that no row takes it for a masked score."""
+    scale = tl.load(scale_ptr)
+    return scale + (scale - scale)
+
+
+@triton.jit
+def _largest(scales):
+    """The largest of the scales that are numbers; 1 where none is more than 0."""
+    size = tl.abs(scales)
+    largest = tl.max(tl.where(size < float("inf"), size, 0.0), 0)
+    return tl.where(largest > 0.0, largest, 1.0)
+
+
+@triton.jit
 def attend(
     q,
     position,
@@ -46,6 +74,10 @@ def attend(
     end,
     key_ptr,
     value_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    key_scale_ptr,
+    value_scale_ptr,
     table_ptr,
     num_pages,
     window,
@@ -55,6 +87,10 @@ def attend(
     stride_key_slot,
     stride_value_page,
     stride_value_slot,
+    stride_key_scale_page,
+    stride_key_scale_slot,
+    stride_value_scale_page,
+    stride_value_scale_slot,
     D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -64,12 +100,23 @@ def attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Attends q [M, D] to the keys start to end: the unnormalised sum of values [M, D], the maximum and the sum [M]."""
+    """Attends q [M, D] to the keys start to end: the unnormalised sum of values [M, D], the maximum and the sum [M].
+
+    Pointers to caches and scales are those of the rows' KV head. The maximum is that of the scores · log2(e). All
+    scales are in the results, so that those of other keys can be added to them.
+    """
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    INT8: tl.constexpr = key_scale_ptr is not None
+    if k_scale_ptr is not None:
+        score_scale *= _float8_scale(k_scale_ptr)
+    # Small fp16 numbers are coarse. There acc is in units of a tile's largest scale of values, so that the products of
+    # weights and scales are as large as the weights.
+    UNITS: tl.constexpr = INT8 and q.dtype == tl.float16
+    acc_unit = 1.0
     # The next tile's page ids are loaded while this tile is used: a K load that waited for its page id inside the loop
     # would halve the depth of the software pipeline.
     page = _load_page_ids(table_ptr, start + n, end, num_pages, PAGE_SIZE)
@@ -84,9 +131,19 @@ def attend(
         # A slot that no sequence has written may hold NaN, and a weight of zero would not silence it.
         v_mask = present[:, None] & (d < D)[None, :]
         v = tl.load(value_ptr + v_at[:, None] + d[None, :], mask=v_mask, other=0.0)  # [N, D]
+        if INT8:
+            k_scales_at = page64 * stride_key_scale_page + slot * stride_key_scale_slot
+            k_scales = tl.load(key_scale_ptr + k_scales_at, mask=present, other=0.0)  # [N]
+            v_scales_at = page64 * stride_value_scale_page + slot * stride_value_scale_slot
+            v_scales = tl.load(value_scale_ptr + v_scales_at, mask=present, other=0.0)  # [N]
         page = _load_page_ids(table_ptr, key + BLOCK_N, end, num_pages, PAGE_SIZE)
 
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale  # [M, N]
+        k, v = widened(k, q.dtype), widened(v, q.dtype)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
+        if INT8:
+            scores *= (k_scales * score_scale)[None, :]
+        else:
+            scores *= score_scale
         if SOFTCAP:
             scores = cap * _tanh(scores)
         seen = present[None, :]
@@ -102,6 +159,13 @@ def attend(
         rescale = tl.exp2(top - shift)
         weights = tl.exp2(scores - shift[:, None])  # [M, N]
         total = total * rescale + tl.sum(weights, 1)
+        if INT8:
+            if UNITS:
+                unit = _largest(v_scales)
+                rescale *= acc_unit / unit
+                acc_unit = unit
+                v_scales /= unit
+            weights *= v_scales[None, :]
         if v.dtype == tl.float32:
             # A sum for each tile, then an fma, which Triton does not fold into the product as it would a plus: one
             # chain of additions over thousands of keys would cost fp32 its last digit.
@@ -109,4 +173,9 @@ def attend(
         else:
             acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None])
         top = new_top
+    if UNITS:
+        acc *= acc_unit
+    if v_scale_ptr is not None:
+        # A row that has seen no key is zero, whatever the scale is.
+        acc *= tl.where(total == 0.0, 0.0, _float8_scale(v_scale_ptr))[:, None]
     return acc, top, total

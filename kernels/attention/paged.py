@@ -13,17 +13,14 @@ al. 2023, https://arxiv.org/abs/2309.06180.
 """
 
 from dataclasses import dataclass
-from typing import Literal, overload
 
 import torch
 import triton
 import triton.language as tl
 
-from octavo.kernels.attention.online_softmax import attend, find_sequence
-from octavo.kernels.attention.paged_check import check_paged_attention
+from octavo.kernels.attention.kv_cache import check_supported, scale_stride, strides_of
+from octavo.kernels.attention.online_softmax import attend, find_sequence, offset_by
 from octavo.kernels.launch import empty, launch
-from octavo.kernels.registry import register
-from octavo.kernels.replay import replayed
 from octavo.kernels.tiles import (
     DeviceProperties,
     cdiv,
@@ -33,7 +30,6 @@ from octavo.kernels.tiles import (
     next_power_of_2,
     wait_for_previous,
 )
-from octavo.reference import attention as reference
 
 LOG2_E = 1.4426950408889634
 
@@ -48,12 +44,18 @@ class _Tiles:
 
 
 def choose_tiles(
-    head_size: int, group: int, max_seqlen_q: int, dtype: torch.dtype, properties: DeviceProperties
+    head_size: int,
+    group: int,
+    max_seqlen_q: int,
+    dtype: torch.dtype,
+    properties: DeviceProperties,
+    quantised: bool = False,
 ) -> _Tiles:
     """Rows (tokens × query heads of a group) and keys of a tile; as many stages as shared memory holds, up to four.
 
     A decode token has one tile of 16 rows, a longer chunk 64 or 128. What bounds a tile is registers: before Hopper the
-    queries live in them too, so the tile has fewer keys, and above head size 128 a row needs twice the warps.
+    queries live in them too, so the tile has fewer keys, and is smaller yet where they are converted from a quantised
+    cache; above head size 128 a row needs twice the warps.
     """
     block_d = max(next_power_of_2(head_size), 16)
     if dtype == torch.float32:
@@ -61,11 +63,13 @@ def choose_tiles(
         block_m, block_n, num_warps = 16, 16, 8
     else:
         rows = group * max_seqlen_q
-        block_m = 16 if rows <= 16 else 64 if rows <= 64 or block_d > 128 else 128
+        hopper = properties.capability >= (9, 0)
+        small = quantised and not hopper
+        block_m = 16 if rows <= 16 else 64 if rows <= 64 or block_d > 128 or small else 128
         if block_m == 16:
             block_n, num_warps = 64 if block_d <= 128 else 32, 2 if block_d <= 64 else 4
         else:
-            block_n = 64 if block_d <= 64 or (block_d == 128 and properties.capability >= (9, 0)) else 32
+            block_n = 64 if (block_d <= 64 and not small) or (block_d == 128 and hopper) else 32
             num_warps = 8 if block_m == 128 or block_d > 128 else 4
     free = properties.shared_memory - block_m * block_d * dtype.itemsize - 8192
     # Triton keeps one tile fewer than stages, except where wgmma may still be reading the last one.
@@ -85,6 +89,10 @@ def _paged_attention_kernel(
     block_table_ptr,
     seq_lens_ptr,
     cu_seqlens_q_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    key_scale_cache_ptr,
+    value_scale_cache_ptr,
     T,
     B,
     num_pages,
@@ -101,6 +109,14 @@ def _paged_attention_kernel(
     stride_value_slot,
     stride_value_head,
     stride_table_sequence,
+    stride_k_scale,
+    stride_v_scale,
+    stride_key_scale_page,
+    stride_key_scale_slot,
+    stride_key_scale_head,
+    stride_value_scale_page,
+    stride_value_scale_slot,
+    stride_value_scale_head,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PACK: tl.constexpr,
@@ -151,13 +167,18 @@ def _paged_attention_kernel(
     if WINDOW:
         start = tl.maximum(tile_start + history - window + 1, 0)
 
+    kv_head64 = kv_head.to(tl.int64)
     acc, top, total = attend(
         q,
         position,
         start,
         end,
-        key_cache_ptr + kv_head.to(tl.int64) * stride_key_head,
-        value_cache_ptr + kv_head.to(tl.int64) * stride_value_head,
+        key_cache_ptr + kv_head64 * stride_key_head,
+        value_cache_ptr + kv_head64 * stride_value_head,
+        offset_by(k_scale_ptr, kv_head * stride_k_scale),
+        offset_by(v_scale_ptr, kv_head * stride_v_scale),
+        offset_by(key_scale_cache_ptr, kv_head64 * stride_key_scale_head),
+        offset_by(value_scale_cache_ptr, kv_head64 * stride_value_scale_head),
         block_table_ptr + sequence.to(tl.int64) * stride_table_sequence,
         num_pages,
         window,
@@ -167,6 +188,10 @@ def _paged_attention_kernel(
         stride_key_slot,
         stride_value_page,
         stride_value_slot,
+        stride_key_scale_page,
+        stride_key_scale_slot,
+        stride_value_scale_page,
+        stride_value_scale_slot,
         D,
         PAGE_SIZE,
         CAUSAL,
@@ -188,7 +213,7 @@ def _paged_attention_kernel(
         tl.store(lse_ptr + row, top * ln2 + tl.log2(total) * ln2, mask=wanted)
 
 
-def _outputs(query: torch.Tensor, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def outputs(query: torch.Tensor, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
     out = empty(query.shape, query.dtype, query.device)
     lse = empty(query.shape[:2] if return_lse else (0,), torch.float32, query.device)
     return out, lse
@@ -207,12 +232,18 @@ def _paged_attention_cuda(
     window_size: int | None,
     softcap: float,
     return_lse: bool,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    key_scale_cache: torch.Tensor | None,
+    value_scale_cache: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = _outputs(query, return_lse)
+    check_supported(key_cache)
+    out, lse = outputs(query, return_lse)
     tokens, heads, head_size = query.shape
     sequences, kv_heads = seq_lens.shape[0], key_cache.shape[2]
     group = heads // kv_heads
-    tiles = choose_tiles(head_size, group, max_seqlen_q, query.dtype, device_properties(query.device))
+    properties = device_properties(query.device)
+    tiles = choose_tiles(head_size, group, max_seqlen_q, query.dtype, properties, key_cache.element_size() == 1)
     pack = min(group, tiles.block_m)
     # Σ ceil(query length / BLOCK_Q) ≤ T // BLOCK_Q + B over the sequences, and one more part for the padding.
     num_tiles = tokens // (tiles.block_m // pack) + sequences + 1 if tokens else 0
@@ -227,6 +258,10 @@ def _paged_attention_cuda(
         block_table,
         seq_lens,
         cu_seqlens_q,
+        k_scale,
+        v_scale,
+        key_scale_cache,
+        value_scale_cache,
         tokens,
         sequences,
         key_cache.shape[0],
@@ -238,6 +273,10 @@ def _paged_attention_cuda(
         *key_cache.stride()[:3],
         *value_cache.stride()[:3],
         block_table.stride(0),
+        scale_stride(k_scale),
+        scale_stride(v_scale),
+        *strides_of(key_scale_cache),
+        *strides_of(value_scale_cache),
         device=query.device,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
@@ -256,141 +295,3 @@ def _paged_attention_cuda(
         CHAINED=chains(query.device),
     )
     return out, lse
-
-
-def _paged_attention_fake(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    max_seqlen_q: int,
-    scale: float,
-    causal: bool,
-    window_size: int | None,
-    softcap: float,
-    return_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _outputs(query, return_lse)
-
-
-_paged_attention = register(
-    "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
-    "Tensor cu_seqlens_q, SymInt max_seqlen_q, float scale, bool causal, int? window_size, float softcap, "
-    "bool return_lse) -> (Tensor, Tensor)",
-    reference=reference.paged_attention,
-    launcher=_paged_attention_cuda,
-    fake=_paged_attention_fake,
-)
-
-
-@overload
-def paged_attention(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    *,
-    max_seqlen_q: int,
-    scale: float | None = None,
-    causal: bool = True,
-    window_size: int | None = None,
-    softcap: float = 0.0,
-    return_lse: Literal[False] = False,
-) -> torch.Tensor: ...
-@overload
-def paged_attention(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    *,
-    max_seqlen_q: int,
-    scale: float | None = None,
-    causal: bool = True,
-    window_size: int | None = None,
-    softcap: float = 0.0,
-    return_lse: Literal[True],
-) -> tuple[torch.Tensor, torch.Tensor]: ...
-@replayed
-def paged_attention(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    *,
-    max_seqlen_q: int,
-    scale: float | None = None,
-    causal: bool = True,
-    window_size: int | None = None,
-    softcap: float = 0.0,
-    return_lse: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention of new tokens over a paged KV cache that holds their keys and values already (`write_kv`).
-
-    `out[i] = Σ_j softmax_j(score(i, j)) · value[j]`, with `score = scale · query[i] · key[j]`, capped to
-    `softcap · tanh(score / softcap)` where softcap is not 0. Any mix of decode tokens and prefill chunks.
-
-    Args:
-        query: `[tokens, heads, head_size]`, fp16, bf16 or fp32; last dimension contiguous, the others of any stride;
-            head_size a multiple of 8 up to 256. Sequence b owns rows `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1]`: the
-            last positions of its `seq_lens[b]` keys.
-        key_cache: `[pages, page_size, kv_heads, head_size]`, query's dtype; last dimension contiguous, the others of
-            any stride. heads is a multiple of kv_heads; heads `h·group` to `(h+1)·group` use KV head h.
-        value_cache: as key_cache; its strides may differ.
-        block_table: `[sequences, max_pages]` int32, the page ids of each sequence in order; rows of any stride. Entries
-            past the sequence's end, or wholly before the window of its first query, are never read.
-        seq_lens: `[sequences]` int32, keys of each sequence, this step's included; 0 for a padding entry.
-        cu_seqlens_q: `[sequences + 1]` int32, starts at 0; rows from its last value on are padding.
-        max_seqlen_q: upper bound of queries a sequence; it guides the tile choice only, so a wrong one costs speed.
-        scale: of the scores; `head_size ** -0.5` if None.
-        causal: whether a query sees no key after its own position; else it sees all of its sequence's.
-        window_size: a query sees its own position and the `window_size - 1` before it (Hugging Face's sliding_window);
-            None for no limit. Without causal it limits the past alone.
-        softcap: in units of the scores (Gemma 2 has 50.0); 0.0 for none.
-        return_lse: also return the log-sum-exp of each row's scores.
-
-    Returns:
-        `[tokens, heads, head_size]`, contiguous, in query's dtype; with return_lse also `[tokens, heads]` fp32, natural
-        logarithm. Rows with nothing to attend to (padding, a sequence of no keys) are 0, with a log-sum-exp of -inf.
-
-    Raises:
-        TypeError: a dtype that is not accepted.
-        ValueError: a shape, stride, device or option that does not fit; on the CPU, a page id outside of the cache or
-            lengths that contradict each other. A GPU kernel leaves out the keys of such pages, since it can't raise
-            without a synchronisation.
-
-    Sums, softmax and scores are fp32. Safe in a CUDA graph, which may be replayed with other lengths and pages.
-    https://arxiv.org/abs/2309.06180, https://arxiv.org/abs/2205.14135
-    """
-    check_paged_attention(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q)
-    if max_seqlen_q < 0:
-        raise ValueError(f"max_seqlen_q: {max_seqlen_q}; expected at least 0")
-    if window_size is not None and window_size < 1:
-        raise ValueError(f"window_size: {window_size}; expected at least 1 (the token itself), or None for no window")
-    if softcap < 0:
-        raise ValueError(f"softcap: {softcap}; expected a positive number, or 0.0 for none")
-    if scale is None:
-        scale = query.shape[2] ** -0.5
-    out, lse = _paged_attention(
-        query,
-        key_cache,
-        value_cache,
-        block_table,
-        seq_lens,
-        cu_seqlens_q,
-        max_seqlen_q,
-        scale,
-        causal,
-        window_size,
-        softcap,
-        return_lse,
-    )
-    return (out, lse) if return_lse else out

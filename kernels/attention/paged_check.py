@@ -2,6 +2,7 @@
 
 import torch
 
+from octavo.kernels.attention.kv_cache import FLOAT8, check_kv_cache
 from octavo.kernels.checks import (
     FLOATS,
     check_device,
@@ -21,6 +22,10 @@ def check_paged_attention(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    key_scale_cache: torch.Tensor | None,
+    value_scale_cache: torch.Tensor | None,
 ) -> None:
     """Raises TypeError or ValueError unless query, caches and tables fit together."""
     check_dtype("query", query, FLOATS)
@@ -28,7 +33,7 @@ def check_paged_attention(
     heads, head_size = query.shape[1:]
     if head_size % 8 or not 0 < head_size <= MAX_HEAD_SIZE:
         raise ValueError(f"query: head_size {head_size}; expected a multiple of 8 up to {MAX_HEAD_SIZE}")
-    check_dtype("key_cache", key_cache, (query.dtype,))
+    check_dtype("key_cache", key_cache, (query.dtype, *FLOAT8, torch.int8))
     check_ndim("key_cache", key_cache, 4, "[pages, page_size, kv_heads, head_size]")
     if key_cache.shape[3] != head_size or 0 in key_cache.shape:
         raise ValueError(
@@ -37,8 +42,8 @@ def check_paged_attention(
         )
     if heads == 0 or heads % key_cache.shape[2]:
         raise ValueError(f"query: {heads} heads; expected a multiple of the {key_cache.shape[2]} heads of key_cache")
-    check_dtype("value_cache", value_cache, (query.dtype,))
-    check_shape("value_cache", value_cache, key_cache.shape, "the shape of key_cache")
+    scales = k_scale, v_scale, key_scale_cache, value_scale_cache
+    check_kv_cache("query", query, key_cache.shape[2], key_cache, value_cache, *scales)
     check_dtype("block_table", block_table, (torch.int32,))
     check_ndim("block_table", block_table, 2, "[sequences, max_pages]")
     sequences = block_table.shape[0]
@@ -46,13 +51,6 @@ def check_paged_attention(
     check_shape("seq_lens", seq_lens, (sequences,), "[sequences], as many as block_table has rows")
     check_dtype("cu_seqlens_q", cu_seqlens_q, (torch.int32,))
     check_shape("cu_seqlens_q", cu_seqlens_q, (sequences + 1,), "[sequences + 1], where each sequence's queries start")
-    for name, x in dict(
-        query=query,
-        key_cache=key_cache,
-        value_cache=value_cache,
-        block_table=block_table,
-        seq_lens=seq_lens,
-        cu_seqlens_q=cu_seqlens_q,
-    ).items():
+    for name, x in dict(query=query, block_table=block_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q).items():
         check_last_dim_contiguous(name, x)
         check_device(name, x, "query", query)

@@ -1,0 +1,340 @@
+"""What a cache may be and what may be added to a softmax: formats, layouts, ... of `paged_attention`.
+
+Caches are written with `write_kv`; the oracle attends to what they hold, read back exactly.
+"""
+
+from itertools import accumulate
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import octavo
+from octavo import reference
+from octavo.kernels.attention import kv_cache, paged
+from octavo.kernels.launch import record_launches
+from octavo.kernels.tiles import KNOWN_DEVICES, device_properties
+from octavo.testing import assert_accurate, check_op
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's NaNs are meant
+FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+QUANTISED = [*FLOAT8, torch.int8]
+INT_MAX = 2**31 - 1
+TENSORS = ("query", "key_cache", "value_cache", "block_table", "seq_lens", "cu_seqlens_q")
+SCALES = ("k_scale", "v_scale", "key_scale_cache", "value_scale_cache")
+CACHES = ("key_cache", "value_cache", "key_scale_cache", "value_scale_cache")
+
+
+def caches(pages, page_size, kv_heads, d, *, dtype, device, layout="tokens first"):
+    """K and V caches, int8 with their scales, full of what must not be read."""
+    empty = torch.nan if dtype.is_floating_point else -128
+    names, last = CACHES[:2], (d,)
+    made = {}
+    for fill, kind in ((empty, dtype), (torch.nan, torch.float32)):
+        options = dict(dtype=kind, device=device, fill_value=fill)
+        if layout == "heads first":
+            pair = torch.full((2, pages, kv_heads, page_size, *last), **options).transpose(2, 3).unbind(0)
+        elif layout == "halves of pages":
+            pair = torch.full((pages, 2, page_size, kv_heads, *last), **options).unbind(1)
+        elif layout == "halves of pages, heads first":
+            pair = torch.full((pages, 2, kv_heads, page_size, *last), **options).transpose(2, 3).unbind(1)
+        elif layout == "halves of heads":
+            pair = torch.full((pages, page_size, kv_heads, 2, *last), **options).unbind(3)
+        else:
+            pair = torch.full((2, pages, page_size, kv_heads, *last), **options).unbind(0)
+        made |= dict(zip(names, pair, strict=True))
+        if dtype != torch.int8:
+            break
+        names, last = CACHES[2:], ()
+    return made
+
+
+def case(
+    lengths,
+    *,
+    heads=4,
+    kv_heads=2,
+    d=16,
+    page_size=4,
+    padding=0,
+    device="cpu",
+    dtype=torch.float32,
+    cache_dtype=None,
+    layout="tokens first",
+    size=1.0,
+    **scales,
+):
+    """Arguments for sequences of `(queries, keys)`; keys and values as large as `size`."""
+    counts = [-(-keys // page_size) for _, keys in lengths]
+    order = torch.randperm(sum(counts) + 2).tolist()
+    stored = caches(len(order), page_size, kv_heads, d, dtype=cache_dtype or dtype, device=device, layout=layout)
+    table = torch.full((len(lengths), max(counts, default=0) + 1), INT_MAX, dtype=torch.int32)
+    slots = []
+    for b, (_, keys) in enumerate(lengths):
+        for j in range(keys):
+            if j % page_size == 0:
+                table[b, j // page_size] = order.pop()
+            slots.append(int(table[b, j // page_size]) * page_size + j % page_size)
+    key, value = (size * torch.randn(len(slots), kv_heads, d, device=device, dtype=dtype) for _ in range(2))
+    octavo.write_kv(key, value, slot_mapping=torch.tensor(slots, device=device).long(), **stored, **scales)
+    starts = list(accumulate((queries for queries, _ in lengths), initial=0))
+    args = dict(
+        query=torch.randn(starts[-1] + padding, heads, d, device=device, dtype=dtype),
+        block_table=table.to(device),
+        seq_lens=torch.tensor([keys for _, keys in lengths], dtype=torch.int32, device=device),
+        cu_seqlens_q=torch.tensor(starts, dtype=torch.int32, device=device),
+    )
+    return args | stored | scales, max((queries for queries, _ in lengths), default=0)
+
+
+def held(args, b, name):
+    """The keys or values of sequence b as its cache holds them, exactly: `[keys, kv_heads, d]` in fp64."""
+    cache, length = args[f"{name}_cache"], int(args["seq_lens"][b])
+    at = torch.arange(length, device=cache.device)
+    at = args["block_table"][b].long()[at // cache.shape[1]], at % cache.shape[1]
+    x, scale = cache[at].double(), args.get(f"{name[0]}_scale")
+    if scale is not None:
+        x = x * scale.double().view(-1, 1)
+    if f"{name}_scale_cache" in args:
+        x = x * args[f"{name}_scale_cache"][at].double()[..., None]
+    return x
+
+
+def definition(args, dtype, *, scale=None, causal=True, window_size=None, softcap=0.0):
+    """The formula, one sequence after another, every step in `dtype`."""
+    q = args["query"].to(dtype)
+    out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf)
+    starts = args["cu_seqlens_q"].tolist()
+    for b, length in enumerate(args["seq_lens"].tolist()):
+        rows = slice(starts[b], starts[b + 1])
+        if not length or starts[b] == starts[b + 1]:
+            continue
+        group = q.shape[1] // args["key_cache"].shape[2]
+        k, v = (held(args, b, name).to(dtype).repeat_interleave(group, 1) for name in ("key", "value"))
+        i = torch.arange(length - (starts[b + 1] - starts[b]), length, device=q.device)[:, None]
+        j = torch.arange(length, device=q.device)
+        scores = torch.einsum("ihd,jhd->hij", q[rows], k) * (q.shape[2] ** -0.5 if scale is None else scale)
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        hidden = (j > i) & causal if window_size is None else ((j > i) & causal) | (i - j >= window_size)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        out[rows] = torch.einsum("hij,jhd->ihd", scores.softmax(-1).nan_to_num(), v)
+        lse[rows] = scores.logsumexp(-1).t()
+    return out, lse
+
+
+def check(args, max_seqlen_q, function=octavo.paged_attention, **options):
+    out, lse = function(**args, max_seqlen_q=max_seqlen_q, return_lse=True, **options)
+    extra = [name for name in args if name not in (*TENSORS, *SCALES)]
+    options |= {name: args[name] for name in extra}
+    exact, plain = definition(args, torch.float64, **options), definition(args, args["query"].dtype, **options)
+    assert out.is_contiguous() and out.dtype == args["query"].dtype and lse.dtype == torch.float32
+    assert_accurate(out, exact[0], plain[0])
+    assert_accurate(lse, exact[1], definition(args, torch.float32, **options)[1])
+    return out
+
+
+def op_args(args, max_seqlen_q, scale=None, causal=True, window_size=None, softcap=0.0, return_lse=False, **options):
+    """A call's arguments as the op itself takes them, all of them and in order."""
+    scale = args["query"].shape[2] ** -0.5 if scale is None else scale
+    given = args | options
+    numbers = max_seqlen_q, scale, causal, window_size, softcap, return_lse
+    return *(given[name] for name in TENSORS), *numbers, *(given.get(name) for name in SCALES)
+
+
+def of_reference(**args):
+    options = {name: args.pop(name) for name in OPTIONS if name in args}
+    return reference.attention.paged_attention(*op_args(args, **options))
+
+
+OPTIONS = ("max_seqlen_q", "scale", "causal", "window_size", "softcap", "return_lse")
+MIX = [(1, 70), (9, 9), (0, 20), (5, 43), (1, 0), (2, 2)]
+
+
+def scales_of(cache_dtype, kind, kv_heads=2, device="cpu"):
+    """Scales of a float8 cache: none, one number, or one a KV head."""
+    if cache_dtype not in FLOAT8 or kind == "none":
+        return {}
+    shape = () if kind == "number" else (1 if kind == "one" else kv_heads,)
+    return {name: torch.rand(shape, device=device) + 0.02 for name in ("k_scale", "v_scale")}
+
+
+@pytest.mark.parametrize(
+    ("cache_dtype", "kind"),
+    [(dtype, kind) for dtype in FLOAT8 for kind in ("none", "number", "one", "heads")] + [(torch.int8, "none")],
+    ids=str,
+)
+def test_quantised_caches(device, dtype, cache_dtype, kind):
+    scales = scales_of(cache_dtype, kind, device=device)
+    args = case(MIX, padding=3, device=device, dtype=dtype, cache_dtype=cache_dtype, **scales)
+    check(*args)
+    check(*args, window_size=20, softcap=3.0)
+    check(*args, function=of_reference, window_size=20, softcap=3.0)
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40)), max_size=4),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 5),
+    page_size=st.integers(1, 9),
+    dtype=st.sampled_from([torch.float16, torch.float32]),
+    cache_dtype=st.sampled_from(QUANTISED),
+    kind=st.sampled_from(["none", "number", "one", "heads"]),
+    causal=st.booleans(),
+    window_size=st.one_of(st.none(), st.integers(1, 30)),
+)
+def test_any_mix_in_any_format(lengths, kv_heads, group, page_size, dtype, cache_dtype, kind, causal, window_size):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = dict(heads=group * kv_heads, kv_heads=kv_heads, page_size=page_size, dtype=dtype, device=device)
+    scales = scales_of(cache_dtype, kind, kv_heads, device)
+    args = case([(q, q + k) for q, k in lengths], cache_dtype=cache_dtype, **shape, **scales)
+    check(*args, causal=causal, window_size=window_size)
+
+
+@pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("cache_dtype", QUANTISED, ids=str)
+def test_head_sizes_of_quantised_caches(device, cache_dtype, d):
+    check(*case([(1, 40), (9, 20)], d=d, device=device, dtype=torch.float16, cache_dtype=cache_dtype))
+
+
+@pytest.mark.parametrize("cache_dtype", QUANTISED, ids=str)
+def test_every_number_is_read_exactly(device, dtype, cache_dtype):
+    """One key: the output is its value, and the log-sum-exp of a query of one 1 is that element of the key."""
+    codes = torch.arange(256, device=device).to(torch.uint8).view(cache_dtype)
+    args, _ = case([(256, 1)], heads=1, kv_heads=1, d=256, device=device, dtype=dtype, cache_dtype=cache_dtype)
+    args["query"] = torch.eye(256, device=device, dtype=dtype)[:, None]
+    page = args["block_table"][0, 0]
+    finite = codes.float().isfinite()
+    args["value_cache"][page, 0, 0] = codes
+    args["key_cache"][page, 0, 0] = codes.where(finite, torch.zeros_like(codes))
+    for name in ("key_scale_cache", "value_scale_cache"):
+        if name in args:
+            args[name][page, 0] = 1.0
+    out, lse = octavo.paged_attention(**args, max_seqlen_q=256, causal=False, scale=1.0, return_lse=True)
+    expected = codes.to(dtype).expand(256, 256)
+    assert torch.equal(out[:, 0].nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0))
+    exact = codes.double().where(finite, 0.0)
+    assert_accurate(lse[:, 0], exact, exact.float())
+    args["key_cache"][page, 0, 0] = codes
+    if not finite.all():
+        assert octavo.paged_attention(**args, max_seqlen_q=256, causal=False).isnan().all()
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 1e-2, 300.0])
+def test_small_and_large_values_in_int8(device, dtype, size):
+    """Scales that are small numbers of fp16, alone and beside large ones."""
+    args, longest = case([(1, 90), (3, 40)], device=device, dtype=dtype, cache_dtype=torch.int8, size=size)
+    args["key_scale_cache"] /= size
+    check(args, longest)
+    mixed = args["value_scale_cache"].clone()
+    mixed[::2] /= 1000
+    check(args | dict(value_scale_cache=mixed), longest)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["key", "value"])
+def test_a_bad_scale_of_a_token_reaches_those_who_see_it(device, dtype, name, bad):
+    """As `write_kv` leaves a head that holds NaN or an infinity: such a scale, and zeros."""
+    args, _ = case([(3, 80), (1, 70)], device=device, dtype=dtype, cache_dtype=torch.int8)
+    expected = octavo.paged_attention(**args, max_seqlen_q=3)
+    page, offset = args["block_table"][0, 40 // 4], 40 % 4
+    args[f"{name}_scale_cache"][page, offset, 1] = bad
+    args[f"{name}_cache"][page, offset, 1] = 0
+    out = octavo.paged_attention(**args, max_seqlen_q=3)
+    assert out[:3, 2:].isnan().all()
+    assert torch.equal(out[:3, :2], expected[:3, :2]) and torch.equal(out[3], expected[3])
+    assert octavo.paged_attention(**args, max_seqlen_q=3, window_size=20).isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+def test_a_bad_scale_of_a_head_reaches_its_rows_alone(device, name, bad):
+    scales = dict(k_scale=torch.full((2,), 0.5, device=device), v_scale=torch.full((2,), 0.5, device=device))
+    args, _ = case([(3, 20), (1, 0)], padding=1, device=device, cache_dtype=torch.float8_e5m2, **scales)
+    expected = octavo.paged_attention(**args, max_seqlen_q=3)
+    args[name] = torch.tensor([0.5, bad], device=device)
+    out = octavo.paged_attention(**args, max_seqlen_q=3)
+    assert out[:3, 2:].isnan().all() and torch.equal(out[:, :2], expected[:, :2])
+    assert out[3:].eq(0).all(), "nothing to attend to is 0 whatever the scale"
+
+
+@pytest.mark.parametrize("cache_dtype", QUANTISED, ids=str)
+def test_opcheck_and_compile(device, cache_dtype):
+    scales = scales_of(cache_dtype, "heads", device=device)
+    args, longest = case([(1, 5), (3, 4)], device=device, cache_dtype=cache_dtype, **scales)
+    for name in CACHES:
+        if name in args and args[name].dtype == torch.float32:
+            args[name].nan_to_num_(nan=1.0)
+    check_op("paged_attention", octavo.paged_attention, op_args(args, longest), max_seqlen_q=longest, **args)
+
+
+IN_FLOAT8 = {name: torch.zeros(5, 4, 2, 16, dtype=torch.float8_e4m3fn) for name in CACHES[:2]}
+IN_INT8 = {name: torch.zeros(5, 4, 2, 16, dtype=torch.int8) for name in CACHES[:2]}
+IN_INT8 |= {name: torch.zeros(5, 4, 2) for name in CACHES[2:]}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            dict(key_cache=torch.zeros(5, 4, 2, 16).long()),
+            TypeError,
+            "expected float32, float8_e4m3fn, float8_e5m2, int8",
+        ),
+        (IN_FLOAT8 | dict(value_cache=torch.zeros(5, 4, 2, 16)), TypeError, "value_cache: dtype float32 is not"),
+        (dict(k_scale=torch.ones(1)), ValueError, "k_scale: given with a cache of float32; expected None"),
+        (IN_FLOAT8 | dict(k_scale=torch.ones(1).half()), TypeError, "k_scale: dtype float16"),
+        (IN_FLOAT8 | dict(v_scale=torch.ones(3)), ValueError, r"v_scale: shape \(3,\); expected one element or \[2\]"),
+        (IN_FLOAT8 | dict(v_scale=torch.ones(1, device="meta")), ValueError, "v_scale: on meta, but query is on cpu"),
+        (
+            IN_FLOAT8 | dict(key_scale_cache=torch.ones(5, 4, 2)),
+            ValueError,
+            "key_scale_cache: given with a cache of float8_e4m3fn; expected None",
+        ),
+        (IN_INT8 | dict(k_scale=torch.ones(1)), ValueError, "k_scale: given with a cache of int8; expected None"),
+        (IN_INT8 | dict(value_scale_cache=None), ValueError, "value_scale_cache: missing with a cache of int8"),
+        (IN_INT8 | dict(key_scale_cache=torch.ones(5, 4, 2).half()), TypeError, "key_scale_cache: dtype float16"),
+        (IN_INT8 | dict(key_scale_cache=torch.ones(5, 4)), ValueError, r"key_scale_cache: .* expected \(5, 4, 2\)"),
+    ],
+)
+def test_errors(change, error, message):
+    args = dict(
+        query=torch.zeros(3, 4, 16),
+        key_cache=torch.zeros(5, 4, 2, 16),
+        value_cache=torch.zeros(5, 4, 2, 16),
+        block_table=torch.zeros(2, 3, dtype=torch.int32),
+        seq_lens=torch.zeros(2, dtype=torch.int32),
+        cu_seqlens_q=torch.zeros(3, dtype=torch.int32),
+        max_seqlen_q=1,
+    )
+    with pytest.raises(error, match=message):
+        octavo.paged_attention(**args | change)
+
+
+def test_float8_e4m3fn_before_sm_89(monkeypatch):
+    monkeypatch.setattr(kv_cache, "INTERPRET", False)
+    with record_launches(KNOWN_DEVICES[80]), pytest.raises(ValueError, match="key_cache: dtype float8_e4m3fn needs"):
+        launch(torch.float16, torch.float8_e4m3fn, 64, 4, 1)
+
+
+def launches(dtype):
+    """Every format of a cache, on meta tensors: tests/test_compile.py compiles them."""
+    old = device_properties(torch.device("meta")).capability < (8, 9)
+    for cache_dtype in (torch.float8_e5m2, torch.int8, *([] if old else [torch.float8_e4m3fn])):
+        for d in (64, 128, 256):
+            for group, longest in ((4, 1), (8, 512)):
+                launch(dtype, cache_dtype, d, group, longest)
+
+
+def launch(dtype, cache_dtype, d, group, longest, **options):
+    def empty(*shape, dtype=torch.int32):
+        return torch.empty(shape, device="meta", dtype=dtype)
+
+    cache = empty(100, 16, 8, d, dtype=cache_dtype)
+    args = dict(query=empty(64, 8 * group, d, dtype=dtype), key_cache=cache, value_cache=cache)
+    args |= dict(block_table=empty(4, 50), seq_lens=empty(4), cu_seqlens_q=empty(5))
+    if cache_dtype == torch.int8:
+        args |= {name: empty(100, 16, 8, dtype=torch.float32) for name in CACHES[2:]}
+    elif cache_dtype in FLOAT8:
+        args |= dict(k_scale=empty(8, dtype=torch.float32), v_scale=empty(8, dtype=torch.float32))
+    paged._paged_attention_cuda(*op_args(args, longest, **options))
