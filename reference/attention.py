@@ -102,10 +102,13 @@ def paged_attention(
     v_scale: torch.Tensor | None,
     key_scale_cache: torch.Tensor | None,
     value_scale_cache: torch.Tensor | None,
+    sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, heads, _ = query.shape
     out = query.new_zeros(query.shape)
     lse = query.new_full((tokens, heads) if return_lse else (0,), -torch.inf, dtype=torch.float32)
+    if sinks is not None and return_lse:
+        lse[:] = sinks
     starts = cu_seqlens_q.tolist()
     if starts[0] != 0 or starts[-1] > tokens or starts != sorted(starts):
         raise ValueError(f"cu_seqlens_q: {starts}; expected 0 first, then no decrease and at most {tokens} (tokens)")
@@ -124,7 +127,9 @@ def paged_attention(
                 (value_cache, v_scale, value_scale_cache),
             )
         )
-        o, sums = _attend(query[start:end], k, v, seq_len - first_key, scale, causal, window_size, softcap, return_lse)
+        o, sums = _attend(
+            query[start:end], k, v, seq_len - first_key, scale, causal, window_size, softcap, sinks, return_lse
+        )
         out[start:end] = o
         if sums is not None:
             lse[start:end] = sums
@@ -174,13 +179,14 @@ def _attend(
     causal: bool,
     window_size: int | None,
     softcap: float,
+    sinks: torch.Tensor | None,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of the last queries of one sequence; the query heads of one KV head are rows of one matrix."""
     n, heads, d = query.shape
     kv_heads = k.shape[0]
     q = query.view(n, kv_heads, heads // kv_heads, d).permute(1, 2, 0, 3).reshape(kv_heads, -1, d).float()
-    if n == 1 and not softcap and not return_lse:  # a decode token sees every key that was gathered
+    if n == 1 and not softcap and sinks is None and not return_lse:  # a decode token sees every key that was gathered
         out = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale)
         return out.view(1, heads, d), None
     scores = torch.bmm(q * scale, k.transpose(1, 2))  # [Hkv, G·n, L]
@@ -193,6 +199,9 @@ def _attend(
         if window_size is not None:
             visible &= key > position - window_size
         scores.unflatten(1, (-1, n)).masked_fill_(~visible, -torch.inf)
-    out = torch.bmm(scores.softmax(-1), v).view(heads, n, d).transpose(0, 1)
+    if sinks is not None:  # one more column, whose value is zero
+        sink = sinks.float().view(kv_heads, -1, 1).expand(-1, -1, n).reshape(kv_heads, -1, 1)
+        scores = torch.cat((scores, sink), -1)
+    out = torch.bmm(scores.softmax(-1)[..., : v.shape[1]], v).view(heads, n, d).transpose(0, 1)
     sums = scores.logsumexp(-1).view(heads, n).t() if return_lse else None
     return out, sums

@@ -112,6 +112,11 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
             attention | float8 | dict(k_scale=ones(1), v_scale=ones(kv_heads)),
             dict(max_seqlen_q=1),
         ),
+        "paged_attention with sinks": (
+            octavo.paged_attention,
+            attention | dict(sinks=new(heads)),
+            dict(max_seqlen_q=1, window_size=7),
+        ),
         "paged_attention of int8": (octavo.paged_attention, attention | int8_kv, dict(max_seqlen_q=1, window_size=7)),
         "int4_linear": (octavo.int4_linear, int4, dict(group_size=128)),
         "int4_linear with minimum": (

@@ -75,7 +75,7 @@ def check(args, max_seqlen_q, function=octavo.paged_attention, **options):
 
 
 TENSORS = ("query", "key_cache", "value_cache", "block_table", "seq_lens", "cu_seqlens_q")
-SCALES = ("k_scale", "v_scale", "key_scale_cache", "value_scale_cache")
+EXTRAS = ("k_scale", "v_scale", "key_scale_cache", "value_scale_cache", "sinks")
 
 
 def op_args(args, max_seqlen_q, scale=None, causal=True, window_size=None, softcap=0.0, return_lse=False, **options):
@@ -83,7 +83,7 @@ def op_args(args, max_seqlen_q, scale=None, causal=True, window_size=None, softc
     scale = args["query"].shape[2] ** -0.5 if scale is None else scale
     given = args | options
     numbers = max_seqlen_q, scale, causal, window_size, softcap, return_lse
-    return *(given[name] for name in TENSORS), *numbers, *(given.get(name) for name in SCALES)
+    return *(given[name] for name in TENSORS), *numbers, *(given.get(name) for name in EXTRAS)
 
 
 def reference_with_options(**args):

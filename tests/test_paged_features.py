@@ -22,7 +22,7 @@ FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 QUANTISED = [*FLOAT8, torch.int8]
 INT_MAX = 2**31 - 1
 TENSORS = ("query", "key_cache", "value_cache", "block_table", "seq_lens", "cu_seqlens_q")
-SCALES = ("k_scale", "v_scale", "key_scale_cache", "value_scale_cache")
+EXTRAS = ("k_scale", "v_scale", "key_scale_cache", "value_scale_cache", "sinks")
 CACHES = ("key_cache", "value_cache", "key_scale_cache", "value_scale_cache")
 
 
@@ -101,10 +101,12 @@ def held(args, b, name):
     return x
 
 
-def definition(args, dtype, *, scale=None, causal=True, window_size=None, softcap=0.0):
+def definition(args, dtype, *, scale=None, causal=True, window_size=None, softcap=0.0, sinks=None):
     """The formula, one sequence after another, every step in `dtype`."""
     q = args["query"].to(dtype)
     out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf)
+    if sinks is not None:
+        lse[:] = sinks
     starts = args["cu_seqlens_q"].tolist()
     for b, length in enumerate(args["seq_lens"].tolist()):
         rows = slice(starts[b], starts[b + 1])
@@ -118,15 +120,15 @@ def definition(args, dtype, *, scale=None, causal=True, window_size=None, softca
         scores = softcap * torch.tanh(scores / softcap) if softcap else scores
         hidden = (j > i) & causal if window_size is None else ((j > i) & causal) | (i - j >= window_size)
         scores = scores.masked_fill(hidden, -torch.inf)
-        out[rows] = torch.einsum("hij,jhd->ihd", scores.softmax(-1).nan_to_num(), v)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.to(dtype)[:, None, None].expand(-1, scores.shape[1], 1)], -1)
+        out[rows] = torch.einsum("hij,jhd->ihd", scores.softmax(-1).nan_to_num()[..., :length], v)
         lse[rows] = scores.logsumexp(-1).t()
     return out, lse
 
 
 def check(args, max_seqlen_q, function=octavo.paged_attention, **options):
     out, lse = function(**args, max_seqlen_q=max_seqlen_q, return_lse=True, **options)
-    extra = [name for name in args if name not in (*TENSORS, *SCALES)]
-    options |= {name: args[name] for name in extra}
     exact, plain = definition(args, torch.float64, **options), definition(args, args["query"].dtype, **options)
     assert out.is_contiguous() and out.dtype == args["query"].dtype and lse.dtype == torch.float32
     assert_accurate(out, exact[0], plain[0])
@@ -139,7 +141,7 @@ def op_args(args, max_seqlen_q, scale=None, causal=True, window_size=None, softc
     scale = args["query"].shape[2] ** -0.5 if scale is None else scale
     given = args | options
     numbers = max_seqlen_q, scale, causal, window_size, softcap, return_lse
-    return *(given[name] for name in TENSORS), *numbers, *(given.get(name) for name in SCALES)
+    return *(given[name] for name in TENSORS), *numbers, *(given.get(name) for name in EXTRAS)
 
 
 def of_reference(**args):
@@ -258,6 +260,25 @@ def test_a_bad_scale_of_a_head_reaches_its_rows_alone(device, name, bad):
     assert out[3:].eq(0).all(), "nothing to attend to is 0 whatever the scale"
 
 
+@pytest.mark.parametrize("options", [dict(), dict(window_size=5), dict(softcap=3.0, causal=False)], ids=str)
+def test_sinks(device, dtype, options):
+    """Sinks in fp32 and in query's dtype, of all sizes beside the scores; also where a row sees no key."""
+    args, longest = case([*MIX, (5, 3)], padding=3, device=device, dtype=dtype)
+    for sinks in (torch.tensor([-3.0, 0.0, 1.0, 40.0]), torch.tensor([-torch.inf, -50.0, 0.5, 5.0])):
+        for kind in (dtype, torch.float32):
+            options = options | dict(sinks=sinks.to(device, kind))
+            check(args, longest, **options)
+        check(args, longest, function=of_reference, **options)
+
+
+def test_sinks_that_weigh_nothing_change_nothing(device, dtype):
+    args, longest = case(MIX, padding=2, device=device, dtype=dtype)
+    expected = octavo.paged_attention(**args, max_seqlen_q=longest, return_lse=True)
+    sinks = torch.full((4,), -torch.inf, device=device)
+    out, lse = octavo.paged_attention(**args, max_seqlen_q=longest, return_lse=True, sinks=sinks)
+    assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+
+
 @pytest.mark.parametrize("cache_dtype", QUANTISED, ids=str)
 def test_opcheck_and_compile(device, cache_dtype):
     scales = scales_of(cache_dtype, "heads", device=device)
@@ -265,6 +286,7 @@ def test_opcheck_and_compile(device, cache_dtype):
     for name in CACHES:
         if name in args and args[name].dtype == torch.float32:
             args[name].nan_to_num_(nan=1.0)
+    args["sinks"] = torch.randn(4, device=device)
     check_op("paged_attention", octavo.paged_attention, op_args(args, longest), max_seqlen_q=longest, **args)
 
 
@@ -282,6 +304,10 @@ IN_INT8 |= {name: torch.zeros(5, 4, 2) for name in CACHES[2:]}
             "expected float32, float8_e4m3fn, float8_e5m2, int8",
         ),
         (IN_FLOAT8 | dict(value_cache=torch.zeros(5, 4, 2, 16)), TypeError, "value_cache: dtype float32 is not"),
+        (dict(sinks=torch.zeros(4).half()), TypeError, "sinks: dtype float16 is not accepted; expected float32"),
+        (dict(sinks=torch.zeros(2)), ValueError, r"sinks: shape \(2,\); expected \(4,\): \[heads\]"),
+        (dict(sinks=torch.zeros(8)[::2]), ValueError, "sinks: the last dimension has stride 2"),
+        (dict(sinks=torch.zeros(4, device="meta")), ValueError, "sinks: on meta, but query is on cpu"),
         (dict(k_scale=torch.ones(1)), ValueError, "k_scale: given with a cache of float32; expected None"),
         (IN_FLOAT8 | dict(k_scale=torch.ones(1).half()), TypeError, "k_scale: dtype float16"),
         (IN_FLOAT8 | dict(v_scale=torch.ones(3)), ValueError, r"v_scale: shape \(3,\); expected one element or \[2\]"),

@@ -21,6 +21,19 @@ def offset_by(ptr, offset):
 
 
 @triton.jit
+def with_sink(acc, top, total, sink):
+    """Adds a key of the score `sink` [M], which is none of base 2, and a value of zeros to what `attend` returned.
+
+    Once a row, where the result is normalised: partial results that are to be merged have no sink in them.
+    """
+    sink *= LOG2_E
+    new_top = tl.maximum(top, sink)
+    shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+    rescale = tl.exp2(top - shift)
+    return acc * rescale[:, None], new_top, total * rescale + tl.exp2(sink - shift)
+
+
+@triton.jit
 def _tanh(x2):
     """tanh(x) of `x2` = 2·log2(e)·x; the exponent is never positive, so nothing overflows."""
     t = tl.exp2(-tl.abs(x2))

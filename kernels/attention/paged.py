@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.attention.kv_cache import check_supported, scale_stride, strides_of
-from octavo.kernels.attention.online_softmax import attend, find_sequence, offset_by
+from octavo.kernels.attention.online_softmax import attend, find_sequence, offset_by, with_sink
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.tiles import (
     DeviceProperties,
@@ -93,6 +93,7 @@ def _paged_attention_kernel(
     v_scale_ptr,
     key_scale_cache_ptr,
     value_scale_cache_ptr,
+    sinks_ptr,
     T,
     B,
     num_pages,
@@ -202,6 +203,9 @@ def _paged_attention_kernel(
         BLOCK_D,
     )
 
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head, mask=wanted, other=0.0).to(tl.float32)
+        acc, top, total = with_sink(acc, top, total, sink)
     total = tl.where(total == 0.0, 1.0, total)  # nothing attended to: zeros, and a log-sum-exp of -inf
     out = acc / total[:, None]
     row = token64 * (KV_HEADS * GROUP) + head
@@ -236,6 +240,7 @@ def _paged_attention_cuda(
     v_scale: torch.Tensor | None,
     key_scale_cache: torch.Tensor | None,
     value_scale_cache: torch.Tensor | None,
+    sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_supported(key_cache)
     out, lse = outputs(query, return_lse)
@@ -262,6 +267,7 @@ def _paged_attention_cuda(
         v_scale,
         key_scale_cache,
         value_scale_cache,
+        sinks,
         tokens,
         sequences,
         key_cache.shape[0],

@@ -5,7 +5,7 @@ from typing import Literal, overload
 import torch
 
 from octavo.kernels.attention.paged import _paged_attention_cuda, outputs
-from octavo.kernels.attention.paged_check import check_paged_attention
+from octavo.kernels.attention.paged_check import check_paged_attention, check_per_head
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
 from octavo.reference import attention as reference
@@ -28,6 +28,7 @@ def _paged_attention_fake(
     v_scale: torch.Tensor | None,
     key_scale_cache: torch.Tensor | None,
     value_scale_cache: torch.Tensor | None,
+    sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return outputs(query, return_lse)
 
@@ -35,8 +36,8 @@ def _paged_attention_fake(
 _paged_attention = register(
     "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
     "Tensor cu_seqlens_q, SymInt max_seqlen_q, float scale, bool causal, int? window_size, float softcap, "
-    "bool return_lse, Tensor? k_scale, Tensor? v_scale, Tensor? key_scale_cache, Tensor? value_scale_cache) "
-    "-> (Tensor, Tensor)",
+    "bool return_lse, Tensor? k_scale, Tensor? v_scale, Tensor? key_scale_cache, Tensor? value_scale_cache, "
+    "Tensor? sinks) -> (Tensor, Tensor)",
     reference=reference.paged_attention,
     launcher=_paged_attention_cuda,
     fake=_paged_attention_fake,
@@ -57,6 +58,7 @@ def paged_attention(
     causal: bool = True,
     window_size: int | None = None,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     key_scale_cache: torch.Tensor | None = None,
@@ -77,6 +79,7 @@ def paged_attention(
     causal: bool = True,
     window_size: int | None = None,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     key_scale_cache: torch.Tensor | None = None,
@@ -97,6 +100,7 @@ def paged_attention(
     causal: bool = True,
     window_size: int | None = None,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     key_scale_cache: torch.Tensor | None = None,
@@ -126,6 +130,8 @@ def paged_attention(
         window_size: a query sees its own position and the `window_size - 1` before it (Hugging Face's sliding_window);
             None for no limit. Without causal it limits the past alone.
         softcap: in units of the scores (Gemma 2 has 50.0); 0.0 for none.
+        sinks: `[heads]`, fp32 or query's dtype, or None: a score of each query head that stands in the softmax beside
+            those of the keys and has no value (gpt-oss); neither scaled nor capped.
         k_scale: of a float8 key_cache, fp32: one element for all heads, or `[kv_heads]`; None is 1.0. Keys are the
             cache's numbers times it; an infinite one counts as NaN.
         v_scale: as k_scale, of value_cache.
@@ -137,6 +143,7 @@ def paged_attention(
     Returns:
         `[tokens, heads, head_size]`, contiguous, in query's dtype; with return_lse also `[tokens, heads]` fp32, natural
         logarithm. Rows with nothing to attend to (padding, a sequence of no keys) are 0, with a log-sum-exp of -inf.
+        With sinks the log-sum-exp counts the sink, as FlashAttention's does, also in those rows, where it is the sink.
 
     Raises:
         TypeError: a dtype that is not accepted.
@@ -147,10 +154,11 @@ def paged_attention(
     Sums, softmax and scores are fp32. Numbers of a quantised cache are multiplied in query's dtype, which holds them
     exactly; scales are applied to scores, weights and sums in fp32. A query that sees a key whose scale is NaN becomes
     NaN. Safe in a CUDA graph, which may be replayed with other lengths and pages.
-    https://arxiv.org/abs/2309.06180, https://arxiv.org/abs/2205.14135
+    https://arxiv.org/abs/2309.06180, https://arxiv.org/abs/2205.14135, https://arxiv.org/abs/2309.17453
     """
     scales = k_scale, v_scale, key_scale_cache, value_scale_cache
     check_paged_attention(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, *scales)
+    check_per_head("sinks", sinks, query, (torch.float32, query.dtype))
     if max_seqlen_q < 0:
         raise ValueError(f"max_seqlen_q: {max_seqlen_q}; expected at least 0")
     if window_size is not None and window_size < 1:
@@ -173,5 +181,6 @@ def paged_attention(
         softcap,
         return_lse,
         *scales,
+        sinks,
     )
     return (out, lse) if return_lse else out

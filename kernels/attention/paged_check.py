@@ -54,3 +54,12 @@ def check_paged_attention(
     for name, x in dict(query=query, block_table=block_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q).items():
         check_last_dim_contiguous(name, x)
         check_device(name, x, "query", query)
+
+
+def check_per_head(name: str, x: torch.Tensor | None, query: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raises TypeError or ValueError unless `x`, if it is given, is one number for each head of `query`."""
+    if x is not None:
+        check_dtype(name, x, dtypes)
+        check_shape(name, x, query.shape[1:2], "[heads], as query")
+        check_last_dim_contiguous(name, x)
+        check_device(name, x, "query", query)
