@@ -103,6 +103,7 @@ def paged_attention(
     key_scale_cache: torch.Tensor | None,
     value_scale_cache: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, heads, _ = query.shape
     out = query.new_zeros(query.shape)
@@ -127,9 +128,8 @@ def paged_attention(
                 (value_cache, v_scale, value_scale_cache),
             )
         )
-        o, sums = _attend(
-            query[start:end], k, v, seq_len - first_key, scale, causal, window_size, softcap, sinks, return_lse
-        )
+        options = scale, causal, window_size, softcap, sinks, alibi_slopes, return_lse
+        o, sums = _attend(query[start:end], k, v, seq_len - first_key, *options)
         out[start:end] = o
         if sums is not None:
             lse[start:end] = sums
@@ -180,21 +180,26 @@ def _attend(
     window_size: int | None,
     softcap: float,
     sinks: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of the last queries of one sequence; the query heads of one KV head are rows of one matrix."""
     n, heads, d = query.shape
     kv_heads = k.shape[0]
     q = query.view(n, kv_heads, heads // kv_heads, d).permute(1, 2, 0, 3).reshape(kv_heads, -1, d).float()
-    if n == 1 and not softcap and sinks is None and not return_lse:  # a decode token sees every key that was gathered
+    plain = not softcap and sinks is None and alibi_slopes is None
+    if n == 1 and plain and not return_lse:  # a decode token sees every key that was gathered
         out = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale)
         return out.view(1, heads, d), None
     scores = torch.bmm(q * scale, k.transpose(1, 2))  # [Hkv, G·n, L]
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
+    position = torch.arange(seq_len - n, seq_len, device=q.device)[:, None]
+    key = torch.arange(seq_len, device=q.device)
+    if alibi_slopes is not None:
+        bias = alibi_slopes.view(-1, 1, 1) * (position - key).abs()
+        scores -= bias.view(kv_heads, -1, seq_len)
     if n > 1 and (causal or window_size is not None):
-        position = torch.arange(seq_len - n, seq_len, device=q.device)[:, None]
-        key = torch.arange(seq_len, device=q.device)
         visible = key <= position if causal else torch.ones_like(key <= position)
         if window_size is not None:
             visible &= key > position - window_size

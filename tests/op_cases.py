@@ -112,6 +112,11 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
             attention | float8 | dict(k_scale=ones(1), v_scale=ones(kv_heads)),
             dict(max_seqlen_q=1),
         ),
+        "paged_attention with alibi": (
+            octavo.paged_attention,
+            attention | dict(alibi_slopes=ones(heads)),
+            dict(max_seqlen_q=1),
+        ),
         "paged_attention with sinks": (
             octavo.paged_attention,
             attention | dict(sinks=new(heads)),

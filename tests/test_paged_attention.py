@@ -75,7 +75,7 @@ def check(args, max_seqlen_q, function=octavo.paged_attention, **options):
 
 
 TENSORS = ("query", "key_cache", "value_cache", "block_table", "seq_lens", "cu_seqlens_q")
-EXTRAS = ("k_scale", "v_scale", "key_scale_cache", "value_scale_cache", "sinks")
+EXTRAS = ("k_scale", "v_scale", "key_scale_cache", "value_scale_cache", "sinks", "alibi_slopes")
 
 
 def op_args(args, max_seqlen_q, scale=None, causal=True, window_size=None, softcap=0.0, return_lse=False, **options):

@@ -22,7 +22,7 @@ FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 QUANTISED = [*FLOAT8, torch.int8]
 INT_MAX = 2**31 - 1
 TENSORS = ("query", "key_cache", "value_cache", "block_table", "seq_lens", "cu_seqlens_q")
-EXTRAS = ("k_scale", "v_scale", "key_scale_cache", "value_scale_cache", "sinks")
+EXTRAS = ("k_scale", "v_scale", "key_scale_cache", "value_scale_cache", "sinks", "alibi_slopes")
 CACHES = ("key_cache", "value_cache", "key_scale_cache", "value_scale_cache")
 
 
@@ -101,7 +101,7 @@ def held(args, b, name):
     return x
 
 
-def definition(args, dtype, *, scale=None, causal=True, window_size=None, softcap=0.0, sinks=None):
+def definition(args, dtype, *, scale=None, causal=True, window_size=None, softcap=0.0, sinks=None, alibi_slopes=None):
     """The formula, one sequence after another, every step in `dtype`."""
     q = args["query"].to(dtype)
     out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf)
@@ -118,6 +118,8 @@ def definition(args, dtype, *, scale=None, causal=True, window_size=None, softca
         j = torch.arange(length, device=q.device)
         scores = torch.einsum("ihd,jhd->hij", q[rows], k) * (q.shape[2] ** -0.5 if scale is None else scale)
         scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        if alibi_slopes is not None:
+            scores = scores - alibi_slopes.to(dtype)[:, None, None] * (i - j).abs()
         hidden = (j > i) & causal if window_size is None else ((j > i) & causal) | (i - j >= window_size)
         scores = scores.masked_fill(hidden, -torch.inf)
         if sinks is not None:
@@ -271,6 +273,24 @@ def test_sinks(device, dtype, options):
         check(args, longest, function=of_reference, **options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(causal=False, softcap=3.0),
+        dict(window_size=5, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0])),
+        dict(scale=0.01),
+    ],
+    ids=["causal", "not causal, capped", "window and sinks", "scale"],
+)
+def test_alibi(device, dtype, options):
+    slopes = torch.tensor([0.5, 0.03125, 0.0, -0.1], device=device)
+    options = {name: o.to(device) if isinstance(o, torch.Tensor) else o for name, o in options.items()}
+    args, longest = case([*MIX, (5, 3)], padding=3, device=device, dtype=dtype)
+    check(args, longest, alibi_slopes=slopes, **options)
+    check(args, longest, function=of_reference, alibi_slopes=slopes, **options)
+
+
 def test_sinks_that_weigh_nothing_change_nothing(device, dtype):
     args, longest = case(MIX, padding=2, device=device, dtype=dtype)
     expected = octavo.paged_attention(**args, max_seqlen_q=longest, return_lse=True)
@@ -286,7 +306,7 @@ def test_opcheck_and_compile(device, cache_dtype):
     for name in CACHES:
         if name in args and args[name].dtype == torch.float32:
             args[name].nan_to_num_(nan=1.0)
-    args["sinks"] = torch.randn(4, device=device)
+    args |= dict(sinks=torch.randn(4, device=device), alibi_slopes=torch.rand(4, device=device))
     check_op("paged_attention", octavo.paged_attention, op_args(args, longest), max_seqlen_q=longest, **args)
 
 
@@ -305,6 +325,8 @@ IN_INT8 |= {name: torch.zeros(5, 4, 2) for name in CACHES[2:]}
         ),
         (IN_FLOAT8 | dict(value_cache=torch.zeros(5, 4, 2, 16)), TypeError, "value_cache: dtype float32 is not"),
         (dict(sinks=torch.zeros(4).half()), TypeError, "sinks: dtype float16 is not accepted; expected float32"),
+        (dict(alibi_slopes=torch.zeros(4).half()), TypeError, "alibi_slopes: dtype float16 is not accepted"),
+        (dict(alibi_slopes=torch.zeros(2, 4)), ValueError, r"alibi_slopes: shape \(2, 4\); expected \(4,\)"),
         (dict(sinks=torch.zeros(2)), ValueError, r"sinks: shape \(2,\); expected \(4,\): \[heads\]"),
         (dict(sinks=torch.zeros(8)[::2]), ValueError, "sinks: the last dimension has stride 2"),
         (dict(sinks=torch.zeros(4, device="meta")), ValueError, "sinks: on meta, but query is on cpu"),

@@ -34,6 +34,15 @@ def with_sink(acc, top, total, sink):
 
 
 @triton.jit
+def of_heads(ptr, head, mask):
+    """The numbers of the heads `head` [M] as fp32; None for a tensor that was not given."""
+    if ptr is None:
+        return None
+    else:
+        return tl.load(ptr + head, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _tanh(x2):
     """tanh(x) of `x2` = 2·log2(e)·x; the exponent is never positive, so nothing overflows."""
     t = tl.exp2(-tl.abs(x2))
@@ -83,6 +92,7 @@ def _largest(scales):
 def attend(
     q,
     position,
+    slope,
     start,
     end,
     key_ptr,
@@ -115,6 +125,7 @@ def attend(
 ):
     """Attends q [M, D] to the keys start to end: the unnormalised sum of values [M, D], the maximum and the sum [M].
 
+    `slope` is ALiBi's of each row [M], or None.
     Pointers to caches and scales are those of the rows' KV head. The maximum is that of the scores · log2(e). All
     scales are in the results, so that those of other keys can be added to them.
     """
@@ -159,6 +170,9 @@ def attend(
             scores *= score_scale
         if SOFTCAP:
             scores = cap * _tanh(scores)
+        if slope is not None:
+            distance = tl.abs(position[:, None] - key[None, :]).to(tl.float32)
+            scores -= (slope * LOG2_E)[:, None] * distance
         seen = present[None, :]
         if CAUSAL:
             seen = seen & (key[None, :] <= position[:, None])

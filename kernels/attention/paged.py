@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.attention.kv_cache import check_supported, scale_stride, strides_of
-from octavo.kernels.attention.online_softmax import attend, find_sequence, offset_by, with_sink
+from octavo.kernels.attention.online_softmax import attend, find_sequence, of_heads, offset_by, with_sink
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.tiles import (
     DeviceProperties,
@@ -94,6 +94,7 @@ def _paged_attention_kernel(
     key_scale_cache_ptr,
     value_scale_cache_ptr,
     sinks_ptr,
+    alibi_slopes_ptr,
     T,
     B,
     num_pages,
@@ -172,6 +173,7 @@ def _paged_attention_kernel(
     acc, top, total = attend(
         q,
         position,
+        of_heads(alibi_slopes_ptr, head, wanted),
         start,
         end,
         key_cache_ptr + kv_head64 * stride_key_head,
@@ -204,8 +206,7 @@ def _paged_attention_kernel(
     )
 
     if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + head, mask=wanted, other=0.0).to(tl.float32)
-        acc, top, total = with_sink(acc, top, total, sink)
+        acc, top, total = with_sink(acc, top, total, of_heads(sinks_ptr, head, wanted))
     total = tl.where(total == 0.0, 1.0, total)  # nothing attended to: zeros, and a log-sum-exp of -inf
     out = acc / total[:, None]
     row = token64 * (KV_HEADS * GROUP) + head
@@ -241,6 +242,7 @@ def _paged_attention_cuda(
     key_scale_cache: torch.Tensor | None,
     value_scale_cache: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_supported(key_cache)
     out, lse = outputs(query, return_lse)
@@ -268,6 +270,7 @@ def _paged_attention_cuda(
         key_scale_cache,
         value_scale_cache,
         sinks,
+        alibi_slopes,
         tokens,
         sequences,
         key_cache.shape[0],

@@ -29,6 +29,7 @@ def _paged_attention_fake(
     key_scale_cache: torch.Tensor | None,
     value_scale_cache: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return outputs(query, return_lse)
 
@@ -37,7 +38,7 @@ _paged_attention = register(
     "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
     "Tensor cu_seqlens_q, SymInt max_seqlen_q, float scale, bool causal, int? window_size, float softcap, "
     "bool return_lse, Tensor? k_scale, Tensor? v_scale, Tensor? key_scale_cache, Tensor? value_scale_cache, "
-    "Tensor? sinks) -> (Tensor, Tensor)",
+    "Tensor? sinks, Tensor? alibi_slopes) -> (Tensor, Tensor)",
     reference=reference.paged_attention,
     launcher=_paged_attention_cuda,
     fake=_paged_attention_fake,
@@ -58,6 +59,7 @@ def paged_attention(
     causal: bool = True,
     window_size: int | None = None,
     softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
@@ -79,6 +81,7 @@ def paged_attention(
     causal: bool = True,
     window_size: int | None = None,
     softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
@@ -100,6 +103,7 @@ def paged_attention(
     causal: bool = True,
     window_size: int | None = None,
     softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
@@ -130,6 +134,8 @@ def paged_attention(
         window_size: a query sees its own position and the `window_size - 1` before it (Hugging Face's sliding_window);
             None for no limit. Without causal it limits the past alone.
         softcap: in units of the scores (Gemma 2 has 50.0); 0.0 for none.
+        alibi_slopes: `[heads]` fp32, or None: from each score, after the cap, `slope · |i - j|` is subtracted, i and j
+            being the positions of query and key (ALiBi, as FlashAttention has it).
         sinks: `[heads]`, fp32 or query's dtype, or None: a score of each query head that stands in the softmax beside
             those of the keys and has no value (gpt-oss); neither scaled nor capped.
         k_scale: of a float8 key_cache, fp32: one element for all heads, or `[kv_heads]`; None is 1.0. Keys are the
@@ -154,11 +160,13 @@ def paged_attention(
     Sums, softmax and scores are fp32. Numbers of a quantised cache are multiplied in query's dtype, which holds them
     exactly; scales are applied to scores, weights and sums in fp32. A query that sees a key whose scale is NaN becomes
     NaN. Safe in a CUDA graph, which may be replayed with other lengths and pages.
-    https://arxiv.org/abs/2309.06180, https://arxiv.org/abs/2205.14135, https://arxiv.org/abs/2309.17453
+    https://arxiv.org/abs/2309.06180, https://arxiv.org/abs/2205.14135, https://arxiv.org/abs/2309.17453,
+    https://arxiv.org/abs/2108.12409
     """
     scales = k_scale, v_scale, key_scale_cache, value_scale_cache
     check_paged_attention(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, *scales)
     check_per_head("sinks", sinks, query, (torch.float32, query.dtype))
+    check_per_head("alibi_slopes", alibi_slopes, query, (torch.float32,))
     if max_seqlen_q < 0:
         raise ValueError(f"max_seqlen_q: {max_seqlen_q}; expected at least 0")
     if window_size is not None and window_size < 1:
@@ -182,5 +190,6 @@ def paged_attention(
         return_lse,
         *scales,
         sinks,
+        alibi_slopes,
     )
     return (out, lse) if return_lse else out
