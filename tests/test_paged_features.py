@@ -262,6 +262,38 @@ def test_a_bad_scale_of_a_head_reaches_its_rows_alone(device, name, bad):
     assert out[3:].eq(0).all(), "nothing to attend to is 0 whatever the scale"
 
 
+LAYOUTS = ["tokens first", "heads first", "halves of pages", "halves of pages, heads first", "halves of heads"]
+PAGES = [1, 3, 16, 64, 128]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("cache_dtype", [None, *QUANTISED], ids=str)
+def test_layouts(device, layout, cache_dtype):
+    """Any order of pages, tokens and heads in memory, K and V apart or in one buffer, as `write_kv` fills them."""
+    at = LAYOUTS.index(layout) + [None, *QUANTISED].index(cache_dtype)
+    shape = dict(d=[64, 80, 96, 128, 256][at % 5], page_size=PAGES[(2 * at + 1) % 5], layout=layout)
+    args, longest = case([(1, 70), (5, 43)], **shape, device=device, dtype=torch.float16, cache_dtype=cache_dtype)
+    check(args, longest)
+    check(args, longest, function=of_reference)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("cache_dtype", [torch.float16, torch.float8_e5m2, torch.int8], ids=str)
+def test_layouts_of_the_fused_write(device, layout, cache_dtype):
+    """`rotary_embedding_write_kv` and `write_kv` fill a cache of any layout with the same bits, and nothing else."""
+    shape = dict(pages=4, page_size=3, kv_heads=2, d=16, dtype=cache_dtype, device=device)
+    plain, other = caches(**shape), caches(**shape, layout=layout)
+    query, key, value = torch.randn(3, 5, 2, 16, device=device, dtype=torch.float16)
+    slots = torch.tensor([7, 0, -1, 11, 4], device=device)
+    table = torch.tensor([[1.0] * 8 + [0.0] * 8], device=device)  # turns nothing
+    octavo.write_kv(key, value, slot_mapping=slots, **plain)
+    positions = torch.zeros_like(slots)
+    octavo.rotary_embedding_write_kv(query, key, value, positions, table, slot_mapping=slots, **other)
+    for name in plain:
+        bits = [x.contiguous().view(torch.uint8) for x in (plain[name], other[name])]
+        assert torch.equal(*bits), name
+
+
 @pytest.mark.parametrize("options", [dict(), dict(window_size=5), dict(softcap=3.0, causal=False)], ids=str)
 def test_sinks(device, dtype, options):
     """Sinks in fp32 and in query's dtype, of all sizes beside the scores; also where a row sees no key."""

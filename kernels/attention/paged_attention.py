@@ -121,9 +121,10 @@ def paged_attention(
             head_size a multiple of 8 up to 256. Sequence b owns rows `cu_seqlens_q[b]` to `cu_seqlens_q[b + 1]`: the
             last positions of its `seq_lens[b]` keys.
         key_cache: `[pages, page_size, kv_heads, head_size]`, query's dtype, float8_e4m3fn (sm_89 or later), float8_e5m2
-            or int8, as `write_kv` writes them; last dimension contiguous, the others of any stride. heads is a multiple
-            of kv_heads; heads `h·group` to `(h+1)·group` use KV head h.
-        value_cache: as key_cache; its strides may differ.
+            or int8, as `write_kv` writes them; last dimension contiguous, the others of any stride: for a cache with
+            heads first, `[pages, kv_heads, page_size, head_size]`, pass `cache.transpose(1, 2)`. heads is a multiple of
+            kv_heads; heads `h·group` to `(h+1)·group` use KV head h.
+        value_cache: as key_cache; its strides may differ. Both may be views of one buffer.
         block_table: `[sequences, max_pages]` int32, the page ids of each sequence in order; rows of any stride. Entries
             past the sequence's end, or wholly before the window of its first query, are never read.
         seq_lens: `[sequences]` int32, keys of each sequence, this step's included; 0 for a padding entry.

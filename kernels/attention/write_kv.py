@@ -213,7 +213,8 @@ def write_kv(
         value: as key.
         key_cache: `[pages, page_size, kv_heads, head_size]`, **written in place**: key's dtype (copied bit for bit),
             float8_e4m3fn (sm_89 or later), float8_e5m2 or int8; last dimension contiguous, the others of any stride: a
-            view into a buffer that K and V share, or `[pages, kv_heads, page_size, head_size]` transposed, will do.
+            view into a buffer that K and V share will do, and for a cache with heads first, `[pages, kv_heads,
+            page_size, head_size]`, pass `cache.transpose(1, 2)`.
         value_cache: as key_cache, **written in place**; its strides may differ.
         slot_mapping: `[tokens]`, int32 or int64, contiguous: `page · page_size + offset`; -1 skips the token (padding
             of a CUDA graph). No slot may occur twice.
