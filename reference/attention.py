@@ -104,6 +104,7 @@ def paged_attention(
     value_scale_cache: torch.Tensor | None,
     sinks: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
+    rolling: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, heads, _ = query.shape
     out = query.new_zeros(query.shape)
@@ -120,7 +121,7 @@ def paged_attention(
         if start >= end or seq_len <= 0:
             continue
         first_key = 0 if window_size is None else max(0, seq_len - query_len - window_size + 1)
-        at = block_table[b], first_key, seq_len, f"block_table[{b}]"
+        at = block_table[b], first_key, seq_len, rolling, f"block_table[{b}]"
         k, v = (
             _read(cache, scale, scale_cache, *at)
             for cache, scale, scale_cache in (
@@ -143,30 +144,37 @@ def _read(
     table: torch.Tensor,
     start: int,
     end: int,
+    rolling: bool,
     name: str,
 ) -> torch.Tensor:
     """The keys or values of positions `start` to `end` of one sequence, in fp32: `[Hkv, end - start, D]`."""
-    x = _gather(cache, table, start, end, name)
+    x = _gather(cache, table, start, end, rolling, name)
     if scale_cache is not None:
-        x = x * _gather(scale_cache, table, start, end, name)[..., None]
+        x = x * _gather(scale_cache, table, start, end, rolling, name)[..., None]
     return x if scale is None else x * scale.view(-1, 1, 1)
 
 
-def _gather(cache: torch.Tensor, table: torch.Tensor, start: int, end: int, name: str) -> torch.Tensor:
+def _gather(cache: torch.Tensor, table: torch.Tensor, start: int, end: int, rolling: bool, name: str) -> torch.Tensor:
     """The slots of positions `start` to `end` of one sequence, in fp32: `[Hkv, end - start, …]`."""
     page_size = cache.shape[1]
     first_page, last_page = start // page_size, (end - 1) // page_size
-    if last_page >= table.shape[0]:
-        raise ValueError(f"{name}: {table.shape[0]} pages of {page_size} slots are too few for seq_lens = {end}")
-    used = table[first_page : last_page + 1]
+    pages = table.shape[0]
+    if rolling and end - start > pages * page_size:
+        raise ValueError(f"{name}: {pages} pages of {page_size} slots are too few for the {end - start} keys in sight")
+    if not rolling and last_page >= pages:
+        raise ValueError(f"{name}: {pages} pages of {page_size} slots are too few for seq_lens = {end}")
+    if rolling:
+        used = table[torch.arange(first_page, last_page + 1, device=table.device) % pages]
+    else:
+        used = table[first_page : last_page + 1]
     ids = used.tolist()
     wrong = [page for page in ids if not 0 <= page < cache.shape[0]]
     if wrong:
         raise ValueError(f"{name}: page id {wrong[0]}; expected 0 to {cache.shape[0] - 1}, as the cache has that many")
     # Neighbouring pages, the usual case, need no copy; for others, index_select takes a fifth of cache[used]'s time.
     in_order = ids == list(range(ids[0], ids[0] + len(ids)))
-    pages = cache[ids[0] : ids[-1] + 1] if in_order else cache.index_select(0, used)
-    slots = pages.flatten(0, 1)[start - first_page * page_size : end - first_page * page_size]
+    held = cache[ids[0] : ids[-1] + 1] if in_order else cache.index_select(0, used)
+    slots = held.flatten(0, 1)[start - first_page * page_size : end - first_page * page_size]
     return slots.transpose(0, 1).float()
 
 

@@ -122,6 +122,11 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
             attention | dict(sinks=new(heads)),
             dict(max_seqlen_q=1, window_size=7),
         ),
+        "paged_attention of a ring": (
+            octavo.paged_attention,
+            attention,
+            dict(max_seqlen_q=1, window_size=9, rolling=True),
+        ),
         "paged_attention of int8": (octavo.paged_attention, attention | int8_kv, dict(max_seqlen_q=1, window_size=7)),
         "int4_linear": (octavo.int4_linear, int4, dict(group_size=128)),
         "int4_linear with minimum": (

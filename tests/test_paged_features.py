@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import octavo
@@ -138,12 +138,22 @@ def check(args, max_seqlen_q, function=octavo.paged_attention, **options):
     return out
 
 
-def op_args(args, max_seqlen_q, scale=None, causal=True, window_size=None, softcap=0.0, return_lse=False, **options):
+def op_args(
+    args,
+    max_seqlen_q,
+    scale=None,
+    causal=True,
+    window_size=None,
+    softcap=0.0,
+    return_lse=False,
+    rolling=False,
+    **options,
+):
     """A call's arguments as the op itself takes them, all of them and in order."""
     scale = args["query"].shape[2] ** -0.5 if scale is None else scale
     given = args | options
     numbers = max_seqlen_q, scale, causal, window_size, softcap, return_lse
-    return *(given[name] for name in TENSORS), *numbers, *(given.get(name) for name in EXTRAS)
+    return *(given[name] for name in TENSORS), *numbers, *(given.get(name) for name in EXTRAS), rolling
 
 
 def of_reference(**args):
@@ -151,7 +161,7 @@ def of_reference(**args):
     return reference.attention.paged_attention(*op_args(args, **options))
 
 
-OPTIONS = ("max_seqlen_q", "scale", "causal", "window_size", "softcap", "return_lse")
+OPTIONS = ("max_seqlen_q", "scale", "causal", "window_size", "rolling", "softcap", "return_lse")
 MIX = [(1, 70), (9, 9), (0, 20), (5, 43), (1, 0), (2, 2)]
 
 
@@ -294,6 +304,104 @@ def test_layouts_of_the_fused_write(device, layout, cache_dtype):
         assert torch.equal(*bits), name
 
 
+def steps_of(chunks, table, page_size, rolling):
+    """Slots of each step of one or several sequences: sequence b takes `chunks[step][b]` more tokens."""
+    lengths, steps = [0] * len(table), []
+    for step in chunks:
+        slots = []
+        for b, count in enumerate(step):
+            for j in range(lengths[b], lengths[b] + count):
+                page = j // page_size % len(table[b]) if rolling else j // page_size
+                slots.append(table[b][page] * page_size + j % page_size)
+            lengths[b] += count
+        steps.append((slots, list(lengths)))
+    return steps
+
+
+@given(
+    window_size=st.integers(1, 12),
+    page_size=st.integers(1, 7),
+    spare=st.integers(0, 2),
+    chunks=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=2, max_size=4),
+    cache_dtype=st.sampled_from([None, torch.float8_e5m2, torch.int8]),
+    causal=st.booleans(),
+)
+@settings(max_examples=6)
+def test_a_rolling_buffer_is_the_full_cache(window_size, page_size, spare, chunks, cache_dtype, causal):
+    """Two sequences, step by step in chunks and single tokens, through several turns of the ring: the same bits."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chunks = [*chunks, (1, 1), (1, 0), (2, 1), *chunks[::-1]]
+    longest = max(map(max, chunks))
+    ring = -(-(window_size + longest - 1) // page_size) + spare
+    full = -(-max(map(sum, zip(*chunks, strict=True))) // page_size)
+    sides = []
+    for width, rolling in ((ring, True), (full, False)):
+        order = torch.randperm(2 * width + 1)[: 2 * width].view(2, width).tolist()
+        shape = dict(dtype=cache_dtype or torch.float32, device=device)
+        stored = caches(2 * width + 1, page_size, 2, 8, **shape)
+        table = torch.tensor(order, dtype=torch.int32, device=device)
+        sides.append((stored, table, rolling, steps_of(chunks, order, page_size, rolling)))
+    for step, counts in enumerate(chunks):
+        query, key, value = torch.randn(3, sum(counts), 4, 8, device=device)
+        results = []
+        for stored, table, rolling, steps in sides:
+            slots, lengths = steps[step]
+            octavo.write_kv(key[:, :2], value[:, :2], slot_mapping=torch.tensor(slots, device=device).long(), **stored)
+            given = dict(
+                query=query,
+                block_table=table,
+                seq_lens=torch.tensor(lengths, device=device).int(),
+                cu_seqlens_q=torch.tensor([0, counts[0], sum(counts)], device=device).int(),
+            )
+            options = dict(max_seqlen_q=longest, window_size=window_size, causal=causal, rolling=rolling)
+            for function in (octavo.paged_attention, of_reference):
+                results.append(function(**given, **stored, **options, return_lse=True))
+        for ours, expected in zip(results[:2], results[2:], strict=True):
+            assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+def test_a_rolling_buffer_far_along(device, dtype, queries):
+    """After a billion tokens, of which the ring holds 15; the block table's other column is another buffer's."""
+    length, page_size, width, window_size = 10**9 + 7, 3, 5, 12
+    args, _ = case([(queries, 15)], page_size=page_size, device=device, dtype=dtype)
+    plain = {name: args[name].clone() for name in CACHES[:2]}
+    table = args["block_table"][:, :width].contiguous()
+    for j in range(15):  # what is 15th from the end lies where position length - 15 + j belongs
+        at = length - 15 + j
+        page, old = table[0, at // page_size % width], table[0, j // page_size]
+        for name in CACHES[:2]:
+            args[name][page, at % page_size] = plain[name][old, j % page_size]
+    expected = octavo.paged_attention(**args | plain, max_seqlen_q=queries, window_size=window_size)
+    rolled = args | dict(block_table=table, seq_lens=torch.full_like(args["seq_lens"], length))
+    for function in (octavo.paged_attention, of_reference):
+        out = function(**rolled, max_seqlen_q=queries, window_size=window_size, rolling=True)
+        out = out if isinstance(out, torch.Tensor) else out[0]
+        assert_accurate(out, expected.double(), expected)
+
+
+def test_what_a_ring_has_lost_is_left_out(device):
+    """More queries than max_seqlen_q admits: the kernel attends to what is there, the reference says so."""
+    args, _ = case([(9, 12)], page_size=4, device=device)
+    args["block_table"] = args["block_table"][:, :3].contiguous()
+    options = dict(max_seqlen_q=1, window_size=8, rolling=True)
+    out = octavo.paged_attention(**args, **options)
+    assert torch.equal(out, octavo.paged_attention(**args, max_seqlen_q=1, window_size=8))
+    # The ring of two pages after 12 positions: 8 to 11 have replaced 0 to 3, 4 to 7 are there yet.
+    short = args | dict(block_table=args["block_table"][:, :2].contiguous())
+    for name in CACHES[:2]:
+        short[name] = args[name].clone()
+        short[name][args["block_table"][0, 0]] = args[name][args["block_table"][0, 2]]
+    out = octavo.paged_attention(**short, **options)
+    assert out.isfinite().all() and out[0].eq(0).all() and out[1:].ne(0).all()
+    exact = definition(
+        args | dict(query=args["query"][-1:], cu_seqlens_q=torch.tensor([0, 1])), torch.float64, window_size=8
+    )
+    assert_accurate(out[-1:], exact[0], exact[0].float())
+    with pytest.raises(ValueError, match=r"block_table\[0\]: 2 pages of 4 slots are too few for the 12 keys in sight"):
+        of_reference(**short, **options)
+
+
 @pytest.mark.parametrize("options", [dict(), dict(window_size=5), dict(softcap=3.0, causal=False)], ids=str)
 def test_sinks(device, dtype, options):
     """Sinks in fp32 and in query's dtype, of all sizes beside the scores; also where a row sees no key."""
@@ -359,6 +467,12 @@ IN_INT8 |= {name: torch.zeros(5, 4, 2) for name in CACHES[2:]}
         (dict(sinks=torch.zeros(4).half()), TypeError, "sinks: dtype float16 is not accepted; expected float32"),
         (dict(alibi_slopes=torch.zeros(4).half()), TypeError, "alibi_slopes: dtype float16 is not accepted"),
         (dict(alibi_slopes=torch.zeros(2, 4)), ValueError, r"alibi_slopes: shape \(2, 4\); expected \(4,\)"),
+        (dict(rolling=True), ValueError, "rolling: True without window_size"),
+        (
+            dict(rolling=True, window_size=11, max_seqlen_q=3),
+            ValueError,
+            r"block_table: 3 pages of 4 slots a sequence; expected at least 13 slots, window_size \+ max_seqlen_q - 1",
+        ),
         (dict(sinks=torch.zeros(2)), ValueError, r"sinks: shape \(2,\); expected \(4,\): \[heads\]"),
         (dict(sinks=torch.zeros(8)[::2]), ValueError, "sinks: the last dimension has stride 2"),
         (dict(sinks=torch.zeros(4, device="meta")), ValueError, "sinks: on meta, but query is on cpu"),

@@ -67,9 +67,12 @@ def find_sequence(cu_seqlens_q_ptr, tile, B, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def _load_page_ids(table_ptr, key, end, num_pages, PAGE_SIZE: tl.constexpr):
+def _load_page_ids(table_ptr, key, end, num_pages, table_width, PAGE_SIZE: tl.constexpr, ROLLING: tl.constexpr):
     """The page of each key position; -1 for ids out of range, and from `end` on, where the table may hold anything."""
-    page = tl.load(table_ptr + key // PAGE_SIZE, mask=key < end, other=-1)  # [N]
+    entry = key // PAGE_SIZE
+    if ROLLING:
+        entry %= table_width
+    page = tl.load(table_ptr + entry, mask=key < end, other=-1)  # [N]
     return tl.where((page >= 0) & (page < num_pages), page, -1)
 
 
@@ -103,6 +106,7 @@ def attend(
     value_scale_ptr,
     table_ptr,
     num_pages,
+    table_width,
     window,
     score_scale,
     cap,
@@ -118,6 +122,7 @@ def attend(
     PAGE_SIZE: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
+    ROLLING: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -143,7 +148,7 @@ def attend(
     acc_unit = 1.0
     # The next tile's page ids are loaded while this tile is used: a K load that waited for its page id inside the loop
     # would halve the depth of the software pipeline.
-    page = _load_page_ids(table_ptr, start + n, end, num_pages, PAGE_SIZE)
+    page = _load_page_ids(table_ptr, start + n, end, num_pages, table_width, PAGE_SIZE, ROLLING)
     for tile_start in range(start, end, BLOCK_N):
         key = tile_start + n
         slot = (key % PAGE_SIZE).to(tl.int64)
@@ -160,7 +165,7 @@ def attend(
             k_scales = tl.load(key_scale_ptr + k_scales_at, mask=present, other=0.0)  # [N]
             v_scales_at = page64 * stride_value_scale_page + slot * stride_value_scale_slot
             v_scales = tl.load(value_scale_ptr + v_scales_at, mask=present, other=0.0)  # [N]
-        page = _load_page_ids(table_ptr, key + BLOCK_N, end, num_pages, PAGE_SIZE)
+        page = _load_page_ids(table_ptr, key + BLOCK_N, end, num_pages, table_width, PAGE_SIZE, ROLLING)
 
         k, v = widened(k, q.dtype), widened(v, q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]

@@ -4,7 +4,8 @@
 
 The queries of a sequence are the last positions of its keys: query i of n stands at position seq_len - n + i, and sees
 the keys up to its own position (causal) and not further back than the window. Keys and values lie in pages: position j
-in slot j % page_size of page block_table[sequence, j // page_size].
+in slot j % page_size of page block_table[sequence, j // page_size], or of page j // page_size % max_pages of a rolling
+buffer, whose oldest positions the newest replace (Mistral 7B, https://arxiv.org/abs/2310.06825).
 
 A program owns BLOCK_M rows of one KV head: row m is token m // PACK of the tile and query head m % PACK of the group,
 so that the heads that share a KV head share its loads, and a decode token fills the tensor core's rows. The softmax is
@@ -126,6 +127,7 @@ def _paged_attention_kernel(
     PAGE_SIZE: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
+    ROLLING: tl.constexpr,
     SOFTCAP: tl.constexpr,
     RETURN_LSE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -163,11 +165,13 @@ def _paged_attention_kernel(
     position = token + history
     last_position = tl.minimum(tile_start + BLOCK_Q, query_end) - 1 + history
     start = 0
-    end = tl.minimum(seq_len, table_width * PAGE_SIZE)
+    end = seq_len if ROLLING else tl.minimum(seq_len, table_width * PAGE_SIZE)
     if CAUSAL:
         end = tl.minimum(end, last_position + 1)
     if WINDOW:
         start = tl.maximum(tile_start + history - window + 1, 0)
+    if ROLLING:
+        start = tl.maximum(start, seq_len - table_width * PAGE_SIZE)  # what is further back has been overwritten
 
     kv_head64 = kv_head.to(tl.int64)
     acc, top, total = attend(
@@ -184,6 +188,7 @@ def _paged_attention_kernel(
         offset_by(value_scale_cache_ptr, kv_head64 * stride_value_scale_head),
         block_table_ptr + sequence.to(tl.int64) * stride_table_sequence,
         num_pages,
+        table_width,
         window,
         score_scale,
         cap,
@@ -199,6 +204,7 @@ def _paged_attention_kernel(
         PAGE_SIZE,
         CAUSAL,
         WINDOW,
+        ROLLING,
         SOFTCAP,
         BLOCK_M,
         BLOCK_N,
@@ -243,6 +249,7 @@ def _paged_attention_cuda(
     value_scale_cache: torch.Tensor | None,
     sinks: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
+    rolling: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_supported(key_cache)
     out, lse = outputs(query, return_lse)
@@ -296,6 +303,7 @@ def _paged_attention_cuda(
         PAGE_SIZE=key_cache.shape[1],
         CAUSAL=causal,
         WINDOW=window_size is not None,
+        ROLLING=rolling,
         SOFTCAP=softcap > 0,
         RETURN_LSE=return_lse,
         BLOCK_M=tiles.block_m,

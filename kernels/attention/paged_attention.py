@@ -5,7 +5,7 @@ from typing import Literal, overload
 import torch
 
 from octavo.kernels.attention.paged import _paged_attention_cuda, outputs
-from octavo.kernels.attention.paged_check import check_paged_attention, check_per_head
+from octavo.kernels.attention.paged_check import check_paged_attention, check_per_head, check_rolling
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
 from octavo.reference import attention as reference
@@ -30,6 +30,7 @@ def _paged_attention_fake(
     value_scale_cache: torch.Tensor | None,
     sinks: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
+    rolling: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return outputs(query, return_lse)
 
@@ -38,7 +39,7 @@ _paged_attention = register(
     "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
     "Tensor cu_seqlens_q, SymInt max_seqlen_q, float scale, bool causal, int? window_size, float softcap, "
     "bool return_lse, Tensor? k_scale, Tensor? v_scale, Tensor? key_scale_cache, Tensor? value_scale_cache, "
-    "Tensor? sinks, Tensor? alibi_slopes) -> (Tensor, Tensor)",
+    "Tensor? sinks, Tensor? alibi_slopes, bool rolling) -> (Tensor, Tensor)",
     reference=reference.paged_attention,
     launcher=_paged_attention_cuda,
     fake=_paged_attention_fake,
@@ -58,6 +59,7 @@ def paged_attention(
     scale: float | None = None,
     causal: bool = True,
     window_size: int | None = None,
+    rolling: bool = False,
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
@@ -80,6 +82,7 @@ def paged_attention(
     scale: float | None = None,
     causal: bool = True,
     window_size: int | None = None,
+    rolling: bool = False,
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
@@ -102,6 +105,7 @@ def paged_attention(
     scale: float | None = None,
     causal: bool = True,
     window_size: int | None = None,
+    rolling: bool = False,
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
@@ -129,11 +133,17 @@ def paged_attention(
             past the sequence's end, or wholly before the window of its first query, are never read.
         seq_lens: `[sequences]` int32, keys of each sequence, this step's included; 0 for a padding entry.
         cu_seqlens_q: `[sequences + 1]` int32, starts at 0; rows from its last value on are padding.
-        max_seqlen_q: upper bound of queries a sequence; it guides the tile choice only, so a wrong one costs speed.
+        max_seqlen_q: upper bound of queries a sequence; it guides the tile choice only, so a wrong one costs speed
+            (with rolling, also the keys of a longer query's past that have been replaced).
         scale: of the scores; `head_size ** -0.5` if None.
         causal: whether a query sees no key after its own position; else it sees all of its sequence's.
         window_size: a query sees its own position and the `window_size - 1` before it (Hugging Face's sliding_window);
             None for no limit. Without causal it limits the past alone.
+        rolling: whether a row of block_table is a ring: position j lies in page `block_table[b, j // page_size %
+            max_pages]`, slot `j % page_size`, and replaces what lay there, so that a sequence of any length keeps
+            max_pages pages. With window_size only; the ring must hold what the step's queries see, `max_pages ·
+            page_size ≥ window_size + max_seqlen_q - 1`: give longer prompts in chunks, the older ones' keys written and
+            attended to before the next chunk is written. Slots for `write_kv` follow the same formula.
         softcap: in units of the scores (Gemma 2 has 50.0); 0.0 for none.
         alibi_slopes: `[heads]` fp32, or None: from each score, after the cap, `slope · |i - j|` is subtracted, i and j
             being the positions of query and key (ALiBi, as FlashAttention has it).
@@ -172,6 +182,8 @@ def paged_attention(
         raise ValueError(f"max_seqlen_q: {max_seqlen_q}; expected at least 0")
     if window_size is not None and window_size < 1:
         raise ValueError(f"window_size: {window_size}; expected at least 1 (the token itself), or None for no window")
+    if rolling:
+        check_rolling(block_table, key_cache.shape[1], window_size, max_seqlen_q)
     if softcap < 0:
         raise ValueError(f"softcap: {softcap}; expected a positive number, or 0.0 for none")
     if scale is None:
@@ -192,5 +204,6 @@ def paged_attention(
         *scales,
         sinks,
         alibi_slopes,
+        rolling,
     )
     return (out, lse) if return_lse else out

@@ -63,3 +63,15 @@ def check_per_head(name: str, x: torch.Tensor | None, query: torch.Tensor, dtype
         check_shape(name, x, query.shape[1:2], "[heads], as query")
         check_last_dim_contiguous(name, x)
         check_device(name, x, "query", query)
+
+
+def check_rolling(block_table: torch.Tensor, page_size: int, window_size: int | None, max_seqlen_q: int) -> None:
+    """Raises ValueError unless the rows of `block_table` can be rings that hold all that a step's queries see."""
+    if window_size is None:
+        raise ValueError("rolling: True without window_size; expected a window, as a ring holds the last keys only")
+    needed, pages = window_size + max(max_seqlen_q, 1) - 1, block_table.shape[1]
+    if pages * page_size < needed:
+        raise ValueError(
+            f"block_table: {pages} pages of {page_size} slots a sequence; expected at least {needed} slots, "
+            "window_size + max_seqlen_q - 1, with rolling: pass more pages, or queries in smaller chunks"
+        )
