@@ -101,6 +101,11 @@ def head_layouts() -> list[Shape]:
     return _each_once({"heads": m.heads, "kv_heads": m.kv_heads, "D": m.head_dim} for m in MODELS)
 
 
+def attention_heads() -> list[Shape]:
+    """Query heads and head size: what attention returns for a token."""
+    return _each_once({"heads": m.heads, "D": m.head_dim} for m in MODELS)
+
+
 def kv_layouts() -> list[Shape]:
     """KV heads and head size: what a cache is made of."""
     return _each_once({"kv_heads": m.kv_heads, "D": m.head_dim} for m in MODELS)

@@ -218,3 +218,15 @@ def _attend(
     out = torch.bmm(scores.softmax(-1)[..., : v.shape[1]], v).view(heads, n, d).transpose(0, 1)
     sums = scores.logsumexp(-1).view(heads, n).t() if return_lse else None
     return out, sums
+
+
+def merge_attention_states(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    lse = torch.logaddexp(lse_a, lse_b)
+    out = torch.zeros(out_a.shape, dtype=torch.float32, device=out_a.device)
+    for part, part_lse in ((out_a, lse_a), (out_b, lse_b)):
+        empty = part_lse == -torch.inf
+        weight = torch.exp(part_lse - lse).masked_fill(empty, 0.0)
+        out += weight[..., None] * part.float().masked_fill(empty[..., None], 0.0)
+    return out.to(out_a.dtype), lse

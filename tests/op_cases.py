@@ -128,6 +128,11 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
             dict(max_seqlen_q=1, window_size=9, rolling=True),
         ),
         "paged_attention of int8": (octavo.paged_attention, attention | int8_kv, dict(max_seqlen_q=1, window_size=7)),
+        "merge_attention_states": (
+            octavo.merge_attention_states,
+            dict(out_a=new(tokens, heads, d), lse_a=ones(tokens, heads), out_b=q, lse_b=ones(heads, tokens).t()),
+            {},
+        ),
         "int4_linear": (octavo.int4_linear, int4, dict(group_size=128)),
         "int4_linear with minimum": (
             octavo.int4_linear,

@@ -511,24 +511,39 @@ def test_float8_e4m3fn_before_sm_89(monkeypatch):
         launch(torch.float16, torch.float8_e4m3fn, 64, 4, 1)
 
 
+GPT_OSS = dict(sinks=torch.bfloat16, window_size=128, rolling=True, return_lse=True)
+GEMMA = dict(softcap=50.0, window_size=1024, rolling=True)
+MPT = dict(alibi_slopes=torch.float32, return_lse=True)
+
+
 def launches(dtype):
-    """Every format of a cache, on meta tensors: tests/test_compile.py compiles them."""
+    """Every format of a cache, and options as models have them, on meta tensors: tests/test_compile.py compiles them.
+
+    fp16 differs from bf16 in how a cache is converted.
+    """
     old = device_properties(torch.device("meta")).capability < (8, 9)
-    for cache_dtype in (torch.float8_e5m2, torch.int8, *([] if old else [torch.float8_e4m3fn])):
-        for d in (64, 128, 256):
-            for group, longest in ((4, 1), (8, 512)):
-                launch(dtype, cache_dtype, d, group, longest)
+    formats = torch.float8_e5m2, torch.int8, *([] if old else [torch.float8_e4m3fn])
+    cases = [(cache, d, {}) for cache in formats for d in ((64, 128, 256) if dtype == torch.bfloat16 else (128,))]
+    if dtype == torch.bfloat16:
+        cases += [(dtype, 64, GPT_OSS), (dtype, 128, GPT_OSS), (dtype, 256, GEMMA), (dtype, 128, MPT)]
+        cases += [(torch.int8, 64, GPT_OSS)]
+    for cache, d, options in cases:
+        for group, longest in ((4, 1), (8, 512)):
+            launch(dtype, cache, d, group, longest, **options)
 
 
 def launch(dtype, cache_dtype, d, group, longest, **options):
     def empty(*shape, dtype=torch.int32):
         return torch.empty(shape, device="meta", dtype=dtype)
 
-    cache = empty(100, 16, 8, d, dtype=cache_dtype)
-    args = dict(query=empty(64, 8 * group, d, dtype=dtype), key_cache=cache, value_cache=cache)
-    args |= dict(block_table=empty(4, 50), seq_lens=empty(4), cu_seqlens_q=empty(5))
+    cache, heads = empty(100, 16, 8, d, dtype=cache_dtype), 8 * group
+    args = dict(query=empty(64, heads, d, dtype=dtype), key_cache=cache, value_cache=cache)
+    args |= dict(block_table=empty(4, 80), seq_lens=empty(4), cu_seqlens_q=empty(5))
     if cache_dtype == torch.int8:
         args |= {name: empty(100, 16, 8, dtype=torch.float32) for name in CACHES[2:]}
     elif cache_dtype in FLOAT8:
         args |= dict(k_scale=empty(8, dtype=torch.float32), v_scale=empty(8, dtype=torch.float32))
+    for name in ("sinks", "alibi_slopes"):
+        if name in options:
+            options[name] = empty(heads, dtype=options[name])
     paged._paged_attention_cuda(*op_args(args, longest, **options))

@@ -54,6 +54,7 @@ TINY = {
             (2, 5, 21, 4, 7),
         )
     ],
+    "merge_attention_states": [{"T": 5, "heads": 3, "D": 16}],
     "int4_linear": [{"M": 3, "N": 40, "K": 256, "group": 128}],
     "int8_linear": [{"M": 3, "N": 40, "K": 256, "group": 128}, {"M": 3, "N": 40, "K": 256, "group": 256}],
     "sample": [
@@ -93,6 +94,8 @@ BY_HAND = {
         65536 * 32 * 2 * 256,
         2 * 65536 * 8 * 128 * 2 + 2 * 16 * 4096 * 2 + 4 * (4096 + 16 + 17),
     ),
+    # 262,144 elements, and 2,048 rows with three logarithms each.
+    "merge_attention_states": ("T=64,heads=32,D=128", 3 * 262144, 2 * 3 * 262144 + 4 * 3 * 2048),
     # A nibble a weight; 32 groups of 4096 inputs.
     "int4_linear": ("M=1,N=6144,K=4096,group=128", 50331648, 12582912 + 2 * (4096 + 32 * 6144 + 6144)),
     # 36 bytes of settings, seed, position and token a row.
