@@ -457,7 +457,6 @@ def _launch(d, group, longest, window_size, softcap, lse, dtype):
         return torch.empty(shape, device="meta", dtype=dtype)
 
     query, cache = empty(64, 8 * group, d, dtype=dtype), empty(100, 16, 8, d, dtype=dtype)
-    lengths = empty(4, 50), empty(4), empty(5)
-    paged._paged_attention_cuda(
-        query, cache, cache, *lengths, longest, 0.1, True, window_size, softcap, lse, *[None] * 4
-    )
+    args = dict(zip(TENSORS, (query, cache, cache, empty(4, 50), empty(4), empty(5)), strict=True))
+    options = dict(window_size=window_size, softcap=softcap, return_lse=lse)
+    paged._paged_attention_cuda(*op_args(args, longest, **options))
