@@ -1,4 +1,4 @@
-"""What a cache may be and what may be added to a softmax: formats, layouts, ... of `paged_attention`.
+"""`paged_attention` of every kind of cache, and all that its softmax may hold: formats, layouts, rings, sinks, ALiBi.
 
 Caches are written with `write_kv`; the oracle attends to what they hold, read back exactly.
 """
@@ -437,6 +437,17 @@ def test_sinks_that_weigh_nothing_change_nothing(device, dtype):
     sinks = torch.full((4,), -torch.inf, device=device)
     out, lse = octavo.paged_attention(**args, max_seqlen_q=longest, return_lse=True, sinks=sinks)
     assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("cache_dtype", [None, *QUANTISED], ids=str)
+def test_large(dtype, cache_dtype, d):
+    shape = dict(heads=16, kv_heads=4, d=d, page_size=16, device="cuda", dtype=dtype, cache_dtype=cache_dtype)
+    args, longest = case([(1, 2000), (300, 1500), (1, 513)], **shape)
+    check(args, longest)
+    options = dict(sinks=torch.randn(16, device="cuda"), alibi_slopes=torch.rand(16, device="cuda") / 10)
+    check(args, longest, window_size=200, softcap=20.0, **options)
 
 
 @pytest.mark.parametrize("cache_dtype", QUANTISED, ids=str)

@@ -130,9 +130,9 @@ def attend(
 ):
     """Attends q [M, D] to the keys start to end: the unnormalised sum of values [M, D], the maximum and the sum [M].
 
-    `slope` is ALiBi's of each row [M], or None.
-    Pointers to caches and scales are those of the rows' KV head. The maximum is that of the scores · log2(e). All
-    scales are in the results, so that those of other keys can be added to them.
+    `position` [M] is that of each row, `slope` [M] its ALiBi slope or None. Pointers to caches and scales are those of
+    the rows' KV head. The maximum is that of log2(e) · the scores. All scales are in the results, and no sink, so that
+    the results over other keys can be merged with them.
     """
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
