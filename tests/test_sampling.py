@@ -21,13 +21,13 @@ VOCAB = 40
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 8 tokens, two at once, and 16 candidates, so that 40 tokens take every path."""
-    monkeypatch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(8, 2, 2, 16, 4))
+    monkeypatch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(8, 2, 2, 16, 8, 4, 4))
 
 
 @pytest.fixture
 def large_tiles(monkeypatch):
     """Tiles of 16 tokens, all of them at once: what takes many rows goes the short way, as most rows do."""
-    monkeypatch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(16, 4, 4, 64, 4))
+    monkeypatch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(16, 4, 4, 64, 64, 4, 4))
 
 
 def words(allowed):
@@ -300,7 +300,7 @@ def test_kept_tokens(vocab, k, p, min_p, temperature, levels, gap):
     """Vocabularies smaller than k, ties, odd strides: what is drawn is kept by the definitions, and the reference's."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(8, 2, 2, 8, 4))
+        patch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(8, 2, 2, 8, 4, 4, 4))
         logits = (torch.randn(2, vocab + gap)[:, :vocab] * levels / 2).round() / levels * 4
         given = dict(
             seeds=torch.tensor([vocab, k]),

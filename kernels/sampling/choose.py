@@ -3,18 +3,12 @@
 import triton
 import triton.language as tl
 
-from octavo.kernels.sampling.logits import LOWEST, STAGES, edit, load_raw, setting, temperature_setting, top_k_setting
+from octavo.kernels.sampling.gather import draw_from_candidates, first_of_largest, list_tiles
+from octavo.kernels.sampling.logits import LOWEST, edit, load_raw, setting, temperature_setting, top_k_setting
 from octavo.kernels.sampling.noise import gumbel
-from octavo.kernels.sampling.threshold import find_threshold, list_tiles, listed_logits, lower_bound
+from octavo.kernels.sampling.threshold import find_and_draw, lower_bound
 from octavo.kernels.sampling.tile_stats import BEST, MAX, PLANES, RAW_MAX, RAW_SUM, SUM
 from octavo.kernels.tiles import let_next_start, wait_for_previous
-
-
-@triton.jit
-def _first_of_largest(score, token):
-    """The lowest token id among those of the largest score."""
-    best = tl.max(tl.max(score, 1), 0)
-    return tl.min(tl.min(tl.where(score == best, token, 0x7FFFFFFF), 1), 0)
 
 
 @triton.jit
@@ -46,41 +40,7 @@ def _largest(
     if seeds_ptr is not None:
         noise = gumbel(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), tile, TILE)
         score = tl.where(greedy, score, score * scale + noise)
-    return _first_of_largest(score, token)
-
-
-@triton.jit
-def _largest_kept(
-    list_ptr,
-    listed,
-    threshold,
-    logits_ptr,
-    row,
-    V,
-    tiles,
-    stride_logits_row,
-    edits,
-    top,
-    scale,
-    seed,
-    position,
-    TILES: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Among the logits that reach the threshold, the token of the largest with its noise; and the mass of them all."""
-    best = tl.full([TILES, TILE], -float("inf"), tl.float32)
-    best_token = tl.full([TILES, TILE], 0x7FFFFFFF, tl.int32)
-    masses = tl.zeros([TILES, TILE], tl.float32)
-    for start in tl.range(0, listed, TILES, num_stages=STAGES):
-        x, token, tile = listed_logits(
-            list_ptr, start, listed, logits_ptr, row, V, tiles, stride_logits_row, edits, TILES, TILE
-        )
-        kept = x >= threshold
-        score = tl.where(kept, x * scale + gumbel(seed, position, tile, TILE), -float("inf"))
-        better = score > best
-        best, best_token = tl.where(better, score, best), tl.where(better, token, best_token)
-        masses += tl.where(kept, tl.exp((x - top) * scale), 0.0)
-    return _first_of_largest(best, best_token), tl.sum(tl.sum(masses, 1), 0)
+    return first_of_largest(score, token)[1]
 
 
 @triton.jit(do_not_specialize=["biases", "stride_bias_ids_row", "stride_bias_values_row", "num_logprobs"])
@@ -120,6 +80,7 @@ def choose_kernel(
     TILE: tl.constexpr,
     ALL_TILES: tl.constexpr,
     CANDIDATES: tl.constexpr,
+    SORTED: tl.constexpr,
     FILTERS: tl.constexpr,
     RAW: tl.constexpr,
     CHAINED: tl.constexpr,
@@ -167,19 +128,21 @@ def choose_kernel(
             if filtered:
                 log_min_p = tl.log(tl.minimum(tl.where(min_p > 0.0, min_p, 1.0), 1.0))
                 floor = tl.where(min_p > 0.0, top + log_min_p / scale, LOWEST)
-                low, loose = lower_bound(tile, tile_max, top, total, scale, floor, k, p, V)
-                # Past the planes: a list of tiles for each row, and its candidates.
+                low = lower_bound(tile, tile_max, top, total, scale, floor, k, p, V)
+                # Past the planes: of each row a list of tiles, its candidates, and those that are sorted.
                 list_ptr = (row_stats_ptr + PLANES * plane).to(tl.pointer_type(tl.int32))
-                candidates_ptr = stats_ptr + (PLANES + 1) * plane + row.to(tl.int64) * CANDIDATES
+                room = 2 * CANDIDATES + SORTED
+                candidates_ptr = stats_ptr + (PLANES + 1) * plane + row.to(tl.int64) * room
                 listed = list_tiles(list_ptr, tile, tile_max, low)
-                threshold = find_threshold(
+                listed_mass = tl.sum(tl.where(tile_max >= low, tile_sum * tl.exp((tile_max - top) * scale), 0.0), 0)
+                threshold, found, best, best_token, mass = find_and_draw(
                     list_ptr,
                     candidates_ptr,
                     logits_ptr,
                     row,
                     listed,
+                    listed_mass,
                     low,
-                    loose,
                     top,
                     total,
                     scale,
@@ -190,27 +153,26 @@ def choose_kernel(
                     tiles,
                     stride_logits_row,
                     edits,
+                    seeds_ptr,
+                    positions_ptr,
                     CANDIDATES,
+                    SORTED,
                     TILES,
                     TILE,
                 )
-                token, kept_mass = _largest_kept(
-                    list_ptr,
-                    listed,
+                score, token, kept_mass = draw_from_candidates(
+                    candidates_ptr,
+                    found,
                     threshold,
-                    logits_ptr,
-                    row,
-                    V,
-                    tiles,
-                    stride_logits_row,
-                    edits,
                     top,
                     scale,
                     tl.load(seeds_ptr + row),
                     tl.load(positions_ptr + row),
-                    TILES,
-                    TILE,
+                    CANDIDATES,
+                    SORTED,
                 )
+                token = tl.where(best == score, tl.minimum(best_token, token), tl.where(best > score, best_token, token))
+                kept_mass += mass
         if filtered == 0:
             token = _largest(
                 tile_max,
@@ -255,7 +217,7 @@ def choose_kernel(
             if not RAW:
                 x = edit(x, row, tokens, 0, V, V, edits)
             x = tl.where((x < last) | ((x == last) & (tokens > last_token)), x, -float("inf"))
-            last, last_token = tl.max(tl.max(x, 1), 0), _first_of_largest(x, tokens)
+            last, last_token = first_of_largest(x, tokens)
             left = tl.where((x < last) | (tokens > last_token), x, -float("inf"))
             tile_max = tl.where(tile == winner, tl.max(tl.max(left, 1), 0), tile_max)
             logprob = tl.where(last >= threshold, (last - top) * scale - log_mass, -float("inf"))

@@ -35,7 +35,9 @@ class _Tiles:
     choose_tiles: int
     """Tiles that a program of the second kernel holds at once."""
     candidates: int
-    """Tokens that it sorts at most."""
+    """Tokens that it has room for."""
+    sorted: int
+    """Tokens that it sorts at once."""
     stats_warps: int
     choose_warps: int
 
@@ -46,8 +48,9 @@ def choose_tiles(vocab: int, edited: bool) -> _Tiles:
     Nothing but the time depends on how many a program holds; bias, penalties and masks take registers.
     """
     tile = max(128, next_power_of_2(cdiv(vocab, 1024)))
-    few = max(2048 // tile, 1)
-    return _Tiles(tile, few if edited else 2 * few, few, candidates=1024, stats_warps=8, choose_warps=8)
+    few = max(1024 // tile, 1)
+    candidates = max(tile * next_power_of_2(cdiv(vocab, tile)) // 8, 1024)
+    return _Tiles(tile, (2 if edited else 4) * few, few, candidates, sorted=1024, stats_warps=8, choose_warps=8)
 
 
 def _row_stride(x: torch.Tensor | None) -> int:
@@ -85,9 +88,9 @@ def _sample_cuda(
     raw = wants_logprobs and not processed_logprobs
     # Noise is of use only with seeds, and without it every row is greedy, so that filters have no say.
     filters = seeds is not None and (top_k is not None or top_p is not None or min_p is not None)
-    # One workspace, since every allocation takes a microsecond: the planes, and for filters a list of tiles and
-    # candidates.
-    width = PLANES.value * tiles + (tiles + choice.candidates if filters else 0)
+    # One workspace, since every allocation takes a microsecond: the planes, and for filters a list of tiles, the
+    # candidates with their ids, and those of them that are sorted.
+    width = PLANES.value * tiles + (tiles + 2 * choice.candidates + choice.sorted if filters else 0)
     workspace = empty((rows, width), torch.float32, device)
     pointers = (
         logits,
@@ -143,6 +146,7 @@ def _sample_cuda(
         TILE=choice.tile,
         ALL_TILES=next_power_of_2(tiles),
         CANDIDATES=choice.candidates,
+        SORTED=choice.sorted,
         FILTERS=filters,
         RAW=raw,
         CHAINED=chains(device),
