@@ -40,17 +40,29 @@ class _Tiles:
     """Tokens that it sorts at once."""
     stats_warps: int
     choose_warps: int
+    choose_registers: int = 0
+    """Registers that a thread of the second kernel may use if there are filters; 0 sets no limit."""
 
 
 def choose_tiles(vocab: int, edited: bool) -> _Tiles:
     """Tiles as small as 1024 of them allow: the second kernel holds one number of each, and reads whole ones.
 
-    Nothing but the time depends on how many a program holds; bias, penalties and masks take registers.
+    Nothing but the time depends on how many a program holds; bias, penalties and masks take registers. Without them
+    128 registers do, with which two programs of 8 warps fit on an SM: 256 rows then take one turn on an H100, not two.
     """
     tile = max(128, next_power_of_2(cdiv(vocab, 1024)))
     few = max(1024 // tile, 1)
     candidates = max(tile * next_power_of_2(cdiv(vocab, tile)) // 8, 1024)
-    return _Tiles(tile, (2 if edited else 4) * few, few, candidates, sorted=1024, stats_warps=8, choose_warps=8)
+    return _Tiles(
+        tile,
+        (2 if edited else 4) * few,
+        few,
+        candidates,
+        sorted=1024,
+        stats_warps=8,
+        choose_warps=8,
+        choose_registers=0 if edited else 128,
+    )
 
 
 def _row_stride(x: torch.Tensor | None) -> int:
@@ -88,9 +100,11 @@ def _sample_cuda(
     raw = wants_logprobs and not processed_logprobs
     # Noise is of use only with seeds, and without it every row is greedy, so that filters have no say.
     filters = seeds is not None and (top_k is not None or top_p is not None or min_p is not None)
-    # One workspace, since every allocation takes a microsecond: the planes, and for filters a list of tiles, the
-    # candidates with their ids, and those of them that are sorted.
-    width = PLANES.value * tiles + (tiles + 2 * choice.candidates + choice.sorted if filters else 0)
+    # One workspace, since every allocation takes a microsecond: the tiles' numbers, and for filters a list of tiles with
+    # an end, the candidates, their places, and those that are sorted.
+    width = PLANES.value * tiles
+    if filters:
+        width += tiles + choice.choose_tiles + 2 * choice.candidates + choice.sorted
     workspace = empty((rows, width), torch.float32, device)
     pointers = (
         logits,
@@ -119,6 +133,7 @@ def _sample_cuda(
         vocab,
         tiles,
         chunks,
+        width,
         biases,
         *strides,
         device=device,
@@ -137,6 +152,7 @@ def _sample_cuda(
         *pointers,
         vocab,
         tiles,
+        width,
         biases,
         num_logprobs or 0,
         *strides,
@@ -149,6 +165,7 @@ def _sample_cuda(
         SORTED=choice.sorted,
         FILTERS=filters,
         RAW=raw,
+        REGISTERS=choice.choose_registers if filters else 0,
         CHAINED=chains(device),
     )
     return tokens, logprobs, top_ids, top_logprobs

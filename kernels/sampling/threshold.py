@@ -21,14 +21,15 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.sampling.bracket import divided, estimated, key_of, value_of
-from octavo.kernels.sampling.gather import NO_TOKEN, gather_from_candidates, gather_from_tiles
+from octavo.kernels.sampling.gather import NOWHERE, gather_from_candidates, gather_from_tiles
 from octavo.kernels.sampling.logits import LOWEST, edit, load_raw
+from octavo.kernels.sampling.sort import ascending
 
 
 @triton.jit
 def lower_bound(tile, tile_max, top, total, scale, floor, k, p, V):
     """A logit that the threshold is not below, from the tiles' maxima."""
-    ordered = tl.sort(tile_max, descending=True)
+    ordered = -ascending(-tile_max)
     if (k == 0) & (floor == LOWEST):
         # Top-p takes its share of `total`, which is known. All tokens below `tail` together hold less than half of what
         # it leaves out.
@@ -67,7 +68,6 @@ def find_and_draw(
     k,
     p,
     V,
-    tiles,
     stride_logits_row,
     edits,
     seeds_ptr,
@@ -80,7 +80,7 @@ def find_and_draw(
     """The smallest logit kept, given a lower bound `low` of it; k = 0 and p = 1 are off, `floor` is min-p's threshold.
 
     Returns with it how many candidates there are, the tokens that may be kept or not; and of the others that are kept,
-    the largest with its noise (score and token) and the mass.
+    the largest with its noise (score and place) and the mass.
     """
     slot = tl.arange(0, SORTED)
     counting = k > 0  # looking for top-k's threshold; then for top-p's
@@ -89,19 +89,19 @@ def find_and_draw(
     share, share_known = total, (k == 0) & (floor == LOWEST)  # of what top-p takes its share
     # What is looked for lies in [low, high). So many tokens, with so much mass, reach either; until they are `measured`
     # those of `low` are all that the tiles hold.
-    low_key, above_top = key_of(low), key_of(top) + 1
-    high_key = above_top
+    low_key, high_key = key_of(low), key_of(top) + 1
     low_count, low_mass = listed * TILE, listed_mass
-    high_count, high_mass = listed * 0, total * 0.0
+    high_count = listed * 0
     measured = k < 0
     # Tokens in [low, edge) are `found` and gathered, or else those in the tiles are searched; these reach `edge`:
     gathered = k < 0
-    found, edge_key = listed * 0, above_top
-    edge_count, edge_mass = high_count, high_mass
-    best, best_token = tl.full([], -float("inf"), tl.float32), tl.full([], NO_TOKEN, tl.int32)
+    found, edge_key = listed * 0, high_key
+    edge_count, edge_mass = listed * 0, total * 0.0
+    best, best_place = tl.full([], -float("inf"), tl.float32), tl.full([], NOWHERE, tl.int32)
     tried = k * 0
     searching = k == k
     while searching:
+        above_top = key_of(top) + 1
         room = tl.where(gathered, SORTED, CANDIDATES)
         a_key, b_key = low_key, high_key
         if known:
@@ -139,7 +139,7 @@ def find_and_draw(
             above += edge_count
             above_mass += edge_mass
         elif b_key == above_top:
-            found, within_mass, above, above_mass, best, best_token = gather_from_tiles(
+            found, within_mass, above, above_mass, best, best_place = gather_from_tiles(
                 list_ptr,
                 listed,
                 a,
@@ -148,7 +148,6 @@ def find_and_draw(
                 logits_ptr,
                 row,
                 V,
-                tiles,
                 stride_logits_row,
                 edits,
                 top,
@@ -162,7 +161,7 @@ def find_and_draw(
             )
             within, edge_key, edge_count, edge_mass = found, b_key, above, above_mass
         else:
-            found, within_mass, above, above_mass, best, best_token = gather_from_tiles(
+            found, within_mass, above, above_mass, best, best_place = gather_from_tiles(
                 list_ptr,
                 listed,
                 a,
@@ -171,7 +170,6 @@ def find_and_draw(
                 logits_ptr,
                 row,
                 V,
-                tiles,
                 stride_logits_row,
                 edits,
                 top,
@@ -203,13 +201,13 @@ def find_and_draw(
                 low_key, low_count, low_mass, measured = b_key, above, above_mass, measured | b_enough
             elif a_enough:
                 low_key, low_count, low_mass, measured = a_key, count, mass, measured | a_enough
-                high_key, high_count, high_mass = b_key, above, above_mass
+                high_key, high_count = b_key, above
             elif answered == 0:
-                high_key, high_count, high_mass = a_key, count, mass
+                high_key, high_count = a_key, count
             if beyond:
                 # Of those gathered all are too small. The tiles have the rest.
                 gathered = k < 0
-                high_key, high_count, high_mass = above_top, high_count * 0, high_mass * 0.0
+                high_key, high_count = above_top, high_count * 0
                 tried = tried * 0
             elif (high_key.to(tl.int64) - low_key) == 1:
                 answered, answer = answered | b_enough | (b_enough == 0), value_of(low_key)
@@ -219,7 +217,7 @@ def find_and_draw(
                     # In descending order, from the highest that fits.
                     written = tl.where(gathered, 2 * CANDIDATES, 0) + slot
                     x = tl.load(candidates_ptr + written, mask=slot < within, other=-float("inf"))
-                    x = tl.sort(x, descending=True)
+                    x = -ascending(-x)
                     masses = tl.exp((x - top) * scale)
                     enough = tl.where(counting, above + slot + 1 >= k, above_mass + tl.cumsum(masses, 0) >= goal)
                     answer = tl.max(tl.where(enough & (slot < within), x, value_of(low_key)), 0)
@@ -241,9 +239,9 @@ def find_and_draw(
                     measured = k < 0
                     low_key, high_key = key_of(threshold), tl.where(gathered, edge_key, above_top)
                     low_count = tl.where(gathered, edge_count + found, listed * TILE)
-                    high_count, high_mass = tl.where(gathered, edge_count, 0), tl.where(gathered, edge_mass, 0.0)
+                    high_count = tl.where(gathered, edge_count, 0)
                     tried = tried * 0
                 else:
                     known = answered
                     searching = gathered == 0
-    return threshold, tl.where(gathered, found, 0), best, best_token, edge_mass
+    return threshold, tl.where(gathered, found, 0), best, best_place, edge_mass
