@@ -127,7 +127,7 @@ def choose_kernel(
         if filtered == 0:
             token = _largest(
                 row_stats_ptr,
-                            logits_ptr,
+                logits_ptr,
                 row,
                 V,
                 tiles,

@@ -97,16 +97,14 @@ def gather_from_tiles(
 
 
 @triton.jit
-def gather_from_candidates(
-    candidates_ptr, found, a, b, top, scale, CANDIDATES: tl.constexpr, SORTED: tl.constexpr
-):
+def gather_from_candidates(candidates_ptr, found, a, b, top, scale, CANDIDATES: tl.constexpr, SORTED: tl.constexpr):
     """The same among the `found` candidates, of which those in [a, b) are written down once more, behind the places."""
     narrowed_ptr = candidates_ptr + 2 * CANDIDATES
     within_count = found * 0
     masses = tl.zeros([SORTED], tl.float32)
     counts_above = tl.zeros([SORTED], tl.int32)
     masses_above = tl.zeros([SORTED], tl.float32)
-    for start in tl.range(0, found, SORTED, num_stages=STAGES):
+    for start in tl.range(0, found, SORTED):
         slot = start + tl.arange(0, SORTED)
         x = tl.load(candidates_ptr + slot, mask=slot < found, other=-float("inf"))
         mass = tl.exp((x - top) * scale)

@@ -100,8 +100,8 @@ def _sample_cuda(
     raw = wants_logprobs and not processed_logprobs
     # Noise is of use only with seeds, and without it every row is greedy, so that filters have no say.
     filters = seeds is not None and (top_k is not None or top_p is not None or min_p is not None)
-    # One workspace, since every allocation takes a microsecond: the tiles' numbers, and for filters a list of tiles with
-    # an end, the candidates, their places, and those that are sorted.
+    # One workspace, since every allocation takes a microsecond: the tiles' numbers, and for filters a list of tiles
+    # with an end, the candidates, their places, and those that are sorted.
     width = PLANES.value * tiles
     if filters:
         width += tiles + choice.choose_tiles + 2 * choice.candidates + choice.sorted

@@ -42,13 +42,15 @@ def ascending(x):
     the other way is negated meanwhile, so that there is one mask a dimension.
     """
     DIMS: tl.constexpr = _log2(x.numel)
-    cube = tl.reshape(x, _cube(DIMS))
-    for stage in tl.static_range(1, DIMS + 1):
-        if stage < DIMS:
-            backwards = _second(DIMS, DIMS - 1 - stage)
-            cube = tl.where(backwards, -cube, cube)
-        for i in tl.static_range(stage):
-            cube = _exchange(cube, DIMS, DIMS - stage + i)
-        if stage < DIMS:
-            cube = tl.where(backwards, -cube, cube)
-    return tl.reshape(cube, x.shape)
+    if DIMS > 0:
+        cube = tl.reshape(x, _cube(DIMS))
+        for stage in tl.static_range(1, DIMS + 1):
+            if stage < DIMS:
+                backwards = _second(DIMS, DIMS - 1 - stage)
+                cube = tl.where(backwards, -cube, cube)
+            for i in tl.static_range(stage):
+                cube = _exchange(cube, DIMS, DIMS - stage + i)
+            if stage < DIMS:
+                cube = tl.where(backwards, -cube, cube)
+        x = tl.reshape(cube, x.shape)
+    return x
