@@ -22,7 +22,7 @@ from octavo.kernels.replay import replayed
 from octavo.kernels.sampling.check import check_sample
 from octavo.kernels.sampling.choose import choose_kernel
 from octavo.kernels.sampling.tile_stats import PLANES, tile_stats_kernel
-from octavo.kernels.tiles import cdiv, chains, next_power_of_2
+from octavo.kernels.tiles import cdiv, chains, device_properties, next_power_of_2
 from octavo.reference import sampling as reference
 
 
@@ -41,7 +41,8 @@ class _Tiles:
     stats_warps: int
     choose_warps: int
     choose_registers: int = 0
-    """Registers that a thread of the second kernel may use if there are filters; 0 sets no limit."""
+    """Registers that a thread of the second kernel may use if there are filters, from Hopper on, where they suffice;
+    0 sets no limit."""
 
 
 def choose_tiles(vocab: int, edited: bool) -> _Tiles:
@@ -165,7 +166,7 @@ def _sample_cuda(
         SORTED=choice.sorted,
         FILTERS=filters,
         RAW=raw,
-        REGISTERS=choice.choose_registers if filters else 0,
+        REGISTERS=choice.choose_registers if filters and device_properties(device).capability >= (9, 0) else 0,
         CHAINED=chains(device),
     )
     return tokens, logprobs, top_ids, top_logprobs

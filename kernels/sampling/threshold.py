@@ -195,22 +195,23 @@ def find_and_draw(
             fits = a_enough & (b_enough == 0) & (within <= room)
             # Fewer than k tokens reach min-p's threshold, say: then that is it.
             answered = (a_enough == 0) & (a_key == low_key)
-            answer = value_of(low_key)
             beyond = b_enough & (b_key == high_key)
             if b_enough:
-                low_key, low_count, low_mass, measured = b_key, above, above_mass, measured | b_enough
+                low_key, low_count, low_mass = b_key, above, above_mass
             elif a_enough:
-                low_key, low_count, low_mass, measured = a_key, count, mass, measured | a_enough
+                low_key, low_count, low_mass = a_key, count, mass
                 high_key, high_count = b_key, above
             elif answered == 0:
                 high_key, high_count = a_key, count
+            measured = measured | a_enough | b_enough
             if beyond:
                 # Of those gathered all are too small. The tiles have the rest.
                 gathered = k < 0
                 high_key, high_count = above_top, high_count * 0
                 tried = tried * 0
-            elif (high_key.to(tl.int64) - low_key) == 1:
-                answered, answer = answered | b_enough | (b_enough == 0), value_of(low_key)
+            # An interval of one value is the answer, too.
+            answered = answered | ((beyond == 0) & (high_key.to(tl.int64) - low_key == 1))
+            answer = value_of(low_key)
             complete = k < 0  # top-p's threshold is found with top-k's
             if fits:
                 if within <= SORTED:
