@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 GREEDY_BELOW = tl.constexpr(1e-5)
-STAGES = tl.constexpr(4)  # tiles of a loop over them that are on their way while one is computed
+STAGES = tl.constexpr(3)  # tiles of a loop over them that are on their way while one is computed
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
