@@ -205,7 +205,8 @@ def launch_key(
 def _options(constexprs: dict[str, Any], num_warps: int, num_stages: int) -> dict[str, Any]:
     """What Triton's own launch takes by name."""
     chained = {"launch_pdl": True} if constexprs.get("CHAINED") else {}
-    return dict(num_warps=num_warps, num_stages=num_stages, **chained, **constexprs)
+    limited = {"maxnreg": constexprs["REGISTERS"]} if constexprs.get("REGISTERS") else {}
+    return dict(num_warps=num_warps, num_stages=num_stages, **chained, **limited, **constexprs)
 
 
 def compiled_kernel(kernel: Any, args: Args, constexprs: dict[str, Any], num_warps: int, num_stages: int) -> Any:
@@ -267,7 +268,7 @@ def launch(
 
     `args` are the kernel's arguments in order: pointers first (tensors or None), then numbers. Its constexprs, by name,
     come last in its signature. One named CHAINED says that the kernel waits by itself for the one before it
-    (`octavo.kernels.tiles.chains`).
+    (`octavo.kernels.tiles.chains`); one named REGISTERS limits a thread's registers, where it is not 0.
     """
     recorder = _recorder.get()
     if recorder is not None:

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 import octavo
 from octavo import reference
+from octavo.kernels.launch import INTERPRET
 from octavo.kernels.sampling import sample as sampling
+from octavo.kernels.sampling import threshold
 from octavo.testing import check_op
 
 FEATURES = ("temperature", "top_k", "top_p", "min_p", "penalties", "bias", "mask")
@@ -21,13 +23,13 @@ VOCAB = 40
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 8 tokens, two at once, and 16 candidates, so that 40 tokens take every path."""
-    monkeypatch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(8, 2, 2, 16, 4))
+    monkeypatch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(8, 2, 2, 16, 8, 4, 4))
 
 
 @pytest.fixture
 def large_tiles(monkeypatch):
     """Tiles of 16 tokens, all of them at once: what takes many rows goes the short way, as most rows do."""
-    monkeypatch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(16, 4, 4, 64, 4))
+    monkeypatch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(16, 4, 4, 64, 64, 4, 4))
 
 
 def words(allowed):
@@ -300,7 +302,7 @@ def test_kept_tokens(vocab, k, p, min_p, temperature, levels, gap):
     """Vocabularies smaller than k, ties, odd strides: what is drawn is kept by the definitions, and the reference's."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(8, 2, 2, 8, 4))
+        patch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(8, 2, 2, 8, 4, 4, 4))
         logits = (torch.randn(2, vocab + gap)[:, :vocab] * levels / 2).round() / levels * 4
         given = dict(
             seeds=torch.tensor([vocab, k]),
@@ -336,6 +338,89 @@ def test_ties_are_kept_together(device, small_tiles, device_of):
         else:
             tokens = octavo.sample(logits.to(device), **on(device, given))
         assert set(tokens.tolist()) == {0, 1, 2, 3}
+
+
+def long_rows():
+    """Rows whose filters leave more than there is room for, by name: logits, k, p, min-p."""
+    vocab, tile, sample = 3000, 16, 64
+    g = torch.Generator().manual_seed(5)
+
+    def flat(scale=1.0):
+        return torch.randn(vocab, generator=g) * scale
+
+    tiles = -(-vocab // tile)
+    seen = torch.zeros(tiles, dtype=torch.bool)
+    seen[torch.arange(sample) * tiles // sample] = True
+    seen = seen.repeat_interleave(tile)[:vocab]
+    peaked = flat()
+    peaked[torch.arange(0, vocab, 400)] += 12
+    return {
+        "top-p": (flat(), 0, 0.9, 0.0),
+        "low top-p": (flat(), 0, 0.3, 0.0),
+        "steep": (flat(3.0), 0, 0.9, 0.0),
+        "all but the tail": (flat(), 0, 0.9999, 0.0),
+        "the top alone": (flat(), 0, 1e-6, 0.0),
+        "beyond the peaks": (peaked, 0, 0.9997, 0.0),
+        "large k": (flat(), 1000, 1.0, 0.0),
+        "large k, gathered at once": (flat(), 100, 1.0, 0.0),
+        "k, then p": (flat(), 100, 0.5, 0.0),
+        "large k, then p above what was gathered": (flat(), 1500, 0.3, 0.0),
+        "large k, then p among what was gathered": (flat(), 1000, 0.99, 0.0),
+        "min-p, then p": (flat(), 0, 0.8, 0.01),
+        "all three": (flat(), 2000, 0.8, 0.003),
+        "k of which min-p leaves fewer": (flat(), 2500, 0.8, 0.05),
+        "min-p": (flat(), 0, 1.0, 0.01),
+        "ties": (flat().mul(2).round(), 0, 0.7, 0.0),
+        "ties at k": (flat().mul(2).round(), 700, 0.9, 0.0),
+        "all tied": (torch.full((vocab,), -3.0), 5, 0.5, 0.0),
+        "nearly constant": (flat(1e-6), 0, 0.5, 0.0),
+        "masked": (flat().masked_fill(torch.arange(vocab) % 7 > 1, -torch.inf), 0, 0.9, 0.0),
+        "large where the sample does not look": (torch.where(seen, 0, 4) + flat(), 0, 0.6, 0.0),
+        "large where it looks": (torch.where(seen, 4, 0) + flat(), 0, 0.9, 0.0),
+        "k by chance": (torch.where(seen, -9, 0) + flat(0.1), 1500, 0.9, 0.0),
+    }
+
+
+def test_rows_with_more_than_there_is_room_for(device, monkeypatch):
+    monkeypatch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(16, 256, 128, 256, 64, 4, 4))
+    divided, calls = threshold.divided, []
+    if INTERPRET:
+        monkeypatch.setattr(threshold, "divided", lambda *args: calls.append(args) or divided(*args))
+    rows = list(long_rows().values())
+    logits = torch.stack([row[0] for row in rows])
+    given = dict(
+        seeds=torch.arange(len(rows)),
+        positions=torch.arange(len(rows)),
+        top_k=torch.tensor([row[1] for row in rows], dtype=torch.int32),
+        top_p=torch.tensor([row[2] for row in rows]),
+        min_p=torch.tensor([row[3] for row in rows]),
+    )
+    tokens, logprobs, *_ = octavo.sample(
+        logits.to(device), **on(device, given), num_logprobs=0, processed_logprobs=True
+    )
+    expected, expected_logprobs, *_ = by_reference(logits, **given, num_logprobs=0, processed_logprobs=True)
+    wrong = [name for name, a, b in zip(long_rows(), tokens.cpu(), expected, strict=True) if a != b]
+    assert not wrong
+    # These rest on the mass of what was kept, so they tell whether the threshold is the right one.
+    torch.testing.assert_close(logprobs.cpu(), expected_logprobs, rtol=1e-5, atol=1e-5)
+    assert calls or not INTERPRET, "no bracket missed"
+
+
+def test_noise_of_single_tokens_is_that_of_tiles(device, monkeypatch):
+    """A row whose candidates are few draws from them alone, one whose tiles are read draws while they are."""
+    monkeypatch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(16, 32, 32, 64, 64, 4, 4))
+    vocab, rows = 512, 4
+    logits = torch.zeros(rows, vocab)
+    given = dict(seeds=torch.arange(rows) * 2**33 - 5, positions=torch.arange(rows) * 2**31)
+    drawn = octavo.sample(logits.to(device), **on(device, given)).cpu()
+    filtered = octavo.sample(logits.to(device), **on(device, given | dict(min_p=torch.full((rows,), 0.5)))).cpu()
+    assert torch.equal(drawn, filtered) and torch.equal(drawn, by_reference(logits, **given)[0])
+    logits[:] = -9.0
+    some = torch.arange(rows)[:, None] * 3 + torch.arange(0, 400, 9)
+    logits.scatter_(1, some, 0.0)
+    given |= dict(top_k=torch.full((rows,), some.shape[1], dtype=torch.int32))
+    tokens = octavo.sample(logits.to(device), **on(device, given)).cpu()
+    assert torch.equal(tokens, by_reference(logits, **given)[0])
 
 
 def test_more_ties_than_candidates(device, small_tiles):

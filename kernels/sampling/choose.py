@@ -3,24 +3,17 @@
 import triton
 import triton.language as tl
 
-from octavo.kernels.sampling.logits import LOWEST, STAGES, edit, load_raw, setting, temperature_setting, top_k_setting
+from octavo.kernels.sampling.gather import draw_from_candidates, first_of_largest, list_tiles, token_at
+from octavo.kernels.sampling.logits import LOWEST, edit, load_raw, setting, temperature_setting, top_k_setting
 from octavo.kernels.sampling.noise import gumbel
-from octavo.kernels.sampling.threshold import find_threshold, list_tiles, listed_logits, lower_bound
+from octavo.kernels.sampling.threshold import find_and_draw, lower_bound
 from octavo.kernels.sampling.tile_stats import BEST, MAX, PLANES, RAW_MAX, RAW_SUM, SUM
 from octavo.kernels.tiles import let_next_start, wait_for_previous
 
 
 @triton.jit
-def _first_of_largest(score, token):
-    """The lowest token id among those of the largest score."""
-    best = tl.max(tl.max(score, 1), 0)
-    return tl.min(tl.min(tl.where(score == best, token, 0x7FFFFFFF), 1), 0)
-
-
-@triton.jit
 def _largest(
-    tile_max,
-    tile_best_ptr,
+    row_stats_ptr,
     logits_ptr,
     row,
     V,
@@ -35,52 +28,17 @@ def _largest(
     TILE: tl.constexpr,
 ):
     """Among all logits, the token of the largest, or of the largest with its noise."""
-    tile_best = tile_max  # [ALL_TILES]
+    tile = tl.arange(0, ALL_TILES)
     if seeds_ptr is not None:
-        tile = tl.arange(0, ALL_TILES)
-        drawn = tl.load(tile_best_ptr + tile, mask=(tile < tiles) & (greedy == 0), other=-float("inf"))
-        tile_best = tl.where(greedy, tile_max, drawn)
+        row_stats_ptr += tl.where(greedy, MAX, BEST) * tiles
+    tile_best = tl.load(row_stats_ptr + tile, mask=tile < tiles, other=-float("inf"))
     tile = tl.argmax(tile_best, 0) + tl.arange(0, 1)  # [1]
     token = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]  # [1, TILE]
     score = edit(load_raw(logits_ptr, row, token, V, stride_logits_row), row, token, 0, V, V, edits)
     if seeds_ptr is not None:
         noise = gumbel(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), tile, TILE)
         score = tl.where(greedy, score, score * scale + noise)
-    return _first_of_largest(score, token)
-
-
-@triton.jit
-def _largest_kept(
-    list_ptr,
-    listed,
-    threshold,
-    logits_ptr,
-    row,
-    V,
-    tiles,
-    stride_logits_row,
-    edits,
-    top,
-    scale,
-    seed,
-    position,
-    TILES: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Among the logits that reach the threshold, the token of the largest with its noise; and the mass of them all."""
-    best = tl.full([TILES, TILE], -float("inf"), tl.float32)
-    best_token = tl.full([TILES, TILE], 0x7FFFFFFF, tl.int32)
-    masses = tl.zeros([TILES, TILE], tl.float32)
-    for start in tl.range(0, listed, TILES, num_stages=STAGES):
-        x, token, tile = listed_logits(
-            list_ptr, start, listed, logits_ptr, row, V, tiles, stride_logits_row, edits, TILES, TILE
-        )
-        kept = x >= threshold
-        score = tl.where(kept, x * scale + gumbel(seed, position, tile, TILE), -float("inf"))
-        better = score > best
-        best, best_token = tl.where(better, score, best), tl.where(better, token, best_token)
-        masses += tl.where(kept, tl.exp((x - top) * scale), 0.0)
-    return _first_of_largest(best, best_token), tl.sum(tl.sum(masses, 1), 0)
+    return first_of_largest(score, token)[1]
 
 
 @triton.jit(do_not_specialize=["biases", "stride_bias_ids_row", "stride_bias_values_row", "num_logprobs"])
@@ -108,6 +66,7 @@ def choose_kernel(
     allowed_ptr,
     V,
     tiles,
+    width,
     biases,
     num_logprobs,
     stride_logits_row,
@@ -120,8 +79,10 @@ def choose_kernel(
     TILE: tl.constexpr,
     ALL_TILES: tl.constexpr,
     CANDIDATES: tl.constexpr,
+    SORTED: tl.constexpr,
     FILTERS: tl.constexpr,
     RAW: tl.constexpr,
+    REGISTERS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     wait_for_previous(CHAINED)
@@ -144,10 +105,9 @@ def choose_kernel(
         stride_allowed_row,
     )
     tile = tl.arange(0, ALL_TILES)
-    plane = tl.num_programs(0).to(tl.int64) * tiles
-    row_stats_ptr = stats_ptr + row.to(tl.int64) * tiles
-    tile_max = tl.load(row_stats_ptr + MAX * plane + tile, mask=tile < tiles, other=-float("inf"))
-    tile_sum = tl.load(row_stats_ptr + SUM * plane + tile, mask=tile < tiles, other=0.0)
+    row_stats_ptr = stats_ptr + row.to(tl.int64) * width
+    tile_max = tl.load(row_stats_ptr + MAX * tiles + tile, mask=tile < tiles, other=-float("inf"))
+    tile_sum = tl.load(row_stats_ptr + SUM * tiles + tile, mask=tile < tiles, other=0.0)
     temperature, greedy, scale = temperature_setting(temperature_ptr, seeds_ptr, row)
     top = tl.minimum(tl.maximum(tl.max(tile_max, 0), LOWEST), -LOWEST)
     total = tl.sum(tile_sum * tl.exp((tile_max - top) * scale), 0)
@@ -164,57 +124,9 @@ def choose_kernel(
             p = tl.where(p < 0.0, 0.0, p)
             min_p = setting(min_p_ptr, row, 0.0)
             filtered = (greedy == 0) & ((k > 0) | (p < 1.0) | (min_p > 0.0))
-            if filtered:
-                log_min_p = tl.log(tl.minimum(tl.where(min_p > 0.0, min_p, 1.0), 1.0))
-                floor = tl.where(min_p > 0.0, top + log_min_p / scale, LOWEST)
-                low, loose = lower_bound(tile, tile_max, top, total, scale, floor, k, p, V)
-                # Past the planes: a list of tiles for each row, and its candidates.
-                list_ptr = (row_stats_ptr + PLANES * plane).to(tl.pointer_type(tl.int32))
-                candidates_ptr = stats_ptr + (PLANES + 1) * plane + row.to(tl.int64) * CANDIDATES
-                listed = list_tiles(list_ptr, tile, tile_max, low)
-                threshold = find_threshold(
-                    list_ptr,
-                    candidates_ptr,
-                    logits_ptr,
-                    row,
-                    listed,
-                    low,
-                    loose,
-                    top,
-                    total,
-                    scale,
-                    floor,
-                    k,
-                    p,
-                    V,
-                    tiles,
-                    stride_logits_row,
-                    edits,
-                    CANDIDATES,
-                    TILES,
-                    TILE,
-                )
-                token, kept_mass = _largest_kept(
-                    list_ptr,
-                    listed,
-                    threshold,
-                    logits_ptr,
-                    row,
-                    V,
-                    tiles,
-                    stride_logits_row,
-                    edits,
-                    top,
-                    scale,
-                    tl.load(seeds_ptr + row),
-                    tl.load(positions_ptr + row),
-                    TILES,
-                    TILE,
-                )
         if filtered == 0:
             token = _largest(
-                tile_max,
-                row_stats_ptr + BEST * plane,
+                row_stats_ptr,
                 logits_ptr,
                 row,
                 V,
@@ -228,15 +140,68 @@ def choose_kernel(
                 ALL_TILES,
                 TILE,
             )
+        elif FILTERS:
+            log_min_p = tl.log(tl.minimum(tl.where(min_p > 0.0, min_p, 1.0), 1.0))
+            floor = tl.where(min_p > 0.0, top + log_min_p / scale, LOWEST)
+            low = lower_bound(tile, tile_max, top, total, scale, floor, k, p, V)
+            # Past the tiles' numbers: a list of tiles, the candidates, their places, and those that are sorted.
+            list_ptr = (row_stats_ptr + PLANES * tiles).to(tl.pointer_type(tl.int32))
+            candidates_ptr = row_stats_ptr + (PLANES + 1) * tiles + TILES
+            listed = list_tiles(list_ptr, tile, tile_max, low, tiles, TILES)
+            listed_mass = tl.sum(tl.where(tile_max >= low, tile_sum * tl.exp((tile_max - top) * scale), 0.0), 0)
+            threshold, found, best, best_place, mass = find_and_draw(
+                list_ptr,
+                candidates_ptr,
+                logits_ptr,
+                row,
+                listed,
+                listed_mass,
+                low,
+                top,
+                total,
+                scale,
+                floor,
+                k,
+                p,
+                V,
+                stride_logits_row,
+                edits,
+                seeds_ptr,
+                positions_ptr,
+                CANDIDATES,
+                SORTED,
+                TILES,
+                TILE,
+            )
+            score, place, kept_mass = draw_from_candidates(
+                list_ptr,
+                candidates_ptr,
+                found,
+                threshold,
+                top,
+                scale,
+                tl.load(seeds_ptr + row),
+                tl.load(positions_ptr + row),
+                CANDIDATES,
+                SORTED,
+                TILE,
+            )
+            # Of equals the first.
+            place = tl.where(best == score, tl.minimum(best_place, place), tl.where(best > score, best_place, place))
+            token = token_at(list_ptr, place, TILE)
+            kept_mass += mass
     tl.store(tokens_ptr + row, token.to(tl.int64))
     if logprobs_ptr is not None:
         nothing = float("nan")
+        # Loaded again: kept all along, it would take registers that the search has better use for.
+        tile_max = tl.load(
+            row_stats_ptr + (RAW_MAX if RAW else MAX) * tiles + tile, mask=tile < tiles, other=-float("inf")
+        )
         if RAW:
             # Of the model's own distribution, before anything was done to it.
             threshold = tl.full([], LOWEST, tl.float32)
             scale = tl.full([], 1.0, tl.float32)
-            tile_max = tl.load(row_stats_ptr + RAW_MAX * plane + tile, mask=tile < tiles, other=-float("inf"))
-            tile_sum = tl.load(row_stats_ptr + RAW_SUM * plane + tile, mask=tile < tiles, other=0.0)
+            tile_sum = tl.load(row_stats_ptr + RAW_SUM * tiles + tile, mask=tile < tiles, other=0.0)
             top = tl.minimum(tl.maximum(tl.max(tile_max, 0), LOWEST), -LOWEST)
             kept_mass = tl.sum(tile_sum * tl.exp(tile_max - top), 0)
         log_mass = tl.log(kept_mass)
@@ -255,7 +220,7 @@ def choose_kernel(
             if not RAW:
                 x = edit(x, row, tokens, 0, V, V, edits)
             x = tl.where((x < last) | ((x == last) & (tokens > last_token)), x, -float("inf"))
-            last, last_token = tl.max(tl.max(x, 1), 0), _first_of_largest(x, tokens)
+            last, last_token = first_of_largest(x, tokens)
             left = tl.where((x < last) | (tokens > last_token), x, -float("inf"))
             tile_max = tl.where(tile == winner, tl.max(tl.max(left, 1), 0), tile_max)
             logprob = tl.where(last >= threshold, (last - top) * scale - log_mass, -float("inf"))

@@ -22,7 +22,7 @@ from octavo.kernels.replay import replayed
 from octavo.kernels.sampling.check import check_sample
 from octavo.kernels.sampling.choose import choose_kernel
 from octavo.kernels.sampling.tile_stats import PLANES, tile_stats_kernel
-from octavo.kernels.tiles import cdiv, chains, next_power_of_2
+from octavo.kernels.tiles import cdiv, chains, device_properties, next_power_of_2
 from octavo.reference import sampling as reference
 
 
@@ -35,19 +35,35 @@ class _Tiles:
     choose_tiles: int
     """Tiles that a program of the second kernel holds at once."""
     candidates: int
-    """Tokens that it sorts at most."""
+    """Tokens that it has room for."""
+    sorted: int
+    """Tokens that it sorts at once."""
     stats_warps: int
     choose_warps: int
+    choose_registers: int = 0
+    """Registers that a thread of the second kernel may use if there are filters, from Hopper on, where they suffice;
+    0 sets no limit."""
 
 
 def choose_tiles(vocab: int, edited: bool) -> _Tiles:
     """Tiles as small as 1024 of them allow: the second kernel holds one number of each, and reads whole ones.
 
-    Nothing but the time depends on how many a program holds; bias, penalties and masks take registers.
+    Nothing but the time depends on how many a program holds; bias, penalties and masks take registers. Without them
+    128 registers do, with which two programs of 8 warps fit on an SM: 256 rows then take one turn on an H100, not two.
     """
     tile = max(128, next_power_of_2(cdiv(vocab, 1024)))
-    few = max(2048 // tile, 1)
-    return _Tiles(tile, few if edited else 2 * few, few, candidates=1024, stats_warps=8, choose_warps=8)
+    few = max(1024 // tile, 1)
+    candidates = max(tile * next_power_of_2(cdiv(vocab, tile)) // 8, 1024)
+    return _Tiles(
+        tile,
+        (2 if edited else 4) * few,
+        few,
+        candidates,
+        sorted=1024,
+        stats_warps=8,
+        choose_warps=8,
+        choose_registers=0 if edited else 128,
+    )
 
 
 def _row_stride(x: torch.Tensor | None) -> int:
@@ -85,9 +101,11 @@ def _sample_cuda(
     raw = wants_logprobs and not processed_logprobs
     # Noise is of use only with seeds, and without it every row is greedy, so that filters have no say.
     filters = seeds is not None and (top_k is not None or top_p is not None or min_p is not None)
-    # One workspace, since every allocation takes a microsecond: the planes, and for filters a list of tiles and
-    # candidates.
-    width = PLANES.value * tiles + (tiles + choice.candidates if filters else 0)
+    # One workspace, since every allocation takes a microsecond: the tiles' numbers, and for filters a list of tiles
+    # with an end, the candidates, their places, and those that are sorted.
+    width = PLANES.value * tiles
+    if filters:
+        width += tiles + choice.choose_tiles + 2 * choice.candidates + choice.sorted
     workspace = empty((rows, width), torch.float32, device)
     pointers = (
         logits,
@@ -116,6 +134,7 @@ def _sample_cuda(
         vocab,
         tiles,
         chunks,
+        width,
         biases,
         *strides,
         device=device,
@@ -134,6 +153,7 @@ def _sample_cuda(
         *pointers,
         vocab,
         tiles,
+        width,
         biases,
         num_logprobs or 0,
         *strides,
@@ -143,8 +163,10 @@ def _sample_cuda(
         TILE=choice.tile,
         ALL_TILES=next_power_of_2(tiles),
         CANDIDATES=choice.candidates,
+        SORTED=choice.sorted,
         FILTERS=filters,
         RAW=raw,
+        REGISTERS=choice.choose_registers if filters and device_properties(device).capability >= (9, 0) else 0,
         CHAINED=chains(device),
     )
     return tokens, logprobs, top_ids, top_logprobs

@@ -6,89 +6,61 @@ is the threshold of the filters before it. Both are searched for in the same way
 
 1. The tiles' maxima bound the threshold from below: the k-th largest of them has k tokens at or above it, and likewise
    for the mass. Tiles whose maximum is smaller are never read.
-2. The tokens above the bound are gathered. Usually they are few: they are sorted and summed up, and that is the answer.
-3. Where they are many (flat distributions under top-p, large k), C and M are measured at three values between the
-   bounds, in one pass, until the tokens between the bounds are few or all tied. The values are a third of the way, two
-   thirds, and halfway among the representable numbers, so that the search ends after 32 passes whatever the logits.
+2. If these are few, the tokens above the bound are gathered. If they are many (flat distributions under top-p, large
+   k), a sample of their tokens, a few of each tile, is sorted, and says which [a, b) the threshold is in but for bad
+   luck. One pass over the tiles gathers the tokens in [a, b), and finds C and M at both, so that bad luck is noticed.
+   All tokens that reach b are kept: the same pass draws among them.
+3. Among the tokens gathered the search goes on in the same way, until they are few enough to be sorted and summed up.
+   That is the answer.
+4. After bad luck, or if [a, b) holds more than there is room for, its ends are known for a smaller interval to search
+   in, which is divided in three until there is room. An interval of one value is the answer too, however many tokens
+   have it.
 """
 
 import triton
 import triton.language as tl
 
-from octavo.kernels.sampling.logits import LOWEST, STAGES, edit, load_raw
-
-
-@triton.jit
-def _key(x):
-    """An int32 that is ordered as the fp32 is; zeros of either sign have one key."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _value(key):
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def listed_logits(
-    list_ptr,
-    start,
-    listed,
-    logits_ptr,
-    row,
-    V,
-    tiles,
-    stride_logits_row,
-    edits,
-    TILES: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """The next tiles of the list: edited logits, token ids `[TILES, TILE]` and tile ids; -inf past the list's end."""
-    at = start + tl.arange(0, TILES)
-    tile = tl.load(list_ptr + at, mask=at < listed, other=tiles)
-    token = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    x = load_raw(logits_ptr, row, token, V, stride_logits_row)
-    return edit(x, row, token, 0, V, V, edits), token, tile
-
-
-@triton.jit
-def list_tiles(list_ptr, tile, tile_max, low):
-    """Writes down, in order, which tiles hold a logit of at least `low`; returns how many."""
-    needed = tile_max >= low
-    at = tl.cumsum(needed.to(tl.int32), 0) - 1
-    tl.store(list_ptr + at, tile, mask=needed)
-    tl.debug_barrier()  # other threads read what this one wrote
-    return tl.sum(needed.to(tl.int32), 0)
+from octavo.kernels.sampling.bracket import divided, estimated, key_of, value_of
+from octavo.kernels.sampling.gather import NOWHERE, gather_from_candidates, gather_from_tiles
+from octavo.kernels.sampling.logits import LOWEST, edit, load_raw
+from octavo.kernels.sampling.sort import ascending
 
 
 @triton.jit
 def lower_bound(tile, tile_max, top, total, scale, floor, k, p, V):
-    """A logit that the threshold is not below, and whether many tokens may lie above it, from the tiles' maxima."""
-    ordered = tl.sort(tile_max, descending=True)
+    """A logit that the threshold is not below, from the tiles' maxima."""
+    ordered = -ascending(-tile_max)
     if (k == 0) & (floor == LOWEST):
         # Top-p takes its share of `total`, which is known. All tokens below `tail` together hold less than half of what
         # it leaves out.
         enough = tl.cumsum(tl.exp((ordered - top) * scale), 0) >= p * total
-        low = tl.max(tl.where(enough, ordered, LOWEST), 0)
         tail = top + tl.log((1.0 - tl.minimum(p, 0.9999999)) * total / V * 0.5) / scale
-        loose = tail > low
-        low = tl.maximum(low, tail)
+        low = tl.maximum(tl.max(tl.where(enough, ordered, LOWEST), 0), tail)
     else:
         low = tl.maximum(floor, tl.max(tl.where(tile == k - 1, ordered, LOWEST), 0))
-        loose = low == LOWEST
-    return low, loose
+    return low
 
 
 @triton.jit
-def find_threshold(
+def _sample_of_tiles(
+    list_ptr, listed, logits_ptr, row, V, stride_logits_row, edits, SAMPLE: tl.constexpr, TILE: tl.constexpr
+):
+    """Logits of the listed tiles, as many of each, at places that differ from tile to tile."""
+    slot = tl.arange(0, SAMPLE)
+    tile = tl.load(list_ptr + (slot.to(tl.int64) * listed // SAMPLE).to(tl.int32))
+    token = tile * TILE + slot * 37 % TILE
+    return edit(load_raw(logits_ptr, row, token, V, stride_logits_row), row, token, 0, V, V, edits)
+
+
+@triton.jit
+def find_and_draw(
     list_ptr,
     candidates_ptr,
     logits_ptr,
     row,
     listed,
+    listed_mass,
     low,
-    loose,
     top,
     total,
     scale,
@@ -96,101 +68,181 @@ def find_threshold(
     k,
     p,
     V,
-    tiles,
     stride_logits_row,
     edits,
+    seeds_ptr,
+    positions_ptr,
     CANDIDATES: tl.constexpr,
+    SORTED: tl.constexpr,
     TILES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The smallest logit kept, given a lower bound `low` of it; k = 0 and p = 1 are off.
+    """The smallest logit kept, given a lower bound `low` of it; k = 0 and p = 1 are off, `floor` is min-p's threshold.
 
-    `floor` is min-p's threshold; `listed` tiles hold a logit of at least `low`; where low is `loose`, there are so many
-    such logits that gathering them is not worth trying.
+    Returns with it how many candidates there are, the tokens that may be kept or not; and of the others that are kept,
+    the largest with its noise (score and place) and the mass.
     """
-    slot = tl.arange(0, CANDIDATES)
-    threshold = floor
+    slot = tl.arange(0, SORTED)
     counting = k > 0  # looking for top-k's threshold; then for top-p's
-    searching = counting | (p < 1.0)
-    share_known = (k == 0) & (floor == LOWEST)  # of what top-p takes its share
-    share = total
-    # What is looked for lies in [low, high); so many tokens, with so much mass, lie at or above `high`.
-    low_key = _key(low)
-    above_top = _key(top) + 1
-    high_key = above_top
-    high_count = k * 0
-    high_mass = total * 0.0
+    known = (counting == 0) & (p >= 1.0)  # the threshold is found; what is left to do is to draw
+    threshold = floor
+    share, share_known = total, (k == 0) & (floor == LOWEST)  # of what top-p takes its share
+    # What is looked for lies in [low, high). So many tokens, with so much mass, reach either; until they are `measured`
+    # those of `low` are all that the tiles hold.
+    low_key, high_key = key_of(low), key_of(top) + 1
+    low_count, low_mass = listed * TILE, listed_mass
+    high_count = listed * 0
+    measured = k < 0
+    # Tokens in [low, edge) are `found` and gathered, or else those in the tiles are searched; these reach `edge`:
+    gathered = k < 0
+    found, edge_key = listed * 0, high_key
+    edge_count, edge_mass = listed * 0, total * 0.0
+    best, best_place = tl.full([], -float("inf"), tl.float32), tl.full([], NOWHERE, tl.int32)
+    tried = k * 0
+    searching = k == k
     while searching:
-        low, high = _value(low_key), _value(high_key)
-        found = tl.where(loose, CANDIDATES + 1, 0)
-        for start in tl.range(0, tl.where(loose, 0, listed), TILES, num_stages=STAGES):
-            x, _, _ = listed_logits(
-                list_ptr, start, listed, logits_ptr, row, V, tiles, stride_logits_row, edits, TILES, TILE
+        above_top = key_of(top) + 1
+        room = tl.where(gathered, SORTED, CANDIDATES)
+        a_key, b_key = low_key, high_key
+        if known:
+            a_key = key_of(threshold)
+            b_key = a_key
+        elif (low_count - high_count > room) & (counting | share_known):
+            if tried == 0:
+                left_out = tl.where(counting, (low_count - k).to(tl.float32), low_mass - p * share)
+                if gathered:
+                    x = tl.load(candidates_ptr + (slot.to(tl.int64) * found // SORTED).to(tl.int32))
+                else:
+                    x = _sample_of_tiles(list_ptr, listed, logits_ptr, row, V, stride_logits_row, edits, SORTED, TILE)
+                # A miss among the candidates costs less than a pass over more of them.
+                a_key, b_key = estimated(
+                    x,
+                    tl.where(gathered, found, listed * TILE),
+                    room,
+                    tl.where(gathered, 2.5, 3.5),
+                    low_key,
+                    high_key,
+                    measured,
+                    counting,
+                    left_out,
+                    top,
+                    scale,
+                    SORTED,
+                )
+            else:
+                a_key, b_key = divided(low_key, high_key, top, tried)
+        a, b = value_of(a_key), value_of(b_key)
+        if gathered:
+            within, within_mass, above, above_mass = gather_from_candidates(
+                candidates_ptr, found, a, b, top, scale, CANDIDATES, SORTED
             )
-            x = tl.reshape(x, [TILES * TILE])
-            within = (x >= low) & (x < high)
-            at = found + tl.cumsum(within.to(tl.int32), 0) - 1
-            tl.store(candidates_ptr + at, x, mask=within & (at < CANDIDATES))
-            found += tl.sum(within.to(tl.int32), 0)
-        tl.debug_barrier()
-        if (found > CANDIDATES) & (high_key.to(tl.int64) - low_key > 1):
-            low_count = found + high_count
-            while (low_count - high_count > CANDIDATES) & (high_key.to(tl.int64) - low_key > 1):
-                low, high = _value(low_key), tl.minimum(_value(high_key), top)
-                step = high * 0.33333334 - low * 0.33333334
-                inner, outer = low_key + 1, high_key - 1
-                a = tl.minimum(tl.maximum(_key(low + step), inner), outer)
-                a = tl.where(loose | ((share_known | counting) == 0), low_key, a)  # what lies above `low` must be known
-                b = tl.minimum(tl.maximum(_key(high - step), inner), outer)
-                c = ((low_key.to(tl.int64) + high_key) >> 1).to(tl.int32)
-                a_value, b_value, c_value = _value(a), _value(b), _value(c)
-                a_counts = tl.zeros([TILES, TILE], tl.int32)
-                b_counts = tl.zeros([TILES, TILE], tl.int32)
-                c_counts = tl.zeros([TILES, TILE], tl.int32)
-                a_masses = tl.zeros([TILES, TILE], tl.float32)
-                b_masses = tl.zeros([TILES, TILE], tl.float32)
-                c_masses = tl.zeros([TILES, TILE], tl.float32)
-                for start in tl.range(0, listed, TILES, num_stages=STAGES):
-                    x, _, _ = listed_logits(
-                        list_ptr, start, listed, logits_ptr, row, V, tiles, stride_logits_row, edits, TILES, TILE
-                    )
-                    mass = tl.exp((x - top) * scale)
-                    a_counts += (x >= a_value).to(tl.int32)
-                    b_counts += (x >= b_value).to(tl.int32)
-                    c_counts += (x >= c_value).to(tl.int32)
-                    a_masses += tl.where(x >= a_value, mass, 0.0)
-                    b_masses += tl.where(x >= b_value, mass, 0.0)
-                    c_masses += tl.where(x >= c_value, mass, 0.0)
-                for i in tl.static_range(3):
-                    key = a if i == 0 else (b if i == 1 else c)
-                    counts = a_counts if i == 0 else (b_counts if i == 1 else c_counts)
-                    masses = a_masses if i == 0 else (b_masses if i == 1 else c_masses)
-                    count, mass = tl.sum(tl.sum(counts, 1), 0), tl.sum(tl.sum(masses, 1), 0)
-                    if i == 0:
-                        share = tl.where(share_known | counting, share, mass)
-                    enough = tl.where(counting, count >= k, mass >= p * share)
-                    rises, falls = enough & (key >= low_key), (enough == 0) & (key < high_key)
-                    low_key, low_count = tl.where(rises, key, low_key), tl.where(rises, count, low_count)
-                    high_key, high_count = tl.where(falls, key, high_key), tl.where(falls, count, high_count)
-                    high_mass = tl.where(falls, mass, high_mass)
-                share_known = share_known | (counting == 0)
-                loose = loose & (listed < 0)
+            above += edge_count
+            above_mass += edge_mass
+        elif b_key == above_top:
+            found, within_mass, above, above_mass, best, best_place = gather_from_tiles(
+                list_ptr,
+                listed,
+                a,
+                b,
+                candidates_ptr,
+                logits_ptr,
+                row,
+                V,
+                stride_logits_row,
+                edits,
+                top,
+                scale,
+                seeds_ptr,
+                positions_ptr,
+                False,
+                CANDIDATES,
+                TILES,
+                TILE,
+            )
+            within, edge_key, edge_count, edge_mass = found, b_key, above, above_mass
         else:
-            # In descending order; if more than fit, all are tied at `low`.
-            x = tl.sort(tl.load(candidates_ptr + slot, mask=slot < found, other=-float("inf")), descending=True)
-            if counting:
-                kth = tl.max(tl.where(slot == k - high_count - 1, x, low), 0)
-                threshold = tl.maximum(threshold, kth)
-            complete = high_key == above_top  # then top-p's threshold is among these too
-            searching = counting & (p < 1.0) & (complete == 0)
-            if (p < 1.0) & (searching == 0):
-                kept = x >= threshold
-                mass = tl.where(kept, tl.exp((x - top) * scale), 0.0)
-                share = tl.where(share_known, share, tl.sum(mass, 0))
-                enough = kept & (high_mass + tl.cumsum(mass, 0) >= p * share)
-                threshold = tl.maximum(threshold, tl.max(tl.where(enough, x, low), 0))
-            counting = k < 0
-            loose = searching & (k > CANDIDATES)
-            low_key, high_key = tl.where(searching, _key(threshold), low_key), above_top
-            high_count, high_mass = high_count * 0, high_mass * 0.0
-    return threshold
+            found, within_mass, above, above_mass, best, best_place = gather_from_tiles(
+                list_ptr,
+                listed,
+                a,
+                b,
+                candidates_ptr,
+                logits_ptr,
+                row,
+                V,
+                stride_logits_row,
+                edits,
+                top,
+                scale,
+                seeds_ptr,
+                positions_ptr,
+                True,
+                CANDIDATES,
+                TILES,
+                TILE,
+            )
+            within, edge_key, edge_count, edge_mass = found, b_key, above, above_mass
+        if known:
+            searching = k != k
+        else:
+            count, mass = above + within, above_mass + within_mass
+            tried = tl.where(counting | share_known, tried + 1, 0)  # to find out the share was no try
+            share = tl.where(counting | share_known, share, mass)
+            share_known = share_known | (counting == 0)
+            goal = tl.maximum(p, 1e-30) * share
+            a_enough = tl.where(counting, count >= k, mass >= goal)
+            b_enough = tl.where(counting, above >= k, above_mass >= goal)
+            fits = a_enough & (b_enough == 0) & (within <= room)
+            # Fewer than k tokens reach min-p's threshold, say: then that is it.
+            answered = (a_enough == 0) & (a_key == low_key)
+            beyond = b_enough & (b_key == high_key)
+            if b_enough:
+                low_key, low_count, low_mass = b_key, above, above_mass
+            elif a_enough:
+                low_key, low_count, low_mass = a_key, count, mass
+                high_key, high_count = b_key, above
+            elif answered == 0:
+                high_key, high_count = a_key, count
+            measured = measured | a_enough | b_enough
+            if beyond:
+                # Of those gathered all are too small. The tiles have the rest.
+                gathered = k < 0
+                high_key, high_count = above_top, high_count * 0
+                tried = tried * 0
+            # An interval of one value is the answer, too.
+            answered = answered | ((beyond == 0) & (high_key.to(tl.int64) - low_key == 1))
+            answer = value_of(low_key)
+            complete = k < 0  # top-p's threshold is found with top-k's
+            if fits:
+                if within <= SORTED:
+                    # In descending order, from the highest that fits.
+                    written = tl.where(gathered, 2 * CANDIDATES, 0) + slot
+                    x = tl.load(candidates_ptr + written, mask=slot < within, other=-float("inf"))
+                    x = -ascending(-x)
+                    masses = tl.exp((x - top) * scale)
+                    enough = tl.where(counting, above + slot + 1 >= k, above_mass + tl.cumsum(masses, 0) >= goal)
+                    answer = tl.max(tl.where(enough & (slot < within), x, value_of(low_key)), 0)
+                    answered = fits
+                    complete = counting & (p < 1.0) & (above == 0)
+                    if complete:
+                        kept = x >= tl.maximum(threshold, answer)
+                        masses = tl.where(kept, masses, 0.0)
+                        goal = tl.maximum(p, 1e-30) * tl.sum(masses, 0)
+                        enough = kept & (tl.cumsum(masses, 0) >= goal)
+                        answer = tl.max(tl.where(enough, x, answer), 0)
+                if gathered == 0:
+                    gathered = fits
+                    tried = tried * 0
+            if answered:
+                threshold = tl.maximum(threshold, answer)
+                if counting & (p < 1.0) & (complete == 0):
+                    counting = k < 0
+                    measured = k < 0
+                    low_key, high_key = key_of(threshold), tl.where(gathered, edge_key, above_top)
+                    low_count = tl.where(gathered, edge_count + found, listed * TILE)
+                    high_count = tl.where(gathered, edge_count, 0)
+                    tried = tried * 0
+                else:
+                    known = answered
+                    searching = gathered == 0
+    return threshold, tl.where(gathered, found, 0), best, best_place, edge_mass

@@ -11,7 +11,7 @@ from octavo.kernels.sampling.logits import LOWEST, edit, load_raw, setting, temp
 from octavo.kernels.sampling.noise import gumbel
 from octavo.kernels.tiles import let_next_start, wait_for_previous
 
-# What is kept of each tile, in planes of [rows, tiles] fp32 one after the other; `stats_ptr` is of the first.
+# What is kept of each tile: of each row so many times [tiles] fp32, one after the other.
 MAX = tl.constexpr(0)
 SUM = tl.constexpr(1)
 BEST = tl.constexpr(2)  # the largest perturbed logit
@@ -49,6 +49,7 @@ def tile_stats_kernel(
     V,
     tiles,
     chunks,
+    width,
     biases,
     stride_logits_row,
     stride_counts_row,
@@ -67,14 +68,13 @@ def tile_stats_kernel(
     chunk = tl.program_id(0) % chunks
     tile = chunk * TILES + tl.arange(0, TILES)  # [TILES]
     token = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]  # [TILES, TILE]
-    plane = (tl.num_programs(0) // chunks).to(tl.int64) * tiles
-    stats_ptr += row.to(tl.int64) * tiles
+    stats_ptr += row.to(tl.int64) * width
     written = tile < tiles
     x = load_raw(logits_ptr, row, token, V, stride_logits_row)
     if RAW:
         top = tl.max(x, 1)
-        tl.store(stats_ptr + RAW_MAX * plane + tile, top, mask=written)
-        tl.store(stats_ptr + RAW_SUM * plane + tile, exp_sums(x, top, 1.0), mask=written)
+        tl.store(stats_ptr + RAW_MAX * tiles + tile, top, mask=written)
+        tl.store(stats_ptr + RAW_SUM * tiles + tile, exp_sums(x, top, 1.0), mask=written)
     edits = (
         repetition_ptr,
         presence_ptr,
@@ -94,12 +94,12 @@ def tile_stats_kernel(
     x = edit(x, row, token, chunk * TILES * TILE, (chunk + 1) * TILES * TILE, V, edits)
     _, greedy, scale = temperature_setting(temperature_ptr, seeds_ptr, row)
     top = tl.max(x, 1)
-    tl.store(stats_ptr + MAX * plane + tile, top, mask=written)
-    tl.store(stats_ptr + SUM * plane + tile, exp_sums(x, top, scale), mask=written)
+    tl.store(stats_ptr + MAX * tiles + tile, top, mask=written)
+    tl.store(stats_ptr + SUM * tiles + tile, exp_sums(x, top, scale), mask=written)
     if seeds_ptr is not None:
         filtered = top_k_setting(top_k_ptr, row, V) > 0
         filtered = filtered | (setting(top_p_ptr, row, 1.0) < 1.0) | (setting(min_p_ptr, row, 0.0) > 0.0)
         # Noise costs more than all the rest; behind a filter it is computed for the tokens that are left alone.
         if (greedy | filtered) == 0:
             noise = gumbel(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), tile, TILE)
-            tl.store(stats_ptr + BEST * plane + tile, tl.max(x * scale + noise, 1), mask=written)
+            tl.store(stats_ptr + BEST * tiles + tile, tl.max(x * scale + noise, 1), mask=written)

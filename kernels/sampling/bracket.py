@@ -1,0 +1,72 @@
+"""Two values that the threshold very likely lies between, so that few tokens do: estimated, or else by dividing."""
+
+import triton
+import triton.language as tl
+
+from octavo.kernels.sampling.sort import ascending
+
+
+@triton.jit
+def key_of(x):
+    """An int32 that is ordered as the fp32 is; zeros of either sign have one key."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def value_of(key):
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def estimated(
+    x,
+    population,
+    room,
+    deviations,
+    low_key,
+    high_key,
+    measured,
+    counting,
+    left_out,
+    top,
+    scale,
+    SAMPLE: tl.constexpr,
+):
+    """Keys of values a < b with the threshold in [a, b) but for bad luck, from SAMPLE of `population` logits.
+
+    The threshold is the largest value below which no more than `left_out` lies, tokens if `counting`, or else mass; if
+    `measured`, of what reaches `low`. What lies below is estimated rather than what lies above, since it has no large
+    terms: its variance is small even if a few tokens hold most of the mass.
+    """
+    x = ascending(x)
+    weight = tl.where(counting, 1.0, tl.exp((x - top) * scale))
+    weight = tl.where((x >= value_of(low_key)) | (measured == 0), weight, 0.0)
+    below = tl.cumsum(weight, 0)  # including the token itself
+    squares = tl.cumsum(weight * weight, 0)
+    # Standard deviations of the sum; one term more, four times, because of a few that are no normal distribution.
+    error = deviations * tl.sqrt(tl.maximum(squares - below * below * (1.0 / SAMPLE), 0.0) + 4.0 * weight * weight)
+    share = left_out * (SAMPLE / population.to(tl.float32))
+    a_key = key_of(tl.max(tl.where(below - weight + error <= share, x, -float("inf")), 0))
+    a_key = tl.minimum(tl.maximum(a_key, low_key), high_key - 1)
+    # Just above it, so that tokens tied there lie in between.
+    b_key = key_of(tl.min(tl.where(below - error > share, x, float("inf")), 0))
+    b_key = tl.minimum(tl.maximum(b_key, a_key) + 1, high_key)
+    # Nothing is left above where there is room for all of it, with some to spare since this is an estimate.
+    reach = tl.sum((x >= value_of(a_key)).to(tl.int32), 0).to(tl.float32) * (population.to(tl.float32) / SAMPLE)
+    return a_key, tl.where(reach < 0.75 * room, high_key, b_key)
+
+
+@triton.jit
+def divided(low_key, high_key, top, tried):
+    """Keys of a ≤ b that cut [low, high) in three: evenly in value, or among the representable numbers, by turns.
+
+    The latter end the search whatever the logits.
+    """
+    low, high = value_of(low_key), tl.minimum(value_of(high_key), top)
+    step = high * 0.33333334 - low * 0.33333334
+    third = ((high_key.to(tl.int64) - low_key + 2) // 3).to(tl.int32)
+    a_key = tl.where(tried % 2 == 0, low_key + third, key_of(low + step))
+    b_key = tl.where(tried % 2 == 0, high_key - third, key_of(high - step))
+    a_key = tl.minimum(tl.maximum(a_key, low_key + 1), high_key - 1)
+    return a_key, tl.minimum(tl.maximum(b_key, a_key), high_key - 1)

@@ -1,0 +1,158 @@
+"""Passes over a row's tokens: how much lies above a value, and the tokens between two values written down."""
+
+import triton
+import triton.language as tl
+
+from octavo.kernels.sampling.logits import STAGES, edit, load_raw
+from octavo.kernels.sampling.noise import gumbel, gumbel_of
+
+NOWHERE = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def first_of_largest(score, token):
+    """The largest score, and the lowest token (or place) among those that have it."""
+    best = tl.max(score)
+    return best, tl.min(tl.where(score == best, token, NOWHERE))
+
+
+@triton.jit
+def list_tiles(list_ptr, tile, tile_max, low, tiles, TILES: tl.constexpr):
+    """Writes down, in order, which tiles hold a logit of at least `low`, and TILES that are none; returns how many."""
+    needed = tile_max >= low
+    at = tl.cumsum(needed.to(tl.int32), 0) - 1
+    tl.store(list_ptr + at, tile, mask=needed)
+    listed = tl.sum(needed.to(tl.int32), 0)
+    tl.store(list_ptr + listed + tl.arange(0, TILES), tiles)
+    tl.debug_barrier()  # other threads read what this one wrote
+    return listed
+
+
+@triton.jit
+def gather_from_tiles(
+    list_ptr,
+    listed,
+    a,
+    b,
+    candidates_ptr,
+    logits_ptr,
+    row,
+    V,
+    stride_logits_row,
+    edits,
+    top,
+    scale,
+    seeds_ptr,
+    positions_ptr,
+    DRAW: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Reads the listed tiles, and writes down the logits in [a, b) with their places, in the order of the places.
+
+    A token's place is that among all tokens of the listed tiles: it takes fewer registers than the token's id.
+
+    Returns how many there are, which may be more than there is room for, and their mass; then of the tokens that reach
+    `b` the count, the mass, and the largest with its noise: score and place. Without DRAW nothing may reach `b`.
+    """
+    places_ptr = candidates_ptr.to(tl.pointer_type(tl.int32)) + CANDIDATES
+    found = listed * 0
+    masses = tl.zeros([TILES, TILE], tl.float32)
+    count_above = listed * 0
+    masses_above = tl.zeros([TILES, TILE], tl.float32)
+    best = tl.full([TILES, TILE], -float("inf"), tl.float32)
+    best_start = tl.full([TILES, TILE], 0, tl.int32)
+    for start in tl.range(0, listed, TILES, num_stages=STAGES):
+        tile = tl.load(list_ptr + start + tl.arange(0, TILES))
+        token = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
+        x = edit(load_raw(logits_ptr, row, token, V, stride_logits_row), row, token, 0, V, V, edits)
+        mass = tl.exp((x - top) * scale)
+        within = (x >= a) & (x < b)
+        masses += tl.where(within, mass, 0.0)
+        if DRAW:
+            above = x >= b
+            # Loaded each time, or else what Philox makes of them is kept in 20 registers; volatile, or else prefetched.
+            seed, position = tl.load(seeds_ptr + row, volatile=True), tl.load(positions_ptr + row, volatile=True)
+            masses_above += tl.where(above, mass, 0.0)
+            score = tl.where(above, x * scale + gumbel(seed, position, tile, TILE), -float("inf"))
+            better = score > best
+            best, best_start = tl.where(better, score, best), tl.where(better, start, best_start)
+        within = tl.reshape(within.to(tl.int32), [TILES * TILE])
+        at = found + tl.cumsum(within, 0) - 1
+        fits = (within != 0) & (at < CANDIDATES)
+        tl.store(candidates_ptr + at, tl.reshape(x, [TILES * TILE]), mask=fits)
+        tl.store(places_ptr + at, start * TILE + tl.arange(0, TILES * TILE), mask=fits)
+        if DRAW:
+            # Both sums at once; neither comes to 2**16.
+            both = tl.sum(within + (tl.reshape(above.to(tl.int32), [TILES * TILE]) << 16), 0)
+            found += both & 0xFFFF
+            count_above += both >> 16
+        else:
+            found += tl.sum(within, 0)
+    tl.debug_barrier()
+    place = best_start * TILE + tl.reshape(tl.arange(0, TILES * TILE), [TILES, TILE])
+    best_score, place = first_of_largest(best, place)
+    return found, tl.sum(masses), count_above, tl.sum(masses_above), best_score, place
+
+
+@triton.jit
+def gather_from_candidates(candidates_ptr, found, a, b, top, scale, CANDIDATES: tl.constexpr, SORTED: tl.constexpr):
+    """The same among the `found` candidates, of which those in [a, b) are written down once more, behind the places."""
+    narrowed_ptr = candidates_ptr + 2 * CANDIDATES
+    within_count = found * 0
+    masses = tl.zeros([SORTED], tl.float32)
+    counts_above = tl.zeros([SORTED], tl.int32)
+    masses_above = tl.zeros([SORTED], tl.float32)
+    for start in tl.range(0, found, SORTED):
+        slot = start + tl.arange(0, SORTED)
+        x = tl.load(candidates_ptr + slot, mask=slot < found, other=-float("inf"))
+        mass = tl.exp((x - top) * scale)
+        within = (x >= a) & (x < b)
+        masses += tl.where(within, mass, 0.0)
+        counts_above += (x >= b).to(tl.int32)
+        masses_above += tl.where(x >= b, mass, 0.0)
+        at = within_count + tl.cumsum(within.to(tl.int32), 0) - 1
+        tl.store(narrowed_ptr + at, x, mask=within & (at < SORTED))
+        within_count += tl.sum(within.to(tl.int32), 0)
+    tl.debug_barrier()
+    return within_count, tl.sum(masses), tl.sum(counts_above), tl.sum(masses_above)
+
+
+@triton.jit
+def token_at(list_ptr, place, TILE: tl.constexpr):
+    """The token of a place among the listed tiles."""
+    return tl.load(list_ptr + place // TILE) * TILE + place % TILE
+
+
+@triton.jit
+def draw_from_candidates(
+    list_ptr,
+    candidates_ptr,
+    found,
+    threshold,
+    top,
+    scale,
+    seed,
+    position,
+    CANDIDATES: tl.constexpr,
+    SORTED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Of the candidates that reach the threshold, the largest with its noise, its place, and the mass of them all."""
+    places_ptr = candidates_ptr.to(tl.pointer_type(tl.int32)) + CANDIDATES
+    best = tl.full([SORTED], -float("inf"), tl.float32)
+    best_place = tl.full([SORTED], 0, tl.int32)
+    masses = tl.zeros([SORTED], tl.float32)
+    for start in tl.range(0, found, SORTED):
+        slot = start + tl.arange(0, SORTED)
+        x = tl.load(candidates_ptr + slot, mask=slot < found, other=-float("inf"))
+        place = tl.load(places_ptr + slot, mask=slot < found, other=0)
+        kept = x >= threshold
+        masses += tl.where(kept, tl.exp((x - top) * scale), 0.0)
+        noise = gumbel_of(seed, position, token_at(list_ptr, place, TILE))
+        score = tl.where(kept, x * scale + noise, -float("inf"))
+        better = score > best
+        best, best_place = tl.where(better, score, best), tl.where(better, place, best_place)
+    best_score, place = first_of_largest(best, best_place)
+    return best_score, place, tl.sum(masses)
