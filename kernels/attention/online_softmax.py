@@ -43,7 +43,7 @@ def of_heads(ptr, head, mask):
 
 
 @triton.jit
-def _tanh(x2):
+def tanh(x2):
     """tanh(x) of `x2` = 2·log2(e)·x; the exponent is never positive, so nothing overflows."""
     t = tl.exp2(-tl.abs(x2))
     return tl.where(x2 < 0, t - 1.0, 1.0 - t) / (1.0 + t)
@@ -67,7 +67,7 @@ def find_sequence(cu_seqlens_q_ptr, tile, B, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def _load_page_ids(table_ptr, key, end, num_pages, table_width, PAGE_SIZE: tl.constexpr, ROLLING: tl.constexpr):
+def load_page_ids(table_ptr, key, end, num_pages, table_width, PAGE_SIZE: tl.constexpr, ROLLING: tl.constexpr):
     """The page of each key position; -1 for ids out of range, and from `end` on, where the table may hold anything."""
     entry = key // PAGE_SIZE
     if ROLLING:
@@ -148,7 +148,7 @@ def attend(
     acc_unit = 1.0
     # The next tile's page ids are loaded while this tile is used: a K load that waited for its page id inside the loop
     # would halve the depth of the software pipeline.
-    page = _load_page_ids(table_ptr, start + n, end, num_pages, table_width, PAGE_SIZE, ROLLING)
+    page = load_page_ids(table_ptr, start + n, end, num_pages, table_width, PAGE_SIZE, ROLLING)
     for tile_start in range(start, end, BLOCK_N):
         key = tile_start + n
         slot = (key % PAGE_SIZE).to(tl.int64)
@@ -165,7 +165,7 @@ def attend(
             k_scales = tl.load(key_scale_ptr + k_scales_at, mask=present, other=0.0)  # [N]
             v_scales_at = page64 * stride_value_scale_page + slot * stride_value_scale_slot
             v_scales = tl.load(value_scale_ptr + v_scales_at, mask=present, other=0.0)  # [N]
-        page = _load_page_ids(table_ptr, key + BLOCK_N, end, num_pages, table_width, PAGE_SIZE, ROLLING)
+        page = load_page_ids(table_ptr, key + BLOCK_N, end, num_pages, table_width, PAGE_SIZE, ROLLING)
 
         k, v = widened(k, q.dtype), widened(v, q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
@@ -174,7 +174,7 @@ def attend(
         else:
             scores *= score_scale
         if SOFTCAP:
-            scores = cap * _tanh(scores)
+            scores = cap * tanh(scores)
         if slope is not None:
             distance = tl.abs(position[:, None] - key[None, :]).to(tl.float32)
             scores -= (slope * LOG2_E)[:, None] * distance

@@ -13,70 +13,18 @@ the online one of FlashAttention (Dao et al. 2022, https://arxiv.org/abs/2205.14
 al. 2023, https://arxiv.org/abs/2309.06180.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
+from octavo.kernels.attention.attention_tiles import choose_tiles
+from octavo.kernels.attention.decode import decode
 from octavo.kernels.attention.kv_cache import check_supported, scale_stride, strides_of
 from octavo.kernels.attention.online_softmax import attend, find_sequence, of_heads, offset_by, with_sink
 from octavo.kernels.launch import empty, launch
-from octavo.kernels.tiles import (
-    DeviceProperties,
-    cdiv,
-    chains,
-    device_properties,
-    let_next_start,
-    next_power_of_2,
-    wait_for_previous,
-)
+from octavo.kernels.tiles import cdiv, chains, device_properties, let_next_start, wait_for_previous
 
 LOG2_E = 1.4426950408889634
-
-
-@dataclass(frozen=True)
-class _Tiles:
-    block_m: int
-    block_n: int
-    block_d: int
-    num_warps: int
-    num_stages: int
-
-
-def choose_tiles(
-    head_size: int,
-    group: int,
-    max_seqlen_q: int,
-    dtype: torch.dtype,
-    properties: DeviceProperties,
-    quantised: bool = False,
-) -> _Tiles:
-    """Rows (tokens × query heads of a group) and keys of a tile; as many stages as shared memory holds, up to four.
-
-    A decode token has one tile of 16 rows, a longer chunk 64 or 128. What bounds a tile is registers: before Hopper the
-    queries live in them too, so the tile has fewer keys, and is smaller yet where they are converted from a quantised
-    cache; above head size 128 a row needs twice the warps.
-    """
-    block_d = max(next_power_of_2(head_size), 16)
-    if dtype == torch.float32:
-        # No tensor cores: a thread holds whole rows of both operands.
-        block_m, block_n, num_warps = 16, 16, 8
-    else:
-        rows = group * max_seqlen_q
-        hopper = properties.capability >= (9, 0)
-        small = quantised and not hopper
-        block_m = 16 if rows <= 16 else 64 if rows <= 64 or block_d > 128 or small else 128
-        if block_m == 16:
-            block_n, num_warps = 64 if block_d <= 128 else 32, 2 if block_d <= 64 else 4
-        else:
-            block_n = 64 if (block_d <= 64 and not small) or (block_d == 128 and hopper) else 32
-            num_warps = 8 if block_m == 128 or block_d > 128 else 4
-    free = properties.shared_memory - block_m * block_d * dtype.itemsize - 8192
-    # Triton keeps one tile fewer than stages, except where wgmma may still be reading the last one.
-    wgmma = properties.capability >= (9, 0) and block_m >= 64
-    stages = free // (2 * block_n * block_d * dtype.itemsize) + (not wgmma)
-    return _Tiles(block_m, block_n, block_d, num_warps, min(max(stages, 1), 4))
 
 
 @triton.jit(do_not_specialize=["T", "B", "table_width", "num_pages", "window", "stride_table_sequence"])
@@ -256,16 +204,18 @@ def _paged_attention_cuda(
     tokens, heads, head_size = query.shape
     sequences, kv_heads = seq_lens.shape[0], key_cache.shape[2]
     group = heads // kv_heads
-    properties = device_properties(query.device)
-    tiles = choose_tiles(head_size, group, max_seqlen_q, query.dtype, properties, key_cache.element_size() == 1)
+    tiles = choose_tiles(
+        head_size,
+        kv_heads,
+        group,
+        max_seqlen_q,
+        query.dtype,
+        device_properties(query.device),
+        quantised=key_cache.element_size() == 1,
+        plain=alibi_slopes is None and not rolling,
+    )
     pack = min(group, tiles.block_m)
-    # Σ ceil(query length / BLOCK_Q) ≤ T // BLOCK_Q + B over the sequences, and one more part for the padding.
-    num_tiles = tokens // (tiles.block_m // pack) + sequences + 1 if tokens else 0
-    launch(
-        _paged_attention_kernel,
-        (num_tiles, kv_heads * cdiv(group, pack)),
-        out,
-        lse,
+    args = (
         query,
         key_cache,
         value_cache,
@@ -293,9 +243,8 @@ def _paged_attention_cuda(
         scale_stride(v_scale),
         *strides_of(key_scale_cache),
         *strides_of(value_scale_cache),
-        device=query.device,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+    )
+    constexprs = dict(
         KV_HEADS=kv_heads,
         GROUP=group,
         PACK=pack,
@@ -306,6 +255,22 @@ def _paged_attention_cuda(
         ROLLING=rolling,
         SOFTCAP=softcap > 0,
         RETURN_LSE=return_lse,
+    )
+    if tiles.workers:
+        decode(out, lse, args, constexprs, tiles, max_seqlen_q)
+        return out, lse
+    # Σ ceil(query length / BLOCK_Q) ≤ T // BLOCK_Q + B over the sequences, and one more part for the padding.
+    num_tiles = tokens // (tiles.block_m // pack) + sequences + 1 if tokens else 0
+    launch(
+        _paged_attention_kernel,
+        (num_tiles, kv_heads * cdiv(group, pack)),
+        out,
+        lse,
+        *args,
+        device=query.device,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        **constexprs,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
         BLOCK_D=tiles.block_d,

@@ -1,0 +1,70 @@
+"""The tile choice of `paged_attention`."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from octavo.kernels.tiles import DeviceProperties, next_power_of_2
+
+
+@dataclass(frozen=True)
+class Tiles:
+    block_m: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    workers: int = 0
+    """Programs of the decode kernel on a multiprocessor; 0 for the other kernel."""
+    least: int = 1
+    """Tiles of keys that a worker has at least."""
+    heads: int = 1
+    """KV heads of a tile."""
+    by_warps: bool = False
+    """Whether every warp has a head, or keys, of its own."""
+
+
+def choose_tiles(
+    head_size: int,
+    kv_heads: int,
+    group: int,
+    max_seqlen_q: int,
+    dtype: torch.dtype,
+    properties: DeviceProperties,
+    quantised: bool = False,
+    plain: bool = True,
+) -> Tiles:
+    """Rows (tokens × query heads of a group) and keys of a tile; as many stages as shared memory holds, up to four.
+
+    A decode token has one tile of 16 rows, a longer chunk 64 or 128. What bounds a tile is registers: before Hopper the
+    queries live in them too, so the tile has fewer keys, and is smaller yet where they are converted from a quantised
+    cache; above head size 128 a row needs twice the warps. Where one tile holds a sequence's queries, the keys are
+    shared out to workers; of plain caches (not quantised, no ALiBi, no rolling buffer), four heads at a time: 1 KB of
+    each token.
+    """
+    block_d = max(next_power_of_2(head_size), 16)
+    rows = group * max_seqlen_q
+    if rows <= 16 and block_d <= 128 and dtype != torch.float32 and plain and not quantised:
+        heads = math.gcd(kv_heads, 4)
+        # Two programs a multiprocessor, each with its queries and its tiles of keys and values.
+        stages = (properties.shared_memory // 2 - 1024 - 128 * block_d) // (256 * block_d) + 1
+        return Tiles(16, 64 // heads, block_d, 4, min(max(stages, 2), 4), 2, heads=heads, by_warps=True)
+    if dtype == torch.float32:
+        # No tensor cores: a thread holds whole rows of both operands.
+        block_m, block_n, num_warps = 16, 16, 8
+    else:
+        hopper = properties.capability >= (9, 0)
+        small = quantised and not hopper
+        block_m = 16 if rows <= 16 else 64 if rows <= 64 or block_d > 128 or small else 128
+        if block_m == 16:
+            block_n, num_warps = 64 if block_d <= 128 else 32, 2 if block_d <= 64 else 4
+        else:
+            block_n = 64 if (block_d <= 64 and not small) or (block_d == 128 and hopper) else 32
+            num_warps = 8 if block_m == 128 or block_d > 128 else 4
+    free = properties.shared_memory - block_m * block_d * dtype.itemsize - 8192
+    # Triton keeps one tile fewer than stages, except where wgmma may still be reading the last one.
+    wgmma = properties.capability >= (9, 0) and block_m >= 64
+    stages = free // (2 * block_n * block_d * dtype.itemsize) + (not wgmma)
+    workers = 0 if rows > block_m else 2 if block_m == 16 else 1
+    return Tiles(block_m, block_n, block_d, num_warps, min(max(stages, 1), 4), workers)

@@ -1,0 +1,126 @@
+"""The online softmax over a tile of several KV heads: what `attend` is for decode tokens of plain 16-bit caches.
+
+Side by side, the heads of a token are one piece of memory, which is read faster than a head here and there; and warps
+that have a head each exchange nothing inside the loop.
+"""
+
+import triton
+import triton.language as tl
+
+from octavo.kernels.attention.online_softmax import load_page_ids, tanh
+
+
+@triton.jit
+def _load_warp_pages(
+    table_ptr, start, group, n, end, num_pages, PAGE_SIZE: tl.constexpr, KEYS: tl.constexpr, GROUPS: tl.constexpr
+):
+    """The page of each warp's keys, [1, 1] or [W, 1], or of each key, [W, N], where a warp's may lie in several."""
+    if PAGE_SIZE % (KEYS * GROUPS) == 0:
+        key = start + tl.zeros([1, 1], tl.int32)
+    elif PAGE_SIZE % KEYS == 0:
+        key = start + group * KEYS
+    else:
+        key = start + group * KEYS + n
+    return load_page_ids(table_ptr, key, end, num_pages, 0, PAGE_SIZE, False)
+
+
+@triton.jit
+def attend_by_warps(
+    q,
+    position,
+    first,
+    start,
+    end,
+    key_ptr,
+    value_ptr,
+    table_ptr,
+    num_pages,
+    window,
+    score_scale,
+    cap,
+    stride_key_page,
+    stride_key_slot,
+    stride_key_head,
+    stride_value_page,
+    stride_value_slot,
+    stride_value_head,
+    D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """As `attend`, for q [W, M, D] of HEADS · GROUPS warps; no key before `first` is attended to. Returns [W, M, …].
+
+    A warp has a KV head of its own, or, where there are fewer heads than warps, one of the GROUPS of keys of a head,
+    with a maximum and a sum of its own: inside the loop, warps exchange nothing. Where a page has a multiple of KEYS
+    slots, `start` must be one.
+    """
+    WARPS: tl.constexpr = HEADS * GROUPS
+    n = tl.arange(0, KEYS)[None, :]
+    d = tl.arange(0, BLOCK_D)[None, None, :]
+    warp = tl.arange(0, WARPS)[:, None]
+    group = warp % GROUPS
+    head = (warp // GROUPS).to(tl.int64)
+    top = tl.full([WARPS, BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([WARPS, BLOCK_M], tl.float32)
+    acc = tl.zeros([WARPS, BLOCK_M, BLOCK_D], tl.float32)
+    page = _load_warp_pages(table_ptr, start, group, n, end, num_pages, PAGE_SIZE, KEYS, GROUPS)
+    for tile_start in range(start, end, GROUPS * KEYS):
+        key = tile_start + group * KEYS + n  # [W, N]
+        page64 = tl.maximum(page, 0).to(tl.int64)  # page 0 stands in for what is not there; its scores are masked
+        if PAGE_SIZE % KEYS == 0:
+            # What the keys and elements of a tile add to this stays the same in the loop.
+            first_slot = ((tile_start + group * KEYS) % PAGE_SIZE).to(tl.int64)
+            k_at = page64 * stride_key_page + first_slot * stride_key_slot
+            v_at = page64 * stride_value_page + first_slot * stride_value_slot
+            slot = n.to(tl.int64)
+        else:
+            k_at = page64 * stride_key_page
+            v_at = page64 * stride_value_page
+            slot = (key % PAGE_SIZE).to(tl.int64)
+        k_at = k_at + (head * stride_key_head + slot * stride_key_slot)
+        v_at = v_at + (head * stride_value_head + slot * stride_value_slot)
+        present = (page >= 0) & (key >= first) & (key < end)
+        k = tl.load(key_ptr + k_at[:, :, None] + d, mask=d < D, other=0.0)  # [W, N, D]
+        # A slot that no sequence has written may hold NaN, and a weight of zero would not silence it.
+        v = tl.load(value_ptr + v_at[:, :, None] + d, mask=present[:, :, None] & (d < D), other=0.0)
+        page = _load_warp_pages(
+            table_ptr, tile_start + GROUPS * KEYS, group, n, end, num_pages, PAGE_SIZE, KEYS, GROUPS
+        )
+
+        scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee") * score_scale  # [W, M, N]
+        if SOFTCAP:
+            scores = cap * tanh(scores)
+        seen = present[:, None, :]
+        if CAUSAL:
+            seen = seen & (key[:, None, :] <= position[None, :, None])
+        if WINDOW:
+            seen = seen & (key[:, None, :] > position[None, :, None] - window)
+        scores = tl.where(seen, scores, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 2))
+        # A row that has seen no key yet: subtract 0, not -inf.
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+        rescale = tl.exp2(top - shift)
+        weights = tl.exp2(scores - shift[:, :, None])
+        total = total * rescale + tl.sum(weights, 2)
+        if v.dtype == tl.float32:
+            acc = tl.fma(acc, rescale[:, :, None], tl.dot(weights, v, input_precision="ieee"))
+        else:
+            acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, :, None])
+        top = new_top
+    if GROUPS == 1:
+        return acc, top, total
+    else:
+        # The groups of a head are made one.
+        top = tl.reshape(top, [HEADS, GROUPS, BLOCK_M])
+        best = tl.max(top, 1)  # [HEADS, M]
+        factor = tl.exp2(top - tl.where(best == -float("inf"), 0.0, best)[:, None, :])
+        total = tl.sum(tl.reshape(total, [HEADS, GROUPS, BLOCK_M]) * factor, 1)
+        acc = tl.reshape(acc, [HEADS, GROUPS, BLOCK_M, BLOCK_D]) * factor[:, :, :, None]
+        return tl.sum(acc, 1), best, total

@@ -1,0 +1,309 @@
+"""The attention of few queries a sequence over a paged cache; `schedule.py` says which program does what."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from octavo.kernels.attention.attention_tiles import Tiles
+from octavo.kernels.attention.by_warps import attend_by_warps
+from octavo.kernels.attention.merge_parts import merge_parts_kernel
+from octavo.kernels.attention.online_softmax import attend, of_heads, offset_by, with_sink
+from octavo.kernels.attention.schedule import extent, find, rows_of
+from octavo.kernels.launch import empty, launch
+from octavo.kernels.tiles import cdiv, chains, device_properties, let_next_start, wait_for_previous
+
+
+@triton.jit(do_not_specialize=["T", "B", "table_width", "num_pages", "window", "least", "stride_table_sequence"])
+def _decode_kernel(
+    # Bound by reading the cache once. One program a worker.
+    out_ptr,
+    lse_ptr,
+    parts_ptr,
+    query_ptr,
+    key_cache_ptr,
+    value_cache_ptr,
+    block_table_ptr,
+    seq_lens_ptr,
+    cu_seqlens_q_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    key_scale_cache_ptr,
+    value_scale_cache_ptr,
+    sinks_ptr,
+    alibi_slopes_ptr,
+    T,
+    B,
+    num_pages,
+    table_width,
+    window,
+    score_scale,
+    cap,
+    stride_query_token,
+    stride_query_head,
+    stride_key_page,
+    stride_key_slot,
+    stride_key_head,
+    stride_value_page,
+    stride_value_slot,
+    stride_value_head,
+    stride_table_sequence,
+    stride_k_scale,
+    stride_v_scale,
+    stride_key_scale_page,
+    stride_key_scale_slot,
+    stride_key_scale_head,
+    stride_value_scale_page,
+    stride_value_scale_slot,
+    stride_value_scale_head,
+    least,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PACK: tl.constexpr,
+    D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ROLLING: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    RETURN_LSE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    KEYS: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BY_WARPS: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
+    BLOCK_Q: tl.constexpr = BLOCK_M // PACK
+    BLOCK_N: tl.constexpr = GROUPS * KEYS
+    PACKS: tl.constexpr = (GROUP + PACK - 1) // PACK
+    ALL_PACKS: tl.constexpr = KV_HEADS // HEADS * PACKS
+    pack = tl.program_id(0) % ALL_PACKS  # heads side by side, so that they read the same pages at the same time
+    worker, workers = tl.program_id(0) // ALL_PACKS, tl.num_programs(0) // ALL_PACKS
+    max_keys = table_width * PAGE_SIZE
+    sequence, _, first, piece, total_tiles = find(
+        worker,
+        seq_lens_ptr,
+        cu_seqlens_q_ptr,
+        T,
+        B,
+        max_keys,
+        window,
+        workers,
+        least,
+        False,
+        CAUSAL,
+        WINDOW,
+        BLOCK_Q,
+        BLOCK_N,
+        KEYS,
+        BLOCK_B,
+    )
+    begin = worker * piece
+    stop = tl.minimum(begin + piece, total_tiles)
+    if begin >= stop:
+        return
+    r = tl.arange(0, HEADS * BLOCK_M)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    kv_head = (pack // PACKS * HEADS).to(tl.int64)
+    at = begin
+    while at < stop:
+        items, tiles = extent(
+            sequence, seq_lens_ptr, cu_seqlens_q_ptr, T, B, max_keys, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_N, KEYS
+        )
+        item = (at - first) // tiles
+        item_begin = first + item * tiles
+        last = tl.minimum(item_begin + tiles, stop)
+        query_start = tl.load(cu_seqlens_q_ptr + sequence)
+        query_end = tl.minimum(tl.load(cu_seqlens_q_ptr + sequence + 1, mask=sequence < B, other=T), T)
+        seq_len = tl.load(seq_lens_ptr + sequence, mask=sequence < B, other=0)
+        tile_start = query_start + item * BLOCK_Q
+        position = tile_start + seq_len - query_end
+        start = 0
+        end = seq_len if ROLLING else tl.minimum(seq_len, max_keys)
+        if CAUSAL:
+            end = tl.minimum(end, position + BLOCK_Q)
+        if WINDOW:
+            start = tl.maximum(position - window + 1, 0)
+        if ROLLING:
+            start = tl.maximum(start, seq_len - max_keys)  # what is further back has been overwritten
+        if BY_WARPS:
+            aligned = start // KEYS * KEYS if PAGE_SIZE % KEYS == 0 else start  # so that a warp's keys are in one page
+            warp_row = (tl.arange(0, HEADS * GROUPS) // GROUPS * BLOCK_M)[:, None] + tl.arange(0, BLOCK_M)[None, :]
+            token, head, wanted = rows_of(warp_row, tile_start, query_end, pack, GROUP, PACK, PACKS, HEADS, BLOCK_M)
+            q_at = token * stride_query_token + head.to(tl.int64) * stride_query_head
+            q = tl.load(
+                query_ptr + q_at[:, :, None] + d[None, :, :], mask=wanted[:, :, None] & (d < D)[None, :, :], other=0.0
+            )  # [W, M, D]
+            by_head, top_of_head, total_of_head = attend_by_warps(
+                q,
+                position + tl.arange(0, BLOCK_M) // PACK,
+                start,
+                aligned + (at - item_begin) * BLOCK_N,
+                tl.minimum(end, aligned + (last - item_begin) * BLOCK_N),
+                key_cache_ptr + kv_head * stride_key_head,
+                value_cache_ptr + kv_head * stride_value_head,
+                block_table_ptr + sequence.to(tl.int64) * stride_table_sequence,
+                num_pages,
+                window,
+                score_scale,
+                cap,
+                stride_key_page,
+                stride_key_slot,
+                stride_key_head,
+                stride_value_page,
+                stride_value_slot,
+                stride_value_head,
+                D,
+                PAGE_SIZE,
+                CAUSAL,
+                WINDOW,
+                SOFTCAP,
+                HEADS,
+                GROUPS,
+                BLOCK_M,
+                KEYS,
+                BLOCK_D,
+            )
+            out = tl.reshape(by_head, [HEADS * BLOCK_M, BLOCK_D])
+            top, total = tl.reshape(top_of_head, [HEADS * BLOCK_M]), tl.reshape(total_of_head, [HEADS * BLOCK_M])
+        else:
+            token, head, wanted = rows_of(r, tile_start, query_end, pack, GROUP, PACK, PACKS, HEADS, BLOCK_M)
+            q_at = token * stride_query_token + head.to(tl.int64) * stride_query_head
+            q = tl.load(query_ptr + q_at[:, None] + d, mask=wanted[:, None] & (d < D), other=0.0)  # [M, D]
+            out, top, total = attend(
+                q,
+                position + r // PACK,
+                of_heads(alibi_slopes_ptr, head, wanted),
+                start + (at - item_begin) * BLOCK_N,
+                tl.minimum(end, start + (last - item_begin) * BLOCK_N),
+                key_cache_ptr + kv_head * stride_key_head,
+                value_cache_ptr + kv_head * stride_value_head,
+                offset_by(k_scale_ptr, kv_head * stride_k_scale),
+                offset_by(v_scale_ptr, kv_head * stride_v_scale),
+                offset_by(key_scale_cache_ptr, kv_head * stride_key_scale_head),
+                offset_by(value_scale_cache_ptr, kv_head * stride_value_scale_head),
+                block_table_ptr + sequence.to(tl.int64) * stride_table_sequence,
+                num_pages,
+                table_width,
+                window,
+                score_scale,
+                cap,
+                stride_key_page,
+                stride_key_slot,
+                stride_value_page,
+                stride_value_slot,
+                stride_key_scale_page,
+                stride_key_scale_slot,
+                stride_value_scale_page,
+                stride_value_scale_slot,
+                D,
+                PAGE_SIZE,
+                CAUSAL,
+                WINDOW,
+                ROLLING,
+                SOFTCAP,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+            )
+        token, head, wanted = rows_of(r, tile_start, query_end, pack, GROUP, PACK, PACKS, HEADS, BLOCK_M)
+        mask = wanted[:, None] & (d < D)
+        if (item_begin >= begin) & (last == item_begin + tiles):
+            if sinks_ptr is not None:
+                out, top, total = with_sink(out, top, total, of_heads(sinks_ptr, head, wanted))
+            total = tl.where(total == 0.0, 1.0, total)  # nothing attended to: zeros, and a log-sum-exp of -inf
+            row = token * (KV_HEADS * GROUP) + head
+            out = (out / total[:, None]).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + row[:, None] * D + d, out, mask=mask)
+            if RETURN_LSE:
+                # In this form one fused multiply-add rounds the large term once.
+                ln2 = 0.6931471805599453
+                tl.store(lse_ptr + row, top * ln2 + tl.log2(total) * ln2, mask=wanted)
+        else:
+            # A worker leaves at most two: of the item in which its piece begins, and of that in which it ends.
+            total = tl.where(total == 0.0, 1.0, total)
+            part_row = ((pack * workers + worker) * 2 + tl.where(item_begin > begin, 1, 0)) * (HEADS * BLOCK_M) + r
+            tl.store(parts_ptr + part_row[:, None] * D + d, out / total[:, None], mask=mask)
+            sums_ptr = parts_ptr + 2 * ALL_PACKS * workers * (HEADS * BLOCK_M) * D
+            tl.store(sums_ptr + part_row, top + tl.log2(total), mask=wanted)
+        at = last
+        if at == first + items * tiles:
+            first = at
+            sequence += 1
+
+
+def decode(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    args: tuple[Any, ...],
+    constexprs: dict[str, Any],
+    tiles: Tiles,
+    max_seqlen_q: int,
+) -> None:
+    """Launches decode_kernel and what merges its results; `args` are the kernel's from query_ptr to the strides."""
+    _, _, _, _, seq_lens, cu_seqlens_q, _, _, _, _, sinks, _, tokens, sequences, _, table_width, window = args[:17]
+    device = out.device
+    pack, group, kv_heads = constexprs["PACK"], constexprs["GROUP"], constexprs["KV_HEADS"]
+    packs = kv_heads // tiles.heads * cdiv(group, pack)
+    workers = max(device_properties(device).num_sms * tiles.workers // packs, 1) if tokens else 0
+    parts = empty((2 * packs * workers * tiles.heads * tiles.block_m, out.shape[2] + 1), torch.float32, device)
+    groups = tiles.num_warps // tiles.heads if tiles.by_warps else 1
+    blocks = dict(
+        BLOCK_B=32 if sequences < 32 else 512,
+        BLOCK_M=tiles.block_m,
+        KEYS=tiles.block_n // groups,
+        HEADS=tiles.heads,
+        GROUPS=groups,
+        BLOCK_D=tiles.block_d,
+    )
+    launch(
+        _decode_kernel,
+        (workers * packs,),
+        out,
+        lse,
+        parts,
+        *args,
+        tiles.least,
+        device=device,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        **constexprs,
+        **blocks,
+        BY_WARPS=tiles.by_warps,
+        CHAINED=chains(device),
+    )
+    # One program a row where items are few and have many parts, else one a worker.
+    items = tokens // (tiles.block_m // pack) + sequences + 1
+    by_item = 4 * items <= workers
+    rows_of_head = min(tiles.block_m // pack, max(max_seqlen_q, 1)) * pack
+    del constexprs["SOFTCAP"], constexprs["ROLLING"]
+    launch(
+        merge_parts_kernel,
+        (items, packs, tiles.heads * rows_of_head) if by_item else (max(workers - 1, 0), packs),
+        out,
+        lse,
+        parts,
+        seq_lens,
+        cu_seqlens_q,
+        sinks,
+        tokens,
+        sequences,
+        table_width,
+        window,
+        workers,
+        tiles.least,
+        rows_of_head,
+        device=device,
+        num_warps=4,
+        **constexprs,
+        **blocks,
+        BY_ITEM=by_item,
+        PARTS=64 if by_item else 1,
+        CHAINED=chains(device),
+    )

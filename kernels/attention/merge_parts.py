@@ -1,0 +1,124 @@
+"""The second kernel of decoding: an item that was cut is put together from what its workers left, in their order."""
+
+import triton
+import triton.language as tl
+
+from octavo.kernels.attention.online_softmax import of_heads, with_sink
+from octavo.kernels.attention.schedule import extent, find, rows_of
+from octavo.kernels.tiles import let_next_start, wait_for_previous
+
+
+@triton.jit(do_not_specialize=["T", "B", "table_width", "window", "workers", "least", "rows_of_head"])
+def merge_parts_kernel(
+    # Bound by latency: a few kilobytes a row. One program some rows of an item (BY_ITEM: of each; else of the one in
+    # which a worker's piece begins, if it is that item's second).
+    out_ptr,
+    lse_ptr,
+    parts_ptr,
+    seq_lens_ptr,
+    cu_seqlens_q_ptr,
+    sinks_ptr,
+    T,
+    B,
+    table_width,
+    window,
+    workers,
+    least,
+    rows_of_head,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PACK: tl.constexpr,
+    D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    RETURN_LSE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    KEYS: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BY_ITEM: tl.constexpr,
+    PARTS: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    BLOCK_Q: tl.constexpr = BLOCK_M // PACK
+    BLOCK_N: tl.constexpr = GROUPS * KEYS
+    PACKS: tl.constexpr = (GROUP + PACK - 1) // PACK
+    ALL_PACKS: tl.constexpr = KV_HEADS // HEADS * PACKS
+    ROWS: tl.constexpr = 1 if BY_ITEM else HEADS * BLOCK_M
+    pack = tl.program_id(1)
+    max_keys = table_width * PAGE_SIZE
+    # Ahead of the wait: lengths were there before the kernel that this one follows had begun.
+    index = tl.program_id(0) + (0 if BY_ITEM else 1)
+    sequence, items_before, tiles_before, piece, _ = find(
+        index,
+        seq_lens_ptr,
+        cu_seqlens_q_ptr,
+        T,
+        B,
+        max_keys,
+        window,
+        workers,
+        least,
+        BY_ITEM,
+        CAUSAL,
+        WINDOW,
+        BLOCK_Q,
+        BLOCK_N,
+        KEYS,
+        BLOCK_B,
+    )
+    _, tiles = extent(
+        sequence, seq_lens_ptr, cu_seqlens_q_ptr, T, B, max_keys, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_N, KEYS
+    )
+    tiles = tl.maximum(tiles, 1)
+    item = index - items_before if BY_ITEM else (index * piece - tiles_before) // tiles
+    begin = tiles_before + item * tiles
+    first_worker, last_worker = begin // piece, (begin + tiles - 1) // piece
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
+    if (sequence > B) | (first_worker == last_worker) | ((first_worker + 1 != index) & (not BY_ITEM)):
+        return
+    query_end = tl.minimum(tl.load(cu_seqlens_q_ptr + sequence + 1, mask=sequence < B, other=T), T)
+    tile_start = tl.load(cu_seqlens_q_ptr + sequence) + item * BLOCK_Q
+    d = tl.arange(0, BLOCK_D)
+    sums_ptr = parts_ptr + 2 * ALL_PACKS * workers * (HEADS * BLOCK_M) * D
+    rows = tl.minimum(query_end - tile_start, BLOCK_Q) * PACK if BY_ITEM else 1
+    for m in range(tl.program_id(2) % rows_of_head, rows, rows_of_head):
+        if BY_ITEM:
+            r = tl.program_id(2) // rows_of_head * BLOCK_M + m + tl.arange(0, 1)
+        else:
+            r = tl.arange(0, ROWS)
+        token, head, wanted = rows_of(r, tile_start, query_end, pack, GROUP, PACK, PACKS, HEADS, BLOCK_M)
+        top = tl.full([ROWS], -float("inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        for start in range(first_worker, last_worker + 1, PARTS):
+            w = start + tl.arange(0, PARTS)
+            slot = 2 * (pack * workers + w) + tl.where((w == first_worker) & (begin > first_worker * piece), 1, 0)
+            there = (w <= last_worker)[:, None] & wanted[None, :]  # [PARTS, ROWS]
+            at = slot[:, None] * (HEADS * BLOCK_M) + r[None, :]
+            sums = tl.load(sums_ptr + at, mask=there, other=-float("inf"))
+            values = tl.load(
+                parts_ptr + at[:, :, None] * D + d[None, None, :],
+                mask=there[:, :, None] & (d < D)[None, None, :],
+                other=0.0,
+            )  # [PARTS, ROWS, D]
+            new_top = tl.maximum(top, tl.max(sums, 0))
+            shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+            weights = tl.exp2(sums - shift[None, :])
+            rescale = tl.exp2(top - shift)
+            total = total * rescale + tl.sum(weights, 0)
+            acc = acc * rescale[:, None] + tl.sum(values * weights[:, :, None], 0)
+            top = new_top
+        if sinks_ptr is not None:
+            acc, top, total = with_sink(acc, top, total, of_heads(sinks_ptr, head, wanted))
+        total = tl.where(total == 0.0, 1.0, total)
+        row = token * (KV_HEADS * GROUP) + head
+        out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + row[:, None] * D + d[None, :], out, mask=wanted[:, None] & (d < D)[None, :])
+        if RETURN_LSE:
+            ln2 = 0.6931471805599453
+            tl.store(lse_ptr + row, top * ln2 + tl.log2(total) * ln2, mask=wanted)

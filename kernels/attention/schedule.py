@@ -1,0 +1,113 @@
+"""The attention of few queries a sequence over a paged cache: every multiprocessor reads an equal share of the keys.
+
+All keys that the step reads, cut into tiles, stand in one row: sequence after sequence, and in each one head after
+another. A fixed number of programs, the workers, take equal pieces of that row (stream-K: Osama et al. 2023,
+https://arxiv.org/abs/2301.03598), whatever the lengths are. A piece begins and ends anywhere: where an item (a query
+tile and KV head) is cut, its workers leave partial results, and a second kernel merges them in order (flash decoding,
+https://pytorch.org/blog/flash-decoding).
+
+One loop runs over a worker's tiles and does not end where an item does, so that the loads of the next item are under
+way while the last one is computed. Each program finds its place in the row by a scan over the lengths; for up to 512
+sequences that is one round trip to memory, as reading a plan made beforehand would be, and nothing has to be kept from
+one call to the next. The grid depends on the GPU alone, so a CUDA graph serves any lengths.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def extent(
+    b,
+    seq_lens_ptr,
+    cu_seqlens_q_ptr,
+    T,
+    B,
+    max_keys,
+    window,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Of the sequences `b`: the items, and how many tiles of keys each of them is given; both at least 1, 0 from B + 1.
+
+    Rows after the last sequence are the padding of a captured graph: a sequence of no keys, number B.
+    """
+    first = tl.load(cu_seqlens_q_ptr + b, mask=b <= B, other=0)
+    last = tl.minimum(tl.load(cu_seqlens_q_ptr + b + 1, mask=b < B, other=T), T)
+    queries = tl.maximum(last - first, 0)
+    keys = tl.minimum(tl.load(seq_lens_ptr + b, mask=b < B, other=0), max_keys)
+    if WINDOW:
+        # Without causal, every query sees all that follows it.
+        keys = tl.minimum(keys, window - 1 + (tl.minimum(queries, BLOCK_Q) if CAUSAL else queries) + KEYS - 1)
+    items = tl.maximum(tl.cdiv(queries, BLOCK_Q), 1)
+    return tl.where(b <= B, items, 0), tl.where(b <= B, tl.maximum(tl.cdiv(keys, BLOCK_N), 1), 0)
+
+
+@triton.jit
+def find(
+    index,
+    seq_lens_ptr,
+    cu_seqlens_q_ptr,
+    T,
+    B,
+    max_keys,
+    window,
+    workers,
+    least,
+    BY_ITEM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """Where item `index` is, or the piece of worker `index` begins.
+
+    Returns (sequence, the items before it, the tiles before it, tiles of a piece, tiles in all).
+    """
+    total = 0
+    for start in range(0, B + 1, BLOCK_B):
+        b = start + tl.arange(0, BLOCK_B)
+        items, tiles = extent(
+            b, seq_lens_ptr, cu_seqlens_q_ptr, T, B, max_keys, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_N, KEYS
+        )
+        total += tl.sum(items * tiles, 0)
+    piece = tl.maximum(tl.cdiv(total, workers), least)
+    at = index if BY_ITEM else index * piece
+    sequence, items_before, tiles_before, counted = 0, 0, 0, 0
+    for start in range(0, B + 1, BLOCK_B):
+        b = start + tl.arange(0, BLOCK_B)
+        items, tiles = extent(
+            b, seq_lens_ptr, cu_seqlens_q_ptr, T, B, max_keys, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_N, KEYS
+        )
+        counts = items if BY_ITEM else items * tiles
+        passed = (counted + tl.cumsum(counts, 0) <= at) & (b <= B)
+        sequence += tl.sum(passed.to(tl.int32), 0)
+        items_before += tl.sum(tl.where(passed, items, 0), 0)
+        tiles_before += tl.sum(tl.where(passed, items * tiles, 0), 0)
+        counted += tl.sum(counts, 0)
+    return sequence, items_before, tiles_before, piece, total
+
+
+@triton.jit
+def rows_of(
+    r,
+    tile_start,
+    query_end,
+    pack,
+    GROUP: tl.constexpr,
+    PACK: tl.constexpr,
+    PACKS: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Token and query head of the rows `r`, HEADS · BLOCK_M of an item, and which of them there are."""
+    m = r % BLOCK_M
+    token = tile_start + m // PACK
+    group_head = pack % PACKS * PACK + m % PACK
+    wanted = (m < BLOCK_M // PACK * PACK) & (token < query_end) & (group_head < GROUP)
+    return token.to(tl.int64), (pack // PACKS * HEADS + r // BLOCK_M) * GROUP + group_head, wanted
