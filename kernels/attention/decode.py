@@ -9,7 +9,7 @@ import triton.language as tl
 from octavo.kernels.attention.attention_tiles import Tiles
 from octavo.kernels.attention.by_warps import attend_by_warps
 from octavo.kernels.attention.merge_parts import merge_parts_kernel
-from octavo.kernels.attention.online_softmax import attend, of_heads, offset_by, with_sink
+from octavo.kernels.attention.online_softmax import attend, of_heads, with_sink
 from octavo.kernels.attention.schedule import extent, find, rows_of
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.tiles import cdiv, chains, device_properties, let_next_start, wait_for_previous
@@ -111,6 +111,13 @@ def _decode_kernel(
     r = tl.arange(0, HEADS * BLOCK_M)
     d = tl.arange(0, BLOCK_D)[None, :]
     kv_head = (pack // PACKS * HEADS).to(tl.int64)
+    if k_scale_ptr is not None:
+        k_scale_ptr += kv_head * stride_k_scale
+    if v_scale_ptr is not None:
+        v_scale_ptr += kv_head * stride_v_scale
+    if key_scale_cache_ptr is not None:
+        key_scale_cache_ptr += kv_head * stride_key_scale_head
+        value_scale_cache_ptr += kv_head * stride_value_scale_head
     at = begin
     while at < stop:
         items, tiles = extent(
@@ -176,18 +183,21 @@ def _decode_kernel(
             token, head, wanted = rows_of(r, tile_start, query_end, pack, GROUP, PACK, PACKS, HEADS, BLOCK_M)
             q_at = token * stride_query_token + head.to(tl.int64) * stride_query_head
             q = tl.load(query_ptr + q_at[:, None] + d, mask=wanted[:, None] & (d < D), other=0.0)  # [M, D]
+            slope = alibi_slopes_ptr
+            if slope is not None:
+                slope = of_heads(alibi_slopes_ptr, head, wanted)
             out, top, total = attend(
                 q,
                 position + r // PACK,
-                of_heads(alibi_slopes_ptr, head, wanted),
+                slope,
                 start + (at - item_begin) * BLOCK_N,
                 tl.minimum(end, start + (last - item_begin) * BLOCK_N),
                 key_cache_ptr + kv_head * stride_key_head,
                 value_cache_ptr + kv_head * stride_value_head,
-                offset_by(k_scale_ptr, kv_head * stride_k_scale),
-                offset_by(v_scale_ptr, kv_head * stride_v_scale),
-                offset_by(key_scale_cache_ptr, kv_head * stride_key_scale_head),
-                offset_by(value_scale_cache_ptr, kv_head * stride_value_scale_head),
+                k_scale_ptr,
+                v_scale_ptr,
+                key_scale_cache_ptr,
+                value_scale_cache_ptr,
                 block_table_ptr + sequence.to(tl.int64) * stride_table_sequence,
                 num_pages,
                 table_width,
@@ -219,8 +229,8 @@ def _decode_kernel(
                 out, top, total = with_sink(out, top, total, of_heads(sinks_ptr, head, wanted))
             total = tl.where(total == 0.0, 1.0, total)  # nothing attended to: zeros, and a log-sum-exp of -inf
             row = token * (KV_HEADS * GROUP) + head
-            out = (out / total[:, None]).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + row[:, None] * D + d, out, mask=mask)
+            rounded = (out / total[:, None]).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + row[:, None] * D + d, rounded, mask=mask)
             if RETURN_LSE:
                 # In this form one fused multiply-add rounds the large term once.
                 ln2 = 0.6931471805599453

@@ -12,15 +12,6 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def offset_by(ptr, offset):
-    """`ptr + offset`; None for a tensor that was not given."""
-    if ptr is None:
-        return None
-    else:
-        return ptr + offset
-
-
-@triton.jit
 def with_sink(acc, top, total, sink):
     """Adds a key of the score `sink` [M], which is none of base 2, and a value of zeros to what `attend` returned.
 
@@ -35,11 +26,8 @@ def with_sink(acc, top, total, sink):
 
 @triton.jit
 def of_heads(ptr, head, mask):
-    """The numbers of the heads `head` [M] as fp32; None for a tensor that was not given."""
-    if ptr is None:
-        return None
-    else:
-        return tl.load(ptr + head, mask=mask, other=0.0).to(tl.float32)
+    """The numbers of the heads `head` [M] as fp32."""
+    return tl.load(ptr + head, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit

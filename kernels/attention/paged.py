@@ -20,7 +20,7 @@ import triton.language as tl
 from octavo.kernels.attention.attention_tiles import choose_tiles
 from octavo.kernels.attention.decode import decode
 from octavo.kernels.attention.kv_cache import check_supported, scale_stride, strides_of
-from octavo.kernels.attention.online_softmax import attend, find_sequence, of_heads, offset_by, with_sink
+from octavo.kernels.attention.online_softmax import attend, find_sequence, of_heads, with_sink
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.tiles import cdiv, chains, device_properties, let_next_start, wait_for_previous
 
@@ -122,18 +122,28 @@ def _paged_attention_kernel(
         start = tl.maximum(start, seq_len - table_width * PAGE_SIZE)  # what is further back has been overwritten
 
     kv_head64 = kv_head.to(tl.int64)
+    if k_scale_ptr is not None:
+        k_scale_ptr += kv_head64 * stride_k_scale
+    if v_scale_ptr is not None:
+        v_scale_ptr += kv_head64 * stride_v_scale
+    if key_scale_cache_ptr is not None:
+        key_scale_cache_ptr += kv_head64 * stride_key_scale_head
+        value_scale_cache_ptr += kv_head64 * stride_value_scale_head
+    slope = alibi_slopes_ptr
+    if slope is not None:
+        slope = of_heads(alibi_slopes_ptr, head, wanted)
     acc, top, total = attend(
         q,
         position,
-        of_heads(alibi_slopes_ptr, head, wanted),
+        slope,
         start,
         end,
         key_cache_ptr + kv_head64 * stride_key_head,
         value_cache_ptr + kv_head64 * stride_value_head,
-        offset_by(k_scale_ptr, kv_head * stride_k_scale),
-        offset_by(v_scale_ptr, kv_head * stride_v_scale),
-        offset_by(key_scale_cache_ptr, kv_head64 * stride_key_scale_head),
-        offset_by(value_scale_cache_ptr, kv_head64 * stride_value_scale_head),
+        k_scale_ptr,
+        v_scale_ptr,
+        key_scale_cache_ptr,
+        value_scale_cache_ptr,
         block_table_ptr + sequence.to(tl.int64) * stride_table_sequence,
         num_pages,
         table_width,
