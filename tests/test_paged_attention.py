@@ -387,7 +387,7 @@ def test_tiles_fit_any_model(properties, dtype):
     for d in range(8, 257, 8):
         for group in (1, 3, 8, 71, 200):
             for longest in (0, 1, 9, 8192):
-                tiles = paged.choose_tiles(d, 8, group, longest, dtype, properties)
+                tiles = paged.choose_tiles(d, 8, group, longest, longest, dtype, properties)
                 queries = tiles.block_m * (tiles.num_warps if tiles.by_warps else 1)
                 held = 2 * (tiles.num_stages - 1) * tiles.block_n * tiles.heads + queries
                 assert tiles.num_stages >= 2, "a loop without a pipeline"

@@ -29,6 +29,7 @@ def choose_tiles(
     head_size: int,
     kv_heads: int,
     group: int,
+    tokens: int,
     max_seqlen_q: int,
     dtype: torch.dtype,
     properties: DeviceProperties,
@@ -47,9 +48,11 @@ def choose_tiles(
     rows = group * max_seqlen_q
     if rows <= 16 and block_d <= 128 and dtype != torch.float32 and plain and not quantised:
         heads = math.gcd(kv_heads, 4)
-        # Two programs a multiprocessor, each with its queries and its tiles of keys and values.
+        # Two programs a multiprocessor, each with its queries and its tiles of keys and values; of few sequences one,
+        # since then there are half as many parts to merge.
+        workers, most = (1, 4) if tokens <= 4 else (2, 3)
         stages = (properties.shared_memory // 2 - 1024 - 128 * block_d) // (256 * block_d) + 1
-        return Tiles(16, 64 // heads, block_d, 4, min(max(stages, 2), 4), 2, heads=heads, by_warps=True)
+        return Tiles(16, 64 // heads, block_d, 4, min(max(stages, 2), most), workers, 2, heads, by_warps=True)
     if dtype == torch.float32:
         # No tensor cores: a thread holds whole rows of both operands.
         block_m, block_n, num_warps = 16, 16, 8

@@ -218,6 +218,7 @@ def _paged_attention_cuda(
         head_size,
         kv_heads,
         group,
+        tokens,
         max_seqlen_q,
         query.dtype,
         device_properties(query.device),

@@ -120,6 +120,10 @@ def choose_kernel(
         filtered = greedy != greedy
         if FILTERS:
             k = top_k_setting(top_k_ptr, row, V)
+            if top_k_ptr is None:
+                # A zero that the compiler can't see: with a known one, under min-p alone, a loop is left that Triton
+                # 3.6 does not compile.
+                k = tl.minimum(row, 0)
             p = setting(top_p_ptr, row, 1.0)
             p = tl.where(p < 0.0, 0.0, p)
             min_p = setting(min_p_ptr, row, 0.0)
