@@ -38,7 +38,6 @@ def shapes() -> list[Shape]:
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Inputs:
-    """Caches are drawn in the inputs' dtype; `_caches` makes what a call writes to of them."""
     fresh = drawn(dtype, device, generator)
     rotary = bench_rotary_embedding.inputs(shape, dtype, device, generator)
     cache = bench_write_kv.inputs(shape, dtype, device, generator)
@@ -56,6 +55,7 @@ def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, generator: to
     if shape["fp8"]:
         scale = drawn(torch.float32, device, generator)
         made |= {name: torch.rand(1, **scale) / 64 + 1 / 64 for name in ("k_scale", "v_scale")}
+        made |= {name: made[name].to(FP8) for name in ("key_cache", "value_cache")}
     return made
 
 
@@ -88,9 +88,7 @@ def _heads(inputs: Inputs) -> list[torch.Tensor]:
 
 
 def _caches(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """The caches that a call writes to: the inputs' own, or fp8 ones that are made of them."""
-    key_cache, value_cache = inputs["key_cache"], inputs["value_cache"]
-    return (key_cache.to(FP8), value_cache.to(FP8)) if "k_scale" in inputs else (key_cache, value_cache)
+    return inputs["key_cache"], inputs["value_cache"]
 
 
 def _options(inputs: Inputs) -> dict[str, Any]:
