@@ -302,7 +302,7 @@ def test_kept_tokens(vocab, k, p, min_p, temperature, levels, gap):
     """Vocabularies smaller than k, ties, odd strides: what is drawn is kept by the definitions, and the reference's."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(8, 2, 2, 8, 4, 4, 4))
+        patch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(8, 2, 2, 16, 4, 4, 4))
         logits = (torch.randn(2, vocab + gap)[:, :vocab] * levels / 2).round() / levels * 4
         given = dict(
             seeds=torch.tensor([vocab, k]),
@@ -382,7 +382,7 @@ def long_rows():
 
 
 def test_rows_with_more_than_there_is_room_for(device, monkeypatch):
-    monkeypatch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(16, 256, 128, 256, 64, 4, 4))
+    monkeypatch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(16, 256, 8, 256, 64, 4, 4))
     divided, calls = threshold.divided, []
     if INTERPRET:
         monkeypatch.setattr(threshold, "divided", lambda *args: calls.append(args) or divided(*args))
@@ -408,7 +408,7 @@ def test_rows_with_more_than_there_is_room_for(device, monkeypatch):
 
 def test_noise_of_single_tokens_is_that_of_tiles(device, monkeypatch):
     """A row whose candidates are few draws from them alone, one whose tiles are read draws while they are."""
-    monkeypatch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(16, 32, 32, 64, 64, 4, 4))
+    monkeypatch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(16, 32, 4, 64, 64, 4, 4))
     vocab, rows = 512, 4
     logits = torch.zeros(rows, vocab)
     given = dict(seeds=torch.arange(rows) * 2**33 - 5, positions=torch.arange(rows) * 2**31)

@@ -54,7 +54,7 @@ def estimated(
     b_key = tl.minimum(tl.maximum(b_key, a_key) + 1, high_key)
     # Nothing is left above where there is room for all of it, with some to spare since this is an estimate.
     reach = tl.sum((x >= value_of(a_key)).to(tl.int32), 0).to(tl.float32) * (population.to(tl.float32) / SAMPLE)
-    return a_key, tl.where(reach < 0.75 * room, high_key, b_key)
+    return a_key, tl.where(reach < 0.5 * room, high_key, b_key)
 
 
 @triton.jit

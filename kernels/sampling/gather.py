@@ -29,6 +29,24 @@ def list_tiles(list_ptr, tile, tile_max, low, tiles, TILES: tl.constexpr):
 
 
 @triton.jit
+def _join(candidates_ptr, places_ptr, counts, deepest, COLUMNS: tl.constexpr):
+    """Moves the lists of all columns together, their first entries first."""
+    found = deepest * 0
+    for depth in range(deepest):
+        tl.debug_barrier()  # what is read here may have been written by another thread, and be written over by others
+        at = depth * COLUMNS + tl.arange(0, COLUMNS)
+        there = depth < counts
+        x = tl.load(candidates_ptr + at, mask=there, other=0.0)
+        place = tl.load(places_ptr + at, mask=there, other=0)
+        to = found + tl.cumsum(there.to(tl.int32), 0) - 1
+        tl.debug_barrier()
+        tl.store(candidates_ptr + to, x, mask=there)
+        tl.store(places_ptr + to, place, mask=there)
+        found += tl.sum(there.to(tl.int32), 0)
+    tl.debug_barrier()
+
+
+@triton.jit
 def gather_from_tiles(
     list_ptr,
     listed,
@@ -49,17 +67,21 @@ def gather_from_tiles(
     TILES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Reads the listed tiles, and writes down the logits in [a, b) with their places, in the order of the places.
+    """Reads the listed tiles, and writes down the logits in [a, b) with their places.
 
     A token's place is that among all tokens of the listed tiles: it takes fewer registers than the token's id.
 
-    Returns how many there are, which may be more than there is room for, and their mass; then of the tokens that reach
-    `b` the count, the mass, and the largest with its noise: score and place. Without DRAW nothing may reach `b`.
+    Returns how many there is room for, -1 where one of the lists was too short; how many there are, and their mass;
+    then of the tokens that reach `b` the count, the mass, and the largest with its noise: score and place. Without DRAW
+    nothing may reach `b`.
     """
     places_ptr = candidates_ptr.to(tl.pointer_type(tl.int32)) + CANDIDATES
-    found = listed * 0
+    DEPTH: tl.constexpr = CANDIDATES // (TILES * TILE)
+    column = tl.reshape(tl.arange(0, TILES * TILE), [TILES, TILE])
+    # Every place of a tile makes a list of its own, so that threads need not count together in the loop.
+    counts = tl.zeros([TILES, TILE], tl.int32)
     masses = tl.zeros([TILES, TILE], tl.float32)
-    count_above = listed * 0
+    counts_above = tl.zeros([TILES, TILE], tl.int32)
     masses_above = tl.zeros([TILES, TILE], tl.float32)
     best = tl.full([TILES, TILE], -float("inf"), tl.float32)
     best_start = tl.full([TILES, TILE], 0, tl.int32)
@@ -74,26 +96,23 @@ def gather_from_tiles(
             above = x >= b
             # Loaded each time, or else what Philox makes of them is kept in 20 registers; volatile, or else prefetched.
             seed, position = tl.load(seeds_ptr + row, volatile=True), tl.load(positions_ptr + row, volatile=True)
+            counts_above += above.to(tl.int32)
             masses_above += tl.where(above, mass, 0.0)
             score = tl.where(above, x * scale + gumbel(seed, position, tile, TILE), -float("inf"))
             better = score > best
             best, best_start = tl.where(better, score, best), tl.where(better, start, best_start)
-        within = tl.reshape(within.to(tl.int32), [TILES * TILE])
-        at = found + tl.cumsum(within, 0) - 1
-        fits = (within != 0) & (at < CANDIDATES)
-        tl.store(candidates_ptr + at, tl.reshape(x, [TILES * TILE]), mask=fits)
-        tl.store(places_ptr + at, start * TILE + tl.arange(0, TILES * TILE), mask=fits)
-        if DRAW:
-            # Both sums at once; neither comes to 2**16.
-            both = tl.sum(within + (tl.reshape(above.to(tl.int32), [TILES * TILE]) << 16), 0)
-            found += both & 0xFFFF
-            count_above += both >> 16
-        else:
-            found += tl.sum(within, 0)
-    tl.debug_barrier()
-    place = best_start * TILE + tl.reshape(tl.arange(0, TILES * TILE), [TILES, TILE])
-    best_score, place = first_of_largest(best, place)
-    return found, tl.sum(masses), count_above, tl.sum(masses_above), best_score, place
+        at = counts * (TILES * TILE) + column
+        fits = within & (counts < DEPTH)
+        tl.store(candidates_ptr + at, x, mask=fits)
+        tl.store(places_ptr + at, start * TILE + column, mask=fits)
+        counts += within.to(tl.int32)
+    best_score, place = first_of_largest(best, best_start * TILE + column)
+    deepest = tl.max(counts)
+    if deepest <= DEPTH:
+        _join(candidates_ptr, places_ptr, tl.reshape(counts, [TILES * TILE]), deepest, TILES * TILE)
+    room = tl.where(deepest <= DEPTH, CANDIDATES, -1)
+    found = tl.sum(counts)
+    return room, found, tl.sum(masses), tl.sum(counts_above), tl.sum(masses_above), best_score, place
 
 
 @triton.jit
@@ -152,7 +171,7 @@ def draw_from_candidates(
         masses += tl.where(kept, tl.exp((x - top) * scale), 0.0)
         noise = gumbel_of(seed, position, token_at(list_ptr, place, TILE))
         score = tl.where(kept, x * scale + noise, -float("inf"))
-        better = score > best
+        better = (score > best) | ((score == best) & (place < best_place))
         best, best_place = tl.where(better, score, best), tl.where(better, place, best_place)
     best_score, place = first_of_largest(best, best_place)
     return best_score, place, tl.sum(masses)

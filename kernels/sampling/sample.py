@@ -53,7 +53,7 @@ def choose_tiles(vocab: int, edited: bool) -> _Tiles:
     """
     tile = max(128, next_power_of_2(cdiv(vocab, 1024)))
     few = max(1024 // tile, 1)
-    candidates = max(tile * next_power_of_2(cdiv(vocab, tile)) // 8, 1024)
+    candidates = max(tile * next_power_of_2(cdiv(vocab, tile)) // 4, 1024)
     return _Tiles(
         tile,
         (2 if edited else 4) * few,

@@ -99,6 +99,7 @@ def find_and_draw(
     edge_count, edge_mass = listed * 0, total * 0.0
     best, best_place = tl.full([], -float("inf"), tl.float32), tl.full([], NOWHERE, tl.int32)
     tried = k * 0
+    crowded = k < 0  # the last interval's tokens are few enough, but did not fit into their lists
     searching = k == k
     while searching:
         above_top = key_of(top) + 1
@@ -107,7 +108,7 @@ def find_and_draw(
         if known:
             a_key = key_of(threshold)
             b_key = a_key
-        elif (low_count - high_count > room) & (counting | share_known):
+        elif ((low_count - high_count > room) | crowded) & (counting | share_known):
             if tried == 0:
                 left_out = tl.where(counting, (low_count - k).to(tl.float32), low_mass - p * share)
                 if gathered:
@@ -139,7 +140,7 @@ def find_and_draw(
             above += edge_count
             above_mass += edge_mass
         elif b_key == above_top:
-            found, within_mass, above, above_mass, best, best_place = gather_from_tiles(
+            room, found, within_mass, above, above_mass, best, best_place = gather_from_tiles(
                 list_ptr,
                 listed,
                 a,
@@ -161,7 +162,7 @@ def find_and_draw(
             )
             within, edge_key, edge_count, edge_mass = found, b_key, above, above_mass
         else:
-            found, within_mass, above, above_mass, best, best_place = gather_from_tiles(
+            room, found, within_mass, above, above_mass, best, best_place = gather_from_tiles(
                 list_ptr,
                 listed,
                 a,
@@ -182,6 +183,7 @@ def find_and_draw(
                 TILE,
             )
             within, edge_key, edge_count, edge_mass = found, b_key, above, above_mass
+        crowded = room < 0
         if known:
             searching = k != k
         else:
