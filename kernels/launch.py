@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from triton import knobs
+from triton.runtime.jit import JITFunction
 
 INTERPRET: bool = knobs.runtime.interpret
 """True under `TRITON_INTERPRET=1`: kernels run on CPU tensors in Python, without bfloat16 `tl.dot` and inline asm."""
@@ -209,8 +210,28 @@ def _options(constexprs: dict[str, Any], num_warps: int, num_stages: int) -> dic
     return dict(num_warps=num_warps, num_stages=num_stages, **chained, **limited, **constexprs)
 
 
+_settled: set[int] = set()
+
+
+def _settle(kernel: Any) -> None:
+    """Has Triton compute the cache keys of the functions that a kernel calls before the kernel's own.
+
+    Else a key depends on which kernels were looked at before: Triton notes a callee's constexpr globals in it only if
+    the callee's own key is known already. Then two processes would not find each other's kernels in the cache.
+    """
+    if id(kernel) in _settled:
+        return
+    _settled.add(id(kernel))
+    for name in kernel.fn.__code__.co_names:
+        callee = kernel.fn.__globals__.get(name)
+        if isinstance(callee, JITFunction):
+            _settle(callee)
+    _ = kernel.cache_key
+
+
 def compiled_kernel(kernel: Any, args: Args, constexprs: dict[str, Any], num_warps: int, num_stages: int) -> Any:
     """Triton's `CompiledKernel` for these arguments on its current device, found or compiled; nothing is started."""
+    _settle(kernel)
     return kernel.run(*args, grid=(1,), warmup=True, **_options(constexprs, num_warps, num_stages))
 
 

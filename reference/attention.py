@@ -198,7 +198,7 @@ def _attend(
     plain = not softcap and sinks is None and alibi_slopes is None
     if n == 1 and plain and not return_lse:  # a decode token sees every key that was gathered
         out = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], scale=scale)
-        return out.view(1, heads, d), None
+        return out.reshape(1, heads, d), None
     scores = torch.bmm(q * scale, k.transpose(1, 2))  # [Hkv, G·n, L]
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)

@@ -436,7 +436,8 @@ def test_sinks_that_weigh_nothing_change_nothing(device, dtype):
     expected = octavo.paged_attention(**args, max_seqlen_q=longest, return_lse=True)
     sinks = torch.full((4,), -torch.inf, device=device)
     out, lse = octavo.paged_attention(**args, max_seqlen_q=longest, return_lse=True, sinks=sinks)
-    assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+    assert torch.equal(out, expected[0])
+    torch.testing.assert_close(lse, expected[1], rtol=2e-7, atol=1e-7)  # a compiler may round its product or not
 
 
 @pytest.mark.gpu
