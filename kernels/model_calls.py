@@ -89,7 +89,7 @@ def model_calls(
             partial(_activation, ACTIVATIONS[activation], tokens, intermediate, dtype),
             partial(_rope_and_cache, tokens, heads, kv_heads, head_dim, page_size, dtype, index_dtype),
         ]
-        for max_seqlen_q in {1, tokens}:
+        for max_seqlen_q in token_counts(tokens):
             sizes = tokens, max_seqlen_q, heads, kv_heads, head_dim, page_size
             calls.append(partial(_attention, *sizes, _get(config, "sliding_window", None), dtype))
         if weights != "dense":
@@ -171,16 +171,16 @@ def _attention(
     window_size: int | None,
     dtype: torch.dtype,
 ) -> None:
-    sequences = max(tokens // max_seqlen_q, 1)
     query = _empty(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)[:, :heads]
     cache = _empty(16, page_size, kv_heads, head_dim, dtype=dtype)
-    table, seq_lens, cu_seqlens = (
-        _empty(*shape, dtype=torch.int32) for shape in ((sequences, 16), (sequences,), (sequences + 1,))
-    )
     other = torch.empty_like(cache)
-    paged_attention(
-        query, cache, other, table, seq_lens, cu_seqlens, max_seqlen_q=max_seqlen_q, window_size=window_size
-    )
+    for sequences in {max(tokens // max_seqlen_q, 1), tokens}:  # as few as there may be, and as many
+        table, seq_lens, cu_seqlens = (
+            _empty(*shape, dtype=torch.int32) for shape in ((sequences, 16), (sequences,), (sequences + 1,))
+        )
+        paged_attention(
+            query, cache, other, table, seq_lens, cu_seqlens, max_seqlen_q=max_seqlen_q, window_size=window_size
+        )
 
 
 def _int4(tokens: int, n: int, k: int, group_size: int, dtype: torch.dtype) -> None:

@@ -134,7 +134,8 @@ def check_same_launches() -> None:
             with ordinary():
                 expected = run(function, tensors, others)
             # No tokens have a scale too.
-            started = 2 if name.endswith("by tensor") else 2 * (tokens > 0) if function is octavo.sample else tokens > 0
+            two = function in (octavo.sample, octavo.paged_attention)
+            started = 2 if name.endswith("by tensor") else (1 + two) * (tokens > 0)
             assert len(expected) == started, (name, expected)
             before = sum(map(len, function.plans.values()))
             for _ in range(2):
@@ -345,8 +346,8 @@ def check_hooks_may_call_ops() -> None:
 def check_token_counts() -> None:
     """A new number of tokens compiles nothing beyond the tile choices that depend on it."""
     pretend()
-    # Tile choices for up to 16, up to 64, and more tokens; two kernels.
-    variants = {"int4_linear": 3, "int8_linear": 3, "sample": 2}
+    # Tile choices for up to 16, up to 64, and more tokens; two kernels; two, one of which differs for many sequences.
+    variants = {"int4_linear": 3, "int8_linear": 3, "sample": 2, "paged_attention": 3}
     for name in cases(1):
         launching._ready.clear()
         before = octavo.compile_count()
@@ -405,11 +406,11 @@ def check_warm() -> None:
     assert not any(k.compiled for k in again.kernels) and len(again.kernels) == total
     assert octavo.warmup([], device="sm_90").kernels == ()
     pretend()
-    for tokens in (1, 3, 16, 33, 64, 100, 128):
+    for tokens in (1, 2, 3, 5, 16, 17, 33, 64, 90, 100, 128):
         serve(tokens)
     assert octavo.compile_count() == 0
     ready = len(launching._ready)
-    for tokens in (2, 5, 17, 90, 127):
+    for tokens in (4, 6, 20, 34, 95, 127):
         serve(tokens)
     assert octavo.compile_count() == 0 and len(launching._ready) == ready
     octavo.relu2(torch.zeros(1, 64, dtype=torch.bfloat16))  # not part of that model

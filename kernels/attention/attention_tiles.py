@@ -50,9 +50,9 @@ def choose_tiles(
         heads = math.gcd(kv_heads, 4)
         # Two programs a multiprocessor, each with its queries and its tiles of keys and values; of few sequences one,
         # since then there are half as many parts to merge.
-        workers, most = (1, 4) if tokens <= 4 else (2, 3)
+        workers = 1 if tokens <= 4 else 2
         stages = (properties.shared_memory // 2 - 1024 - 128 * block_d) // (256 * block_d) + 1
-        return Tiles(16, 64 // heads, block_d, 4, min(max(stages, 2), most), workers, 2, heads, by_warps=True)
+        return Tiles(16, 64 // heads, block_d, 4, min(max(stages, 2), 3), workers, 2, heads, by_warps=True)
     if dtype == torch.float32:
         # No tensor cores: a thread holds whole rows of both operands.
         block_m, block_n, num_warps = 16, 16, 8

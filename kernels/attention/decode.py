@@ -265,7 +265,7 @@ def decode(
     parts = empty((2 * packs * workers * tiles.heads * tiles.block_m, out.shape[2] + 1), torch.float32, device)
     groups = tiles.num_warps // tiles.heads if tiles.by_warps else 1
     blocks = dict(
-        BLOCK_B=32 if sequences < 32 else 512,
+        BLOCK_B=256,
         BLOCK_M=tiles.block_m,
         KEYS=tiles.block_n // groups,
         HEADS=tiles.heads,

@@ -1,15 +1,19 @@
 """The attention of few queries a sequence over a paged cache: every multiprocessor reads an equal share of the keys.
 
-All keys that the step reads, cut into tiles, stand in one row: sequence after sequence, and in each one head after
-another. A fixed number of programs, the workers, take equal pieces of that row (stream-K: Osama et al. 2023,
+All keys that the step reads of a head, or of some heads side by side, stand in one row of tiles, sequence after
+sequence. A fixed number of programs, the workers, take equal pieces of that row (stream-K: Osama et al. 2023,
 https://arxiv.org/abs/2301.03598), whatever the lengths are. A piece begins and ends anywhere: where an item (a query
 tile and KV head) is cut, its workers leave partial results, and a second kernel merges them in order (flash decoding,
 https://pytorch.org/blog/flash-decoding).
 
-One loop runs over a worker's tiles and does not end where an item does, so that the loads of the next item are under
-way while the last one is computed. Each program finds its place in the row by a scan over the lengths; for up to 512
+Heads side by side are read at the same time: on an H100 that is 7 % faster than at different times, since a token's
+heads are one piece of memory. Each program finds its place in the row by a scan over the lengths; for up to 255
 sequences that is one round trip to memory, as reading a plan made beforehand would be, and nothing has to be kept from
-one call to the next. The grid depends on the GPU alone, so a CUDA graph serves any lengths.
+one call to the next. The grid depends on the GPU and the heads alone, so a CUDA graph serves any lengths.
+
+Tried on an H100, and slower: one loop over all of a worker's tiles, which does not end where an item does (its epilogue
+inside the loop takes registers and instructions: 8 % at 64 × 4096); page ids carried for three tiles, which Triton does
+not pipeline; prefetching the block table into L1 (no difference where memory is busy).
 """
 
 import triton
