@@ -69,5 +69,6 @@ def choose_tiles(
     # Triton keeps one tile fewer than stages, except where wgmma may still be reading the last one.
     wgmma = properties.capability >= (9, 0) and block_m >= 64
     stages = free // (2 * block_n * block_d * dtype.itemsize) + (not wgmma)
-    workers = 0 if rows > block_m else 2 if block_m == 16 else 1
+    # Before Hopper, the decode kernel has no registers for more rows than 16.
+    workers = 0 if rows > block_m or (block_m > 16 and not wgmma) else 2 if block_m == 16 else 1
     return Tiles(block_m, block_n, block_d, num_warps, min(max(stages, 1), 4), workers)

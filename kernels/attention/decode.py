@@ -314,6 +314,6 @@ def decode(
         **constexprs,
         **blocks,
         BY_ITEM=by_item,
-        PARTS=64 if by_item else 1,
+        PARTS=32 if by_item else 1,
         CHAINED=chains(device),
     )

@@ -47,7 +47,7 @@ def merge_parts_kernel(
     BLOCK_N: tl.constexpr = GROUPS * KEYS
     PACKS: tl.constexpr = (GROUP + PACK - 1) // PACK
     ALL_PACKS: tl.constexpr = KV_HEADS // HEADS * PACKS
-    ROWS: tl.constexpr = 1 if BY_ITEM else HEADS * BLOCK_M
+    ROWS: tl.constexpr = 1 if BY_ITEM else min(HEADS * BLOCK_M, 4096 // BLOCK_D)  # what registers hold
     pack = tl.program_id(1)
     max_keys = table_width * PAGE_SIZE
     # Ahead of the wait: lengths were there before the kernel that this one follows had begun.
@@ -85,12 +85,14 @@ def merge_parts_kernel(
     tile_start = tl.load(cu_seqlens_q_ptr + sequence) + item * BLOCK_Q
     d = tl.arange(0, BLOCK_D)
     sums_ptr = parts_ptr + 2 * ALL_PACKS * workers * (HEADS * BLOCK_M) * D
-    rows = tl.minimum(query_end - tile_start, BLOCK_Q) * PACK if BY_ITEM else 1
-    for m in range(tl.program_id(2) % rows_of_head, rows, rows_of_head):
+    first, step, rows = 0, ROWS, HEADS * BLOCK_M
+    if BY_ITEM:
+        first, step = tl.program_id(2) % rows_of_head, rows_of_head
+        rows = tl.minimum(query_end - tile_start, BLOCK_Q) * PACK
+    for m in range(first, rows, step):
+        r = m + tl.arange(0, ROWS)
         if BY_ITEM:
-            r = tl.program_id(2) // rows_of_head * BLOCK_M + m + tl.arange(0, 1)
-        else:
-            r = tl.arange(0, ROWS)
+            r += tl.program_id(2) // rows_of_head * BLOCK_M
         token, head, wanted = rows_of(r, tile_start, query_end, pack, GROUP, PACK, PACKS, HEADS, BLOCK_M)
         top = tl.full([ROWS], -float("inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
