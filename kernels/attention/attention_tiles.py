@@ -41,7 +41,7 @@ def choose_tiles(
     A decode token has one tile of 16 rows, a longer chunk 64 or 128. What bounds a tile is registers: before Hopper the
     queries live in them too, so the tile has fewer keys, and is smaller yet where they are converted from a quantised
     cache; above head size 128 a row needs twice the warps. Where one tile holds a sequence's queries, the keys are
-    shared out to workers; of plain caches (not quantised, no ALiBi, no rolling buffer), four heads at a time: 1 KB of
+    shared out to workers; of plain caches (not quantised, no ALiBi), four heads at a time: 1 KB of
     each token.
     """
     block_d = max(next_power_of_2(head_size), 16)

@@ -12,7 +12,17 @@ from octavo.kernels.attention.online_softmax import load_page_ids, tanh
 
 @triton.jit
 def _load_warp_pages(
-    table_ptr, start, group, n, end, num_pages, PAGE_SIZE: tl.constexpr, KEYS: tl.constexpr, GROUPS: tl.constexpr
+    table_ptr,
+    start,
+    group,
+    n,
+    end,
+    num_pages,
+    table_width,
+    PAGE_SIZE: tl.constexpr,
+    ROLLING: tl.constexpr,
+    KEYS: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
     """The page of each warp's keys, [1, 1] or [W, 1], or of each key, [W, N], where a warp's may lie in several."""
     if PAGE_SIZE % (KEYS * GROUPS) == 0:
@@ -21,7 +31,7 @@ def _load_warp_pages(
         key = start + group * KEYS
     else:
         key = start + group * KEYS + n
-    return load_page_ids(table_ptr, key, end, num_pages, 0, PAGE_SIZE, False)
+    return load_page_ids(table_ptr, key, end, num_pages, table_width, PAGE_SIZE, ROLLING)
 
 
 @triton.jit
@@ -35,6 +45,7 @@ def attend_by_warps(
     value_ptr,
     table_ptr,
     num_pages,
+    table_width,
     window,
     score_scale,
     cap,
@@ -48,6 +59,7 @@ def attend_by_warps(
     PAGE_SIZE: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
+    ROLLING: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -70,7 +82,7 @@ def attend_by_warps(
     top = tl.full([WARPS, BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([WARPS, BLOCK_M], tl.float32)
     acc = tl.zeros([WARPS, BLOCK_M, BLOCK_D], tl.float32)
-    page = _load_warp_pages(table_ptr, start, group, n, end, num_pages, PAGE_SIZE, KEYS, GROUPS)
+    page = _load_warp_pages(table_ptr, start, group, n, end, num_pages, table_width, PAGE_SIZE, ROLLING, KEYS, GROUPS)
     for tile_start in range(start, end, GROUPS * KEYS):
         key = tile_start + group * KEYS + n  # [W, N]
         page64 = tl.maximum(page, 0).to(tl.int64)  # page 0 stands in for what is not there; its scores are masked
@@ -91,7 +103,17 @@ def attend_by_warps(
         # A slot that no sequence has written may hold NaN, and a weight of zero would not silence it.
         v = tl.load(value_ptr + v_at[:, :, None] + d, mask=present[:, :, None] & (d < D), other=0.0)
         page = _load_warp_pages(
-            table_ptr, tile_start + GROUPS * KEYS, group, n, end, num_pages, PAGE_SIZE, KEYS, GROUPS
+            table_ptr,
+            tile_start + GROUPS * KEYS,
+            group,
+            n,
+            end,
+            num_pages,
+            table_width,
+            PAGE_SIZE,
+            ROLLING,
+            KEYS,
+            GROUPS,
         )
 
         scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee") * score_scale  # [W, M, N]

@@ -85,7 +85,8 @@ def _decode_kernel(
     ALL_PACKS: tl.constexpr = KV_HEADS // HEADS * PACKS
     pack = tl.program_id(0) % ALL_PACKS  # heads side by side, so that they read the same pages at the same time
     worker, workers = tl.program_id(0) // ALL_PACKS, tl.num_programs(0) // ALL_PACKS
-    max_keys = table_width * PAGE_SIZE
+    # A ring has the tiles that the full cache would have, so that the results have the same bits.
+    max_keys = 0x7FFFFFFF if ROLLING else table_width * PAGE_SIZE
     sequence, _, first, piece, total_tiles = find(
         worker,
         seq_lens_ptr,
@@ -132,13 +133,13 @@ def _decode_kernel(
         tile_start = query_start + item * BLOCK_Q
         position = tile_start + seq_len - query_end
         start = 0
-        end = seq_len if ROLLING else tl.minimum(seq_len, max_keys)
+        end = tl.minimum(seq_len, max_keys)
         if CAUSAL:
             end = tl.minimum(end, position + BLOCK_Q)
         if WINDOW:
             start = tl.maximum(position - window + 1, 0)
         if ROLLING:
-            start = tl.maximum(start, seq_len - max_keys)  # what is further back has been overwritten
+            start = tl.maximum(start, seq_len - table_width * PAGE_SIZE)  # what is further back has been overwritten
         if BY_WARPS:
             aligned = start // KEYS * KEYS if PAGE_SIZE % KEYS == 0 else start  # so that a warp's keys are in one page
             warp_row = (tl.arange(0, HEADS * GROUPS) // GROUPS * BLOCK_M)[:, None] + tl.arange(0, BLOCK_M)[None, :]
@@ -157,6 +158,7 @@ def _decode_kernel(
                 value_cache_ptr + kv_head * stride_value_head,
                 block_table_ptr + sequence.to(tl.int64) * stride_table_sequence,
                 num_pages,
+                table_width,
                 window,
                 score_scale,
                 cap,
@@ -170,6 +172,7 @@ def _decode_kernel(
                 PAGE_SIZE,
                 CAUSAL,
                 WINDOW,
+                ROLLING,
                 SOFTCAP,
                 HEADS,
                 GROUPS,
@@ -292,7 +295,7 @@ def decode(
     items = tokens // (tiles.block_m // pack) + sequences + 1
     by_item = 4 * items <= workers
     rows_of_head = min(tiles.block_m // pack, max(max_seqlen_q, 1)) * pack
-    del constexprs["SOFTCAP"], constexprs["ROLLING"]
+    del constexprs["SOFTCAP"]
     launch(
         merge_parts_kernel,
         (items, packs, tiles.heads * rows_of_head) if by_item else (max(workers - 1, 0), packs),

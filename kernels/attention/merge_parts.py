@@ -32,6 +32,7 @@ def merge_parts_kernel(
     PAGE_SIZE: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
+    ROLLING: tl.constexpr,
     RETURN_LSE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -49,7 +50,7 @@ def merge_parts_kernel(
     ALL_PACKS: tl.constexpr = KV_HEADS // HEADS * PACKS
     ROWS: tl.constexpr = 1 if BY_ITEM else min(HEADS * BLOCK_M, 4096 // BLOCK_D)  # what registers hold
     pack = tl.program_id(1)
-    max_keys = table_width * PAGE_SIZE
+    max_keys = 0x7FFFFFFF if ROLLING else table_width * PAGE_SIZE
     # Ahead of the wait: lengths were there before the kernel that this one follows had begun.
     index = tl.program_id(0) + (0 if BY_ITEM else 1)
     sequence, items_before, tiles_before, piece, _ = find(

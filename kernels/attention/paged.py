@@ -223,7 +223,7 @@ def _paged_attention_cuda(
         query.dtype,
         device_properties(query.device),
         quantised=key_cache.element_size() == 1,
-        plain=alibi_slopes is None and not rolling,
+        plain=alibi_slopes is None,
     )
     pack = min(group, tiles.block_m)
     args = (
