@@ -2,6 +2,7 @@ from itertools import accumulate, pairwise
 
 import pytest
 import torch
+from attention_args import TENSORS, op_args
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -72,28 +73,6 @@ def check(args, max_seqlen_q, function=octavo.paged_attention, **options):
     assert_accurate(out, exact[0], plain[0])
     assert_accurate(lse, exact[1], dense(args, torch.float32, **options)[1])
     return out
-
-
-TENSORS = ("query", "key_cache", "value_cache", "block_table", "seq_lens", "cu_seqlens_q")
-EXTRAS = ("k_scale", "v_scale", "key_scale_cache", "value_scale_cache", "sinks", "alibi_slopes")
-
-
-def op_args(
-    args,
-    max_seqlen_q,
-    scale=None,
-    causal=True,
-    window_size=None,
-    softcap=0.0,
-    return_lse=False,
-    rolling=False,
-    **options,
-):
-    """A call's arguments as the op itself takes them, all of them and in order."""
-    scale = args["query"].shape[2] ** -0.5 if scale is None else scale
-    given = args | options
-    numbers = max_seqlen_q, scale, causal, window_size, softcap, return_lse
-    return *(given[name] for name in TENSORS), *numbers, *(given.get(name) for name in EXTRAS), rolling
 
 
 def reference_with_options(**args):

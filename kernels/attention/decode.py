@@ -9,7 +9,7 @@ import triton.language as tl
 from octavo.kernels.attention.attention_tiles import Tiles
 from octavo.kernels.attention.by_warps import attend_by_warps
 from octavo.kernels.attention.merge_parts import merge_parts_kernel
-from octavo.kernels.attention.online_softmax import attend, of_heads, with_sink
+from octavo.kernels.attention.online_softmax import attend, of_heads, store_result
 from octavo.kernels.attention.schedule import extent, find, rows_of
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.tiles import cdiv, chains, device_properties, let_next_start, wait_for_previous
@@ -226,23 +226,27 @@ def _decode_kernel(
                 BLOCK_D,
             )
         token, head, wanted = rows_of(r, tile_start, query_end, pack, GROUP, PACK, PACKS, HEADS, BLOCK_M)
-        mask = wanted[:, None] & (d < D)
         if (item_begin >= begin) & (last == item_begin + tiles):
-            if sinks_ptr is not None:
-                out, top, total = with_sink(out, top, total, of_heads(sinks_ptr, head, wanted))
-            total = tl.where(total == 0.0, 1.0, total)  # nothing attended to: zeros, and a log-sum-exp of -inf
-            row = token * (KV_HEADS * GROUP) + head
-            rounded = (out / total[:, None]).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + row[:, None] * D + d, rounded, mask=mask)
-            if RETURN_LSE:
-                # In this form one fused multiply-add rounds the large term once.
-                ln2 = 0.6931471805599453
-                tl.store(lse_ptr + row, top * ln2 + tl.log2(total) * ln2, mask=wanted)
+            store_result(
+                out_ptr,
+                lse_ptr,
+                sinks_ptr,
+                out,
+                top,
+                total,
+                token,
+                head,
+                wanted,
+                KV_HEADS * GROUP,
+                D,
+                BLOCK_D,
+                RETURN_LSE,
+            )
         else:
             # A worker leaves at most two: of the item in which its piece begins, and of that in which it ends.
             total = tl.where(total == 0.0, 1.0, total)
             part_row = ((pack * workers + worker) * 2 + tl.where(item_begin > begin, 1, 0)) * (HEADS * BLOCK_M) + r
-            tl.store(parts_ptr + part_row[:, None] * D + d, out / total[:, None], mask=mask)
+            tl.store(parts_ptr + part_row[:, None] * D + d, out / total[:, None], mask=wanted[:, None] & (d < D))
             sums_ptr = parts_ptr + 2 * ALL_PACKS * workers * (HEADS * BLOCK_M) * D
             tl.store(sums_ptr + part_row, top + tl.log2(total), mask=wanted)
         at = last
@@ -255,12 +259,19 @@ def decode(
     out: torch.Tensor,
     lse: torch.Tensor,
     args: tuple[Any, ...],
+    merge_args: tuple[Any, ...],
     constexprs: dict[str, Any],
     tiles: Tiles,
     max_seqlen_q: int,
 ) -> None:
-    """Launches decode_kernel and what merges its results; `args` are the kernel's from query_ptr to the strides."""
-    _, _, _, _, seq_lens, cu_seqlens_q, _, _, _, _, sinks, _, tokens, sequences, _, table_width, window = args[:17]
+    """Launches the decode kernel and the one that merges its results.
+
+    Args:
+        args: the first kernel's arguments from query_ptr to the strides.
+        merge_args: the second one's from seq_lens_ptr to window.
+        constexprs: what the call has by way of constexprs, whatever the tiles are.
+    """
+    tokens, sequences = out.shape[0], merge_args[0].shape[0]
     device = out.device
     pack, group, kv_heads = constexprs["PACK"], constexprs["GROUP"], constexprs["KV_HEADS"]
     packs = kv_heads // tiles.heads * cdiv(group, pack)
@@ -295,26 +306,19 @@ def decode(
     items = tokens // (tiles.block_m // pack) + sequences + 1
     by_item = 4 * items <= workers
     rows_of_head = min(tiles.block_m // pack, max(max_seqlen_q, 1)) * pack
-    del constexprs["SOFTCAP"]
     launch(
         merge_parts_kernel,
         (items, packs, tiles.heads * rows_of_head) if by_item else (max(workers - 1, 0), packs),
         out,
         lse,
         parts,
-        seq_lens,
-        cu_seqlens_q,
-        sinks,
-        tokens,
-        sequences,
-        table_width,
-        window,
+        *merge_args,
         workers,
         tiles.least,
         rows_of_head,
         device=device,
         num_warps=4,
-        **constexprs,
+        **{name: value for name, value in constexprs.items() if name != "SOFTCAP"},
         **blocks,
         BY_ITEM=by_item,
         PARTS=32 if by_item else 1,

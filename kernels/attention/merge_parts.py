@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from octavo.kernels.attention.online_softmax import of_heads, with_sink
+from octavo.kernels.attention.online_softmax import store_result
 from octavo.kernels.attention.schedule import extent, find, rows_of
 from octavo.kernels.tiles import let_next_start, wait_for_previous
 
@@ -116,12 +116,18 @@ def merge_parts_kernel(
             total = total * rescale + tl.sum(weights, 0)
             acc = acc * rescale[:, None] + tl.sum(values * weights[:, :, None], 0)
             top = new_top
-        if sinks_ptr is not None:
-            acc, top, total = with_sink(acc, top, total, of_heads(sinks_ptr, head, wanted))
-        total = tl.where(total == 0.0, 1.0, total)
-        row = token * (KV_HEADS * GROUP) + head
-        out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + row[:, None] * D + d[None, :], out, mask=wanted[:, None] & (d < D)[None, :])
-        if RETURN_LSE:
-            ln2 = 0.6931471805599453
-            tl.store(lse_ptr + row, top * ln2 + tl.log2(total) * ln2, mask=wanted)
+        store_result(
+            out_ptr,
+            lse_ptr,
+            sinks_ptr,
+            acc,
+            top,
+            total,
+            token,
+            head,
+            wanted,
+            KV_HEADS * GROUP,
+            D,
+            BLOCK_D,
+            RETURN_LSE,
+        )

@@ -9,6 +9,7 @@ import triton.language as tl
 from octavo.kernels.attention.kv_cache import widened
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -28,6 +29,36 @@ def with_sink(acc, top, total, sink):
 def of_heads(ptr, head, mask):
     """The numbers of the heads `head` [M] as fp32."""
     return tl.load(ptr + head, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_result(
+    out_ptr,
+    lse_ptr,
+    sinks_ptr,
+    acc,
+    top,
+    total,
+    token,
+    head,
+    wanted,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    RETURN_LSE: tl.constexpr,
+):
+    """Writes the rows [M] that are `wanted`, of one query head of one token (int64) each: all keys were attended to."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    if sinks_ptr is not None:
+        acc, top, total = with_sink(acc, top, total, of_heads(sinks_ptr, head, wanted))
+    total = tl.where(total == 0.0, 1.0, total)  # nothing attended to: zeros, and a log-sum-exp of -inf
+    out = acc / total[:, None]
+    row = token * HEADS + head
+    tl.store(out_ptr + row[:, None] * D + d, out.to(out_ptr.dtype.element_ty), mask=wanted[:, None] & (d < D))
+    if RETURN_LSE:
+        # Fused, the large term is rounded once, and always alike: a compiler may fuse a product and a sum or not.
+        lse = tl.fma(top, tl.full(top.shape, LN_2, tl.float32), tl.log2(total) * LN_2)
+        tl.store(lse_ptr + row, lse, mask=wanted)
 
 
 @triton.jit

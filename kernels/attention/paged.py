@@ -20,7 +20,7 @@ import triton.language as tl
 from octavo.kernels.attention.attention_tiles import choose_tiles
 from octavo.kernels.attention.decode import decode
 from octavo.kernels.attention.kv_cache import check_supported, scale_stride, strides_of
-from octavo.kernels.attention.online_softmax import attend, find_sequence, of_heads, with_sink
+from octavo.kernels.attention.online_softmax import attend, find_sequence, of_heads, store_result
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.tiles import cdiv, chains, device_properties, let_next_start, wait_for_previous
 
@@ -169,17 +169,21 @@ def _paged_attention_kernel(
         BLOCK_D,
     )
 
-    if sinks_ptr is not None:
-        acc, top, total = with_sink(acc, top, total, of_heads(sinks_ptr, head, wanted))
-    total = tl.where(total == 0.0, 1.0, total)  # nothing attended to: zeros, and a log-sum-exp of -inf
-    out = acc / total[:, None]
-    row = token64 * (KV_HEADS * GROUP) + head
-    out_at = out_ptr + row[:, None] * D + d[None, :]
-    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=wanted[:, None] & (d < D)[None, :])
-    if RETURN_LSE:
-        # In this form one fused multiply-add rounds the large term once.
-        ln2 = 0.6931471805599453
-        tl.store(lse_ptr + row, top * ln2 + tl.log2(total) * ln2, mask=wanted)
+    store_result(
+        out_ptr,
+        lse_ptr,
+        sinks_ptr,
+        acc,
+        top,
+        total,
+        token64,
+        head,
+        wanted,
+        KV_HEADS * GROUP,
+        D,
+        BLOCK_D,
+        RETURN_LSE,
+    )
 
 
 def outputs(query: torch.Tensor, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -268,7 +272,8 @@ def _paged_attention_cuda(
         RETURN_LSE=return_lse,
     )
     if tiles.workers:
-        decode(out, lse, args, constexprs, tiles, max_seqlen_q)
+        merge_args = seq_lens, cu_seqlens_q, sinks, tokens, sequences, block_table.shape[1], window_size or 0
+        decode(out, lse, args, merge_args, constexprs, tiles, max_seqlen_q)
         return out, lse
     # Σ ceil(query length / BLOCK_Q) ≤ T // BLOCK_Q + B over the sequences, and one more part for the padding.
     num_tiles = tokens // (tiles.block_m // pack) + sequences + 1 if tokens else 0
