@@ -1,11 +1,24 @@
-"""Sampling the next token from logits, in plain torch: every filter by a sort, every draw by the Gumbel trick."""
+"""Sampling the next token from logits, in plain torch: every filter by a sort, every draw by the Gumbel trick.
+
+argmax(log p + Gumbel noise) draws from p, and the noise of a row depends on nothing else in the batch. It would take
+long for a whole vocabulary, so first a tile of the vocabulary is drawn, then a token in it; one that the filters leave
+out is drawn again, with other noise. Where filters keep little, all that they keep gets noise.
+"""
 
 import torch
 
 GREEDY_BELOW = 1e-5
 """Temperatures below it are greedy, as vLLM has it."""
 
+SHARE = 0.12
+"""Of the mass: rows that keep as much draw tiles first. No rounder number, lest a top_p decide by rounding."""
+
 _MASK = 0xFFFFFFFF
+
+
+def tile_of(vocab: int) -> int:
+    """Neighbouring tokens of a tile: 128, or the power of two that makes 1024 tiles at most."""
+    return max(128, 1 << ((vocab + 1023) // 1024 - 1).bit_length())
 
 
 def _times(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -14,15 +27,19 @@ def _times(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (high + (low >> 16)) >> 16, (((high & 0xFFFF) << 16) + low) & _MASK
 
 
-def philox(seeds: torch.Tensor, positions: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` unsigned 32-bit numbers a row, as int64: Philox 4x32-10, keyed by the seed.
+def philox(
+    seeds: torch.Tensor, positions: torch.Tensor, use: int, count: int, first: torch.Tensor | int = 0
+) -> torch.Tensor:
+    """Unsigned 32-bit numbers, as int64, of `count` indices a row from `first` (a multiple of 4): Philox 4x32-10.
 
-    The counter is (index / 4, low and high word of the position, 0); its four words serve four indices. Salmon et al.,
-    "Parallel random numbers: as easy as 1, 2, 3" (2011).
+    The seed is the key, and (index / 4, low and high word of the position, use) the counter, whose four words serve
+    four indices. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
     """
-    quad = torch.arange(-(-count // 4), device=seeds.device)[None]
     seeds, positions = seeds[:, None], positions[:, None]
-    c0, c1, c2, c3 = torch.broadcast_tensors(quad, positions & _MASK, (positions >> 32) & _MASK, torch.zeros_like(quad))
+    quad = torch.arange(-(-count // 4), device=seeds.device)[None] + torch.as_tensor(first).view(-1, 1) // 4
+    c0, c1, c2, c3 = torch.broadcast_tensors(
+        quad, positions & _MASK, (positions >> 32) & _MASK, torch.full_like(quad, use)
+    )
     k0, k1 = seeds & _MASK, (seeds >> 32) & _MASK
     for _ in range(10):
         high0, low0 = _times(0xD2511F53, c0)
@@ -32,9 +49,11 @@ def philox(seeds: torch.Tensor, positions: torch.Tensor, count: int) -> torch.Te
     return torch.stack([c0, c1, c2, c3], -1).flatten(1)[:, :count]
 
 
-def gumbel(seeds: torch.Tensor, positions: torch.Tensor, count: int) -> torch.Tensor:
+def gumbel(
+    seeds: torch.Tensor, positions: torch.Tensor, use: int, count: int, first: torch.Tensor | int = 0
+) -> torch.Tensor:
     """`[rows, count]` of Gumbel noise: -log E with E = -log(1 - u), by its series where 1 - u would lose digits."""
-    u = ((philox(seeds, positions, count).float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    u = ((philox(seeds, positions, use, count, first).float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
     series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4))))
     return -torch.where(u < 1 / 64, series, -(1 - u).log()).log()
 
@@ -101,6 +120,33 @@ def _threshold(
     return threshold
 
 
+def _draw(z: torch.Tensor, kept: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """A token of each row, drawn from softmax(z) over the `kept`; the largest z is 0."""
+    rows, vocab = z.shape
+    tile = tile_of(vocab)
+    mass = z.double().exp()
+    fair = (mass * kept).sum(-1) >= SHARE * mass.sum(-1)
+    tokens = torch.empty(rows, dtype=torch.int64, device=z.device)
+    few = (~fair).nonzero()[:, 0]
+    tokens[few] = (z[few] + gumbel(seeds[few], positions[few], 1, vocab)).masked_fill(~kept[few], -torch.inf).argmax(-1)
+    pad = (0, -vocab % tile)
+    tile_mass = torch.nn.functional.pad(mass, pad).view(rows, -1, tile).sum(-1)
+    z = torch.nn.functional.pad(z, pad, value=-torch.inf)
+    waiting, use = fair.nonzero()[:, 0], 0
+    while len(waiting):
+        seed, position = seeds[waiting], positions[waiting]
+        tile_score = tile_mass[waiting].log() + gumbel(seed, position, use, tile_mass.shape[1])
+        first = tile_score.argmax(-1) * tile
+        token = first[:, None] + torch.arange(tile, device=z.device)
+        score = z[waiting].gather(1, token) + gumbel(seed, position, use + 1, tile, first)
+        drawn = first + score.argmax(-1)
+        taken = kept[waiting, drawn]
+        tokens[waiting[taken]] = drawn[taken]
+        waiting = waiting[~taken]
+        use += 2
+    return tokens
+
+
 def sample(
     logits: torch.Tensor,
     temperature: torch.Tensor | None,
@@ -121,7 +167,7 @@ def sample(
     processed_logprobs: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     raw = logits.float()
-    rows, vocab = raw.shape
+    rows = raw.shape[0]
     x = _processed(
         raw,
         repetition_penalty,
@@ -144,8 +190,7 @@ def sample(
     if seeds is not None and positions is not None and rows:
         threshold = _threshold(x, scale, top_k, top_p, min_p)
         kept = torch.where(greedy, x, x.masked_fill(x < threshold, -torch.inf))
-        # argmax(log p + Gumbel noise) draws from p, and the noise of a token depends on nothing else in the batch.
-        drawn = (kept * scale + gumbel(seeds, positions, vocab)).argmax(-1)
+        drawn = _draw((x - x.max(-1, keepdim=True).values) * scale, kept > -torch.inf, seeds, positions)
         tokens = torch.where(greedy[:, 0], tokens, drawn)
     tokens = tokens.masked_fill(wrong, -1)
     if num_logprobs is None:

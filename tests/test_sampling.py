@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import octavo
 from octavo import reference
 from octavo.kernels.launch import INTERPRET
+from octavo.kernels.sampling import choose, threshold
 from octavo.kernels.sampling import sample as sampling
-from octavo.kernels.sampling import threshold
 from octavo.testing import check_op
 
 FEATURES = ("temperature", "top_k", "top_p", "min_p", "penalties", "bias", "mask")
@@ -20,16 +20,22 @@ ARGUMENTS = list(inspect.signature(octavo.sample).parameters)[1:-1]
 VOCAB = 40
 
 
+def use_tiles(patch, *tiles):
+    """Other tiles than those that ship; which tokens are a tile's decides what is drawn, so the reference's too."""
+    patch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(*tiles))
+    patch.setattr(reference.sampling, "tile_of", lambda vocab: tiles[0])
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 8 tokens, two at once, and 16 candidates, so that 40 tokens take every path."""
-    monkeypatch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(8, 2, 2, 16, 8, 4, 4))
+    use_tiles(monkeypatch, 8, 2, 2, 16, 8, 4, 4)
 
 
 @pytest.fixture
 def large_tiles(monkeypatch):
     """Tiles of 16 tokens, all of them at once: what takes many rows goes the short way, as most rows do."""
-    monkeypatch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(16, 4, 4, 64, 64, 4, 4))
+    use_tiles(monkeypatch, 16, 4, 4, 64, 64, 4, 4)
 
 
 def words(allowed):
@@ -156,7 +162,7 @@ def logits_of(vocab=VOCAB, seed=1, scale=1.5, rows=1):
 
 
 @pytest.mark.parametrize("features", COMBINATIONS, ids=lambda c: "+".join(c) or "none")
-def test_reference_draws_from_the_exact_distribution(features):
+def test_reference_draws_from_the_exact_distribution(features, small_tiles):
     """Every combination of filters; the kernels draw the same tokens as the reference, which other tests hold."""
     rows = 2000
     logits, given = logits_of(), settings(features, rows)
@@ -277,12 +283,12 @@ def test_seed_and_position_decide(device, small_tiles):
 def test_philox_of_the_reference():
     """The known answers of Random123's kat_vectors for philox4x32-10, with counter and key as in `philox`."""
     zero = torch.zeros(1, dtype=torch.int64)
-    assert reference.sampling.philox(zero, zero, 4)[0].tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert reference.sampling.philox(zero, zero, 0, 4)[0].tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
 def test_noise_is_gumbel():
     """Mean, variance and the tail of a million numbers; the largest come from the smallest E."""
-    noise = reference.sampling.gumbel(torch.arange(10), torch.arange(10), 100_000).double()
+    noise = reference.sampling.gumbel(torch.arange(10), torch.arange(10), 0, 100_000).double()
     assert abs(noise.mean() - 0.5772157) < 0.005 and abs(noise.var() - torch.pi**2 / 6) < 0.02
     tail = 1 - np.exp(-np.exp(-8.0))
     assert abs((noise > 8).double().mean() / tail - 1) < 0.2
@@ -302,7 +308,7 @@ def test_kept_tokens(vocab, k, p, min_p, temperature, levels, gap):
     """Vocabularies smaller than k, ties, odd strides: what is drawn is kept by the definitions, and the reference's."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(8, 2, 2, 16, 4, 4, 4))
+        use_tiles(patch, 8, 2, 2, 16, 4, 4, 4)
         logits = (torch.randn(2, vocab + gap)[:, :vocab] * levels / 2).round() / levels * 4
         given = dict(
             seeds=torch.tensor([vocab, k]),
@@ -382,7 +388,7 @@ def long_rows():
 
 
 def test_rows_with_more_than_there_is_room_for(device, monkeypatch):
-    monkeypatch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(16, 256, 8, 256, 64, 4, 4))
+    use_tiles(monkeypatch, 16, 256, 8, 256, 64, 4, 4)
     divided, calls = threshold.divided, []
     if INTERPRET:
         monkeypatch.setattr(threshold, "divided", lambda *args: calls.append(args) or divided(*args))
@@ -406,21 +412,36 @@ def test_rows_with_more_than_there_is_room_for(device, monkeypatch):
     assert calls or not INTERPRET, "no bracket missed"
 
 
-def test_noise_of_single_tokens_is_that_of_tiles(device, monkeypatch):
-    """A row whose candidates are few draws from them alone, one whose tiles are read draws while they are."""
-    monkeypatch.setattr(sampling, "choose_tiles", lambda vocab, edited: sampling._Tiles(16, 32, 4, 64, 64, 4, 4))
+def test_a_filter_that_keeps_all_changes_no_draw(device, monkeypatch):
+    use_tiles(monkeypatch, 16, 32, 4, 64, 64, 4, 4)
     vocab, rows = 512, 4
     logits = torch.zeros(rows, vocab)
     given = dict(seeds=torch.arange(rows) * 2**33 - 5, positions=torch.arange(rows) * 2**31)
     drawn = octavo.sample(logits.to(device), **on(device, given)).cpu()
     filtered = octavo.sample(logits.to(device), **on(device, given | dict(min_p=torch.full((rows,), 0.5)))).cpu()
     assert torch.equal(drawn, filtered) and torch.equal(drawn, by_reference(logits, **given)[0])
-    logits[:] = -9.0
-    some = torch.arange(rows)[:, None] * 3 + torch.arange(0, 400, 9)
-    logits.scatter_(1, some, 0.0)
-    given |= dict(top_k=torch.full((rows,), some.shape[1], dtype=torch.int32))
-    tokens = octavo.sample(logits.to(device), **on(device, given)).cpu()
-    assert torch.equal(tokens, by_reference(logits, **given)[0])
+
+
+@pytest.mark.parametrize("way", ["draw_by_tiles", "draw_from_candidates", "draw_from_tiles"])
+def test_each_way_to_draw(device, small_tiles, monkeypatch, way):
+    """Kept are the 4 largest, which hold much or little of the mass, and are gathered or too many in one column."""
+    rows, taken = 30, set()
+    kept = torch.arange(4) if way == "draw_from_candidates" else torch.arange(0, 32, 8)
+    logits = torch.zeros(VOCAB).index_fill(0, kept, 1.0)
+    given = dict(
+        seeds=torch.arange(rows),
+        positions=torch.arange(rows),
+        top_k=torch.full((rows,), 4, dtype=torch.int32),
+        temperature=torch.full((rows,), 0.3 if way == "draw_by_tiles" else 9.0),
+    )
+    for name in ("draw_by_tiles", "draw_from_candidates", "draw_from_tiles"):
+        draw = getattr(choose, name)
+        if INTERPRET:
+            monkeypatch.setattr(choose, name, lambda *args, name=name, draw=draw: taken.add(name) or draw(*args))
+    tokens = octavo.sample(logits.expand(rows, -1).contiguous().to(device), **on(device, given)).cpu()
+    assert torch.equal(tokens, by_reference(logits.expand(rows, -1), **given)[0])
+    assert chance(tokens, probabilities(logits, given)) > LIMIT
+    assert taken == {way} or not INTERPRET
 
 
 def test_more_ties_than_candidates(device, small_tiles):

@@ -3,42 +3,12 @@
 import triton
 import triton.language as tl
 
-from octavo.kernels.sampling.gather import draw_from_candidates, first_of_largest, list_tiles, token_at
+from octavo.kernels.sampling.draw import SHARE, draw_by_tiles, draw_from_candidates, draw_from_tiles, mass_of_candidates
+from octavo.kernels.sampling.gather import first_of_largest, list_tiles
 from octavo.kernels.sampling.logits import LOWEST, edit, load_raw, setting, temperature_setting, top_k_setting
-from octavo.kernels.sampling.noise import gumbel
-from octavo.kernels.sampling.threshold import find_and_draw, lower_bound
-from octavo.kernels.sampling.tile_stats import BEST, MAX, PLANES, RAW_MAX, RAW_SUM, SUM
+from octavo.kernels.sampling.threshold import find_threshold, lower_bound
+from octavo.kernels.sampling.tile_stats import MAX, PLANES, RAW_MAX, RAW_SUM, SUM
 from octavo.kernels.tiles import let_next_start, wait_for_previous
-
-
-@triton.jit
-def _largest(
-    row_stats_ptr,
-    logits_ptr,
-    row,
-    V,
-    tiles,
-    stride_logits_row,
-    edits,
-    greedy,
-    scale,
-    seeds_ptr,
-    positions_ptr,
-    ALL_TILES: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Among all logits, the token of the largest, or of the largest with its noise."""
-    tile = tl.arange(0, ALL_TILES)
-    if seeds_ptr is not None:
-        row_stats_ptr += tl.where(greedy, MAX, BEST) * tiles
-    tile_best = tl.load(row_stats_ptr + tile, mask=tile < tiles, other=-float("inf"))
-    tile = tl.argmax(tile_best, 0) + tl.arange(0, 1)  # [1]
-    token = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]  # [1, TILE]
-    score = edit(load_raw(logits_ptr, row, token, V, stride_logits_row), row, token, 0, V, V, edits)
-    if seeds_ptr is not None:
-        noise = gumbel(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), tile, TILE)
-        score = tl.where(greedy, score, score * scale + noise)
-    return first_of_largest(score, token)[1]
 
 
 @triton.jit(do_not_specialize=["biases", "stride_bias_ids_row", "stride_bias_values_row", "num_logprobs"])
@@ -117,7 +87,6 @@ def choose_kernel(
     threshold = tl.full([], LOWEST, tl.float32)
     kept_mass = total
     if usable:
-        filtered = greedy != greedy
         if FILTERS:
             k = top_k_setting(top_k_ptr, row, V)
             if top_k_ptr is None:
@@ -127,9 +96,74 @@ def choose_kernel(
             p = setting(top_p_ptr, row, 1.0)
             p = tl.where(p < 0.0, 0.0, p)
             min_p = setting(min_p_ptr, row, 0.0)
-            filtered = (greedy == 0) & ((k > 0) | (p < 1.0) | (min_p > 0.0))
-        if filtered == 0:
-            token = _largest(
+            if (greedy == 0) & ((k > 0) | (p < 1.0) | (min_p > 0.0)):
+                log_min_p = tl.log(tl.minimum(tl.where(min_p > 0.0, min_p, 1.0), 1.0))
+                floor = tl.where(min_p > 0.0, top + log_min_p / scale, LOWEST)
+                low = lower_bound(tile, tile_max, top, total, scale, floor, k, p, V)
+                # Past the tiles' numbers: a list of tiles, the candidates, their places, and those that are sorted.
+                list_ptr = (row_stats_ptr + PLANES * tiles).to(tl.pointer_type(tl.int32))
+                candidates_ptr = row_stats_ptr + (PLANES + 1) * tiles + TILES
+                listed = list_tiles(list_ptr, tile, tile_max, low, tiles, TILES)
+                listed_mass = tl.sum(tl.where(tile_max >= low, tile_sum * tl.exp((tile_max - top) * scale), 0.0), 0)
+                threshold, found, others, kept_mass = find_threshold(
+                    list_ptr,
+                    candidates_ptr,
+                    logits_ptr,
+                    row,
+                    listed,
+                    listed_mass,
+                    low,
+                    top,
+                    total,
+                    scale,
+                    floor,
+                    k,
+                    p,
+                    V,
+                    stride_logits_row,
+                    edits,
+                    CANDIDATES,
+                    SORTED,
+                    TILES,
+                    TILE,
+                )
+                if (kept_mass < total * SHARE) | (logprobs_ptr is not None and not RAW):
+                    kept_mass += mass_of_candidates(candidates_ptr, found, threshold, top, scale, SORTED)
+                seed, position = tl.load(seeds_ptr + row), tl.load(positions_ptr + row)
+                if kept_mass < total * SHARE:
+                    if others == 0:
+                        token = draw_from_candidates(
+                            list_ptr,
+                            candidates_ptr,
+                            found,
+                            threshold,
+                            top,
+                            scale,
+                            seed,
+                            position,
+                            CANDIDATES,
+                            SORTED,
+                            TILE,
+                        )
+                    else:
+                        token = draw_from_tiles(
+                            list_ptr,
+                            listed,
+                            logits_ptr,
+                            row,
+                            V,
+                            stride_logits_row,
+                            edits,
+                            threshold,
+                            top,
+                            scale,
+                            seed,
+                            position,
+                            TILES,
+                            TILE,
+                        )
+        if token < 0:
+            token = draw_by_tiles(
                 row_stats_ptr,
                 logits_ptr,
                 row,
@@ -137,63 +171,15 @@ def choose_kernel(
                 tiles,
                 stride_logits_row,
                 edits,
+                top,
                 greedy,
                 scale,
+                threshold,
                 seeds_ptr,
                 positions_ptr,
                 ALL_TILES,
                 TILE,
             )
-        elif FILTERS:
-            log_min_p = tl.log(tl.minimum(tl.where(min_p > 0.0, min_p, 1.0), 1.0))
-            floor = tl.where(min_p > 0.0, top + log_min_p / scale, LOWEST)
-            low = lower_bound(tile, tile_max, top, total, scale, floor, k, p, V)
-            # Past the tiles' numbers: a list of tiles, the candidates, their places, and those that are sorted.
-            list_ptr = (row_stats_ptr + PLANES * tiles).to(tl.pointer_type(tl.int32))
-            candidates_ptr = row_stats_ptr + (PLANES + 1) * tiles + TILES
-            listed = list_tiles(list_ptr, tile, tile_max, low, tiles, TILES)
-            listed_mass = tl.sum(tl.where(tile_max >= low, tile_sum * tl.exp((tile_max - top) * scale), 0.0), 0)
-            threshold, found, best, best_place, mass = find_and_draw(
-                list_ptr,
-                candidates_ptr,
-                logits_ptr,
-                row,
-                listed,
-                listed_mass,
-                low,
-                top,
-                total,
-                scale,
-                floor,
-                k,
-                p,
-                V,
-                stride_logits_row,
-                edits,
-                seeds_ptr,
-                positions_ptr,
-                CANDIDATES,
-                SORTED,
-                TILES,
-                TILE,
-            )
-            score, place, kept_mass = draw_from_candidates(
-                list_ptr,
-                candidates_ptr,
-                found,
-                threshold,
-                top,
-                scale,
-                tl.load(seeds_ptr + row),
-                tl.load(positions_ptr + row),
-                CANDIDATES,
-                SORTED,
-                TILE,
-            )
-            # Of equals the first.
-            place = tl.where(best == score, tl.minimum(best_place, place), tl.where(best > score, best_place, place))
-            token = token_at(list_ptr, place, TILE)
-            kept_mass += mass
     tl.store(tokens_ptr + row, token.to(tl.int64))
     if logprobs_ptr is not None:
         nothing = float("nan")

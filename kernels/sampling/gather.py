@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.sampling.logits import STAGES, edit, load_raw
-from octavo.kernels.sampling.noise import gumbel, gumbel_of
 
 NOWHERE = tl.constexpr(0x7FFFFFFF)
 
@@ -60,9 +59,6 @@ def gather_from_tiles(
     edits,
     top,
     scale,
-    seeds_ptr,
-    positions_ptr,
-    DRAW: tl.constexpr,
     CANDIDATES: tl.constexpr,
     TILES: tl.constexpr,
     TILE: tl.constexpr,
@@ -72,8 +68,7 @@ def gather_from_tiles(
     A token's place is that among all tokens of the listed tiles: it takes fewer registers than the token's id.
 
     Returns how many there is room for, -1 where one of the lists was too short; how many there are, and their mass;
-    then of the tokens that reach `b` the count, the mass, and the largest with its noise: score and place. Without DRAW
-    nothing may reach `b`.
+    then the count and the mass of the tokens that reach `b`.
     """
     places_ptr = candidates_ptr.to(tl.pointer_type(tl.int32)) + CANDIDATES
     DEPTH: tl.constexpr = CANDIDATES // (TILES * TILE)
@@ -83,8 +78,6 @@ def gather_from_tiles(
     masses = tl.zeros([TILES, TILE], tl.float32)
     counts_above = tl.zeros([TILES, TILE], tl.int32)
     masses_above = tl.zeros([TILES, TILE], tl.float32)
-    best = tl.full([TILES, TILE], -float("inf"), tl.float32)
-    best_start = tl.full([TILES, TILE], 0, tl.int32)
     for start in tl.range(0, listed, TILES, num_stages=STAGES):
         tile = tl.load(list_ptr + start + tl.arange(0, TILES))
         token = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
@@ -92,27 +85,18 @@ def gather_from_tiles(
         mass = tl.exp((x - top) * scale)
         within = (x >= a) & (x < b)
         masses += tl.where(within, mass, 0.0)
-        if DRAW:
-            above = x >= b
-            # Loaded each time, or else what Philox makes of them is kept in 20 registers; volatile, or else prefetched.
-            seed, position = tl.load(seeds_ptr + row, volatile=True), tl.load(positions_ptr + row, volatile=True)
-            counts_above += above.to(tl.int32)
-            masses_above += tl.where(above, mass, 0.0)
-            score = tl.where(above, x * scale + gumbel(seed, position, tile, TILE), -float("inf"))
-            better = score > best
-            best, best_start = tl.where(better, score, best), tl.where(better, start, best_start)
+        counts_above += (x >= b).to(tl.int32)
+        masses_above += tl.where(x >= b, mass, 0.0)
         at = counts * (TILES * TILE) + column
         fits = within & (counts < DEPTH)
         tl.store(candidates_ptr + at, x, mask=fits)
         tl.store(places_ptr + at, start * TILE + column, mask=fits)
         counts += within.to(tl.int32)
-    best_score, place = first_of_largest(best, best_start * TILE + column)
     deepest = tl.max(counts)
     if deepest <= DEPTH:
         _join(candidates_ptr, places_ptr, tl.reshape(counts, [TILES * TILE]), deepest, TILES * TILE)
     room = tl.where(deepest <= DEPTH, CANDIDATES, -1)
-    found = tl.sum(counts)
-    return room, found, tl.sum(masses), tl.sum(counts_above), tl.sum(masses_above), best_score, place
+    return room, tl.sum(counts), tl.sum(masses), tl.sum(counts_above), tl.sum(masses_above)
 
 
 @triton.jit
@@ -136,42 +120,3 @@ def gather_from_candidates(candidates_ptr, found, a, b, top, scale, CANDIDATES: 
         within_count += tl.sum(within.to(tl.int32), 0)
     tl.debug_barrier()
     return within_count, tl.sum(masses), tl.sum(counts_above), tl.sum(masses_above)
-
-
-@triton.jit
-def token_at(list_ptr, place, TILE: tl.constexpr):
-    """The token of a place among the listed tiles."""
-    return tl.load(list_ptr + place // TILE) * TILE + place % TILE
-
-
-@triton.jit
-def draw_from_candidates(
-    list_ptr,
-    candidates_ptr,
-    found,
-    threshold,
-    top,
-    scale,
-    seed,
-    position,
-    CANDIDATES: tl.constexpr,
-    SORTED: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Of the candidates that reach the threshold, the largest with its noise, its place, and the mass of them all."""
-    places_ptr = candidates_ptr.to(tl.pointer_type(tl.int32)) + CANDIDATES
-    best = tl.full([SORTED], -float("inf"), tl.float32)
-    best_place = tl.full([SORTED], 0, tl.int32)
-    masses = tl.zeros([SORTED], tl.float32)
-    for start in tl.range(0, found, SORTED):
-        slot = start + tl.arange(0, SORTED)
-        x = tl.load(candidates_ptr + slot, mask=slot < found, other=-float("inf"))
-        place = tl.load(places_ptr + slot, mask=slot < found, other=0)
-        kept = x >= threshold
-        masses += tl.where(kept, tl.exp((x - top) * scale), 0.0)
-        noise = gumbel_of(seed, position, token_at(list_ptr, place, TILE))
-        score = tl.where(kept, x * scale + noise, -float("inf"))
-        better = (score > best) | ((score == best) & (place < best_place))
-        best, best_place = tl.where(better, score, best), tl.where(better, place, best_place)
-    best_score, place = first_of_largest(best, best_place)
-    return best_score, place, tl.sum(masses)

@@ -1,9 +1,9 @@
-"""Gumbel noise that depends on a request's seed, the position of the token in it and the token's id, and nothing else.
+"""Gumbel noise that depends on a request's seed, the position of the token in it, and what the noise is for.
 
-argmax(log p + noise) draws from p (Gumbel, 1954). Since a token's noise does not depend on the row, the batch, or how
-the vocabulary is cut up, a request draws the same tokens wherever it is computed, and filters only have to say which
-tokens take part. The bits are Philox 4x32-10 with the seed as key and (id / 4, position, 0) as counter: Salmon et al.,
-"Parallel random numbers: as easy as 1, 2, 3" (2011), https://doi.org/10.1145/2063384.2063405.
+argmax(log p + noise) draws from p (Gumbel, 1954). Since the noise does not depend on the row or the batch, a request
+draws the same tokens wherever it is computed. The bits are Philox 4x32-10 with the seed as key and (index / 4,
+position, use) as counter, an index being a token's or a tile's: Salmon et al., "Parallel random numbers: as easy as 1,
+2, 3" (2011), https://doi.org/10.1145/2063384.2063405.
 """
 
 import triton
@@ -11,10 +11,10 @@ import triton.language as tl
 
 
 @triton.jit
-def _philox(seed, position, quad):
-    """The four words of four neighbouring tokens; seed and position are int64."""
+def _philox(seed, position, use, quad):
+    """The four words of four neighbours; seed and position are int64."""
     low, high = position.to(tl.int32), (position >> 32).to(tl.int32)
-    return tl.philox(seed, quad, quad * 0 + low, quad * 0 + high, quad * 0)
+    return tl.philox(seed, quad, quad * 0 + low, quad * 0 + high, quad * 0 + use)
 
 
 @triton.jit
@@ -26,18 +26,17 @@ def _gumbel(words):
 
 
 @triton.jit
-def gumbel(seed, position, tile, TILE: tl.constexpr):
-    """Noise `[len(tile), TILE]` of the tokens `tile · TILE` and on."""
-    quad = tile[:, None] * (TILE // 4) + tl.arange(0, TILE // 4)[None, :]  # [tiles, TILE / 4]
-    r0, r1, r2, r3 = _philox(seed, position, quad)
+def gumbel(seed, position, use, first, COUNT: tl.constexpr):
+    """Noise `[COUNT]` of the indices `first` (a multiple of 4) and on."""
+    r0, r1, r2, r3 = _philox(seed, position, use, first // 4 + tl.arange(0, COUNT // 4))
     # One call of Philox serves four neighbours, which lie in one thread's registers: nothing is moved.
-    words = tl.join(tl.join(r0, r2), tl.join(r1, r3))
-    return _gumbel(tl.reshape(words, [quad.shape[0], TILE]))
+    words = tl.join(tl.join(r0, r2), tl.join(r1, r3))  # [COUNT / 4, 2, 2]
+    return _gumbel(tl.reshape(words, [COUNT]))
 
 
 @triton.jit
-def gumbel_of(seed, position, token):
-    """Noise of any tokens: the same bits, at up to four times the cost a token."""
-    r0, r1, r2, r3 = _philox(seed, position, token >> 2)
-    place = token & 3
+def gumbel_of(seed, position, use, index):
+    """Noise of any indices: the same bits, at up to four times the cost of each."""
+    r0, r1, r2, r3 = _philox(seed, position, use, index >> 2)
+    place = index & 3
     return _gumbel(tl.where(place < 2, tl.where(place == 0, r0, r1), tl.where(place == 2, r2, r3)))

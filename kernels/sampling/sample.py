@@ -3,11 +3,12 @@
     x = logits + bias, penalised, -inf where not allowed
     z = x / temperature
     kept = {v: p(v) ≥ min_p · max p}, of those the top_k largest, of those the most probable that hold top_p of the mass
-    token = argmax over kept of z + noise(seed, position, v)
+    token = a draw from softmax(z over kept), by noise(seed, position)
 
-The noise is Gumbel's (`noise.py`), so that the draw has probability softmax(z over kept); filters are thresholds on x
-(`threshold.py`). The first kernel (`tile_stats.py`) reads the vocabulary once and keeps a few numbers of each tile of
-it; the second (`choose.py`) reads those numbers and the few tiles that they leave in question. All that a row's result
+The draw has probability softmax(z over kept); it takes noise for the tiles of the vocabulary and for one tile's tokens
+(`draw.py`). Filters are thresholds on x (`threshold.py`). The first kernel (`tile_stats.py`) reads the vocabulary once
+and keeps a few numbers of each tile of it; the second (`choose.py`) reads those numbers and the few tiles that they
+leave in question. All that a row's result
 rests on is computed in one order whatever the batch, so it is the same bits in any batch and row.
 """
 
@@ -51,7 +52,7 @@ def choose_tiles(vocab: int, edited: bool) -> _Tiles:
     Nothing but the time depends on how many a program holds; bias, penalties and masks take registers. Without them
     128 registers do, with which two programs of 8 warps fit on an SM: 256 rows then take one turn on an H100, not two.
     """
-    tile = max(128, next_power_of_2(cdiv(vocab, 1024)))
+    tile = reference.tile_of(vocab)
     few = max(1024 // tile, 1)
     candidates = max(tile * next_power_of_2(cdiv(vocab, tile)) // 4, 1024)
     return _Tiles(
@@ -99,7 +100,7 @@ def _sample_cuda(
     tokens, logprobs, top_ids, top_logprobs = _outputs(empty, rows, num_logprobs, device)
     wants_logprobs = num_logprobs is not None
     raw = wants_logprobs and not processed_logprobs
-    # Noise is of use only with seeds, and without it every row is greedy, so that filters have no say.
+    # Without seeds every row is greedy, so that filters have no say.
     filters = seeds is not None and (top_k is not None or top_p is not None or min_p is not None)
     # One workspace, since every allocation takes a microsecond: the tiles' numbers, and for filters a list of tiles
     # with an end, the candidates, their places, and those that are sorted.
@@ -107,14 +108,7 @@ def _sample_cuda(
     if filters:
         width += tiles + choice.choose_tiles + 2 * choice.candidates + choice.sorted
     workspace = empty((rows, width), torch.float32, device)
-    pointers = (
-        logits,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        seeds,
-        positions,
+    edits = (
         repetition_penalty,
         presence_penalty,
         frequency_penalty,
@@ -130,7 +124,10 @@ def _sample_cuda(
         tile_stats_kernel,
         (rows * chunks,),
         workspace,
-        *pointers,
+        logits,
+        temperature,
+        seeds,
+        *edits,
         vocab,
         tiles,
         chunks,
@@ -150,7 +147,14 @@ def _sample_cuda(
         tokens,
         *((logprobs, top_ids, top_logprobs) if wants_logprobs else (None, None, None)),
         workspace,
-        *pointers,
+        logits,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seeds,
+        positions,
+        *edits,
         vocab,
         tiles,
         width,
@@ -161,7 +165,7 @@ def _sample_cuda(
         num_warps=choice.choose_warps,
         TILES=choice.choose_tiles,
         TILE=choice.tile,
-        ALL_TILES=next_power_of_2(tiles),
+        ALL_TILES=max(next_power_of_2(tiles), 4),
         CANDIDATES=choice.candidates,
         SORTED=choice.sorted,
         FILTERS=filters,

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.sampling.bracket import divided, estimated, key_of, value_of
-from octavo.kernels.sampling.gather import NOWHERE, gather_from_candidates, gather_from_tiles
+from octavo.kernels.sampling.gather import gather_from_candidates, gather_from_tiles
 from octavo.kernels.sampling.logits import LOWEST, edit, load_raw
 from octavo.kernels.sampling.sort import ascending
 
@@ -53,7 +53,7 @@ def _sample_of_tiles(
 
 
 @triton.jit
-def find_and_draw(
+def find_threshold(
     list_ptr,
     candidates_ptr,
     logits_ptr,
@@ -70,8 +70,6 @@ def find_and_draw(
     V,
     stride_logits_row,
     edits,
-    seeds_ptr,
-    positions_ptr,
     CANDIDATES: tl.constexpr,
     SORTED: tl.constexpr,
     TILES: tl.constexpr,
@@ -79,12 +77,12 @@ def find_and_draw(
 ):
     """The smallest logit kept, given a lower bound `low` of it; k = 0 and p = 1 are off, `floor` is min-p's threshold.
 
-    Returns with it how many candidates there are, the tokens that may be kept or not; and of the others that are kept,
-    the largest with its noise (score and place) and the mass.
+    Returns with it how many candidates there are, the tokens gathered, which may be kept or not; and the count and the
+    mass of the others that are kept.
     """
     slot = tl.arange(0, SORTED)
     counting = k > 0  # looking for top-k's threshold; then for top-p's
-    known = (counting == 0) & (p >= 1.0)  # the threshold is found; what is left to do is to draw
+    known = (counting == 0) & (p >= 1.0)  # the threshold is found; what is left to do is to gather
     threshold = floor
     share, share_known = total, (k == 0) & (floor == LOWEST)  # of what top-p takes its share
     # What is looked for lies in [low, high). So many tokens, with so much mass, reach either; until they are `measured`
@@ -97,7 +95,6 @@ def find_and_draw(
     gathered = k < 0
     found, edge_key = listed * 0, high_key
     edge_count, edge_mass = listed * 0, total * 0.0
-    best, best_place = tl.full([], -float("inf"), tl.float32), tl.full([], NOWHERE, tl.int32)
     tried = k * 0
     crowded = k < 0  # the last interval's tokens are few enough, but did not fit into their lists
     searching = k == k
@@ -106,8 +103,7 @@ def find_and_draw(
         room = tl.where(gathered, SORTED, CANDIDATES)
         a_key, b_key = low_key, high_key
         if known:
-            a_key = key_of(threshold)
-            b_key = a_key
+            a_key, b_key = key_of(threshold), above_top
         elif ((low_count - high_count > room) | crowded) & (counting | share_known):
             if tried == 0:
                 left_out = tl.where(counting, (low_count - k).to(tl.float32), low_mass - p * share)
@@ -139,30 +135,8 @@ def find_and_draw(
             )
             above += edge_count
             above_mass += edge_mass
-        elif b_key == above_top:
-            room, found, within_mass, above, above_mass, best, best_place = gather_from_tiles(
-                list_ptr,
-                listed,
-                a,
-                b,
-                candidates_ptr,
-                logits_ptr,
-                row,
-                V,
-                stride_logits_row,
-                edits,
-                top,
-                scale,
-                seeds_ptr,
-                positions_ptr,
-                False,
-                CANDIDATES,
-                TILES,
-                TILE,
-            )
-            within, edge_key, edge_count, edge_mass = found, b_key, above, above_mass
         else:
-            room, found, within_mass, above, above_mass, best, best_place = gather_from_tiles(
+            room, found, within_mass, above, above_mass = gather_from_tiles(
                 list_ptr,
                 listed,
                 a,
@@ -175,9 +149,6 @@ def find_and_draw(
                 edits,
                 top,
                 scale,
-                seeds_ptr,
-                positions_ptr,
-                True,
                 CANDIDATES,
                 TILES,
                 TILE,
@@ -186,6 +157,8 @@ def find_and_draw(
         crowded = room < 0
         if known:
             searching = k != k
+            if found > room:
+                found, edge_count, edge_mass = found * 0, within, within_mass
         else:
             count, mass = above + within, above_mass + within_mass
             tried = tl.where(counting | share_known, tried + 1, 0)  # to find out the share was no try
@@ -247,4 +220,4 @@ def find_and_draw(
                 else:
                     known = answered
                     searching = gathered == 0
-    return threshold, tl.where(gathered, found, 0), best, best_place, edge_mass
+    return threshold, found, edge_count, edge_mass

@@ -1,23 +1,21 @@
 """The first of sampling's two kernels: the vocabulary read once, and a few numbers kept of each tile of it.
 
 A tile is 128 or more neighbouring tokens. Of each, the largest logit and the sum of exponentials suffice for the second
-kernel to find the few tiles that can matter; of a row that is drawn from without filters also the best perturbed logit.
+kernel to draw a tile, and to find the few that filters leave in question.
 """
 
 import triton
 import triton.language as tl
 
-from octavo.kernels.sampling.logits import LOWEST, edit, load_raw, setting, temperature_setting, top_k_setting
-from octavo.kernels.sampling.noise import gumbel
+from octavo.kernels.sampling.logits import LOWEST, edit, load_raw, temperature_setting
 from octavo.kernels.tiles import let_next_start, wait_for_previous
 
 # What is kept of each tile: of each row so many times [tiles] fp32, one after the other.
 MAX = tl.constexpr(0)
 SUM = tl.constexpr(1)
-BEST = tl.constexpr(2)  # the largest perturbed logit
-RAW_MAX = tl.constexpr(3)  # of the model's own logits
-RAW_SUM = tl.constexpr(4)
-PLANES = tl.constexpr(5)
+RAW_MAX = tl.constexpr(2)  # of the model's own logits
+RAW_SUM = tl.constexpr(3)
+PLANES = tl.constexpr(4)
 
 
 @triton.jit
@@ -29,15 +27,11 @@ def exp_sums(x, top, scale):
 
 @triton.jit(do_not_specialize=["biases", "stride_bias_ids_row", "stride_bias_values_row"])
 def tile_stats_kernel(
-    # Bound by memory: the logits read once, and 2 to 5 numbers written for each tile. One program some tiles of a row.
+    # Bound by memory: the logits read once, and 2 or 4 numbers written for each tile. One program some tiles of a row.
     stats_ptr,
     logits_ptr,
     temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
     seeds_ptr,
-    positions_ptr,
     repetition_ptr,
     presence_ptr,
     frequency_ptr,
@@ -92,14 +86,7 @@ def tile_stats_kernel(
         stride_allowed_row,
     )
     x = edit(x, row, token, chunk * TILES * TILE, (chunk + 1) * TILES * TILE, V, edits)
-    _, greedy, scale = temperature_setting(temperature_ptr, seeds_ptr, row)
+    _, _, scale = temperature_setting(temperature_ptr, seeds_ptr, row)
     top = tl.max(x, 1)
     tl.store(stats_ptr + MAX * tiles + tile, top, mask=written)
     tl.store(stats_ptr + SUM * tiles + tile, exp_sums(x, top, scale), mask=written)
-    if seeds_ptr is not None:
-        filtered = top_k_setting(top_k_ptr, row, V) > 0
-        filtered = filtered | (setting(top_p_ptr, row, 1.0) < 1.0) | (setting(min_p_ptr, row, 0.0) > 0.0)
-        # Noise costs more than all the rest; behind a filter it is computed for the tokens that are left alone.
-        if (greedy | filtered) == 0:
-            noise = gumbel(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), tile, TILE)
-            tl.store(stats_ptr + BEST * tiles + tile, tl.max(x * scale + noise, 1), mask=written)

@@ -1,0 +1,136 @@
+"""The ways in which a row's token is drawn, once it is known which tokens its filters keep.
+
+By tiles: a tile is drawn by the mass that the first kernel summed up, then a token in it; a token that the filters
+leave out is drawn again, with other noise. Each time one tile is read. As long as the filters keep a fair share of the
+mass, that takes a few times; noise for all tokens would take longer than reading them.
+
+From the candidates: where filters keep less (top-k of a flat distribution), what they keep has been gathered, and the
+largest perturbed logit among that is the draw. Should there have been no room for all of it, the listed tiles are read
+once more; logits must be contrived for that.
+"""
+
+import triton
+import triton.language as tl
+
+from octavo.kernels.sampling.gather import first_of_largest
+from octavo.kernels.sampling.logits import edit, load_raw
+from octavo.kernels.sampling.noise import gumbel, gumbel_of
+from octavo.kernels.sampling.tile_stats import MAX, SUM
+
+SHARE = tl.constexpr(0.12)
+"""Of the mass: rows that keep as much draw by tiles. The reference has the same number."""
+
+
+@triton.jit
+def draw_by_tiles(
+    row_stats_ptr,
+    logits_ptr,
+    row,
+    V,
+    tiles,
+    stride_logits_row,
+    edits,
+    top,
+    greedy,
+    scale,
+    threshold,
+    seeds_ptr,
+    positions_ptr,
+    ALL_TILES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """A token that reaches the threshold; the largest if greedy, and of equals the first."""
+    tile = tl.arange(0, ALL_TILES)
+    tile_max = tl.load(row_stats_ptr + MAX * tiles + tile, mask=tile < tiles, other=-float("inf"))
+    tile_mass = tile_max
+    if seeds_ptr is not None:
+        tile_sum = tl.load(row_stats_ptr + SUM * tiles + tile, mask=tile < tiles, other=0.0)
+        tile_mass = (tile_max - top) * scale + tl.log(tile_sum)
+        seed, position = tl.load(seeds_ptr + row), tl.load(positions_ptr + row)
+    token = tl.full([], -1, tl.int32)
+    use = tl.full([], 0, tl.int32)
+    while token < 0:
+        score = tile_max
+        if seeds_ptr is not None:
+            score = tl.where(greedy, tile_max, tile_mass + gumbel(seed, position, use, 0, ALL_TILES))
+        first = tl.argmax(score, 0) * TILE
+        within = first + tl.arange(0, TILE)
+        x = edit(load_raw(logits_ptr, row, within, V, stride_logits_row), row, within, 0, V, V, edits)
+        score = x
+        if seeds_ptr is not None:
+            score = tl.where(greedy, x, (x - top) * scale + gumbel(seed, position, use + 1, first, TILE))
+        _, drawn = first_of_largest(score, within)
+        kept = tl.max(tl.where(within == drawn, x, -float("inf")), 0) >= threshold
+        token = tl.where(kept, drawn, token)
+        use += 2
+    return token
+
+
+@triton.jit
+def mass_of_candidates(candidates_ptr, found, threshold, top, scale, SORTED: tl.constexpr):
+    """Of those that reach the threshold."""
+    masses = tl.zeros([SORTED], tl.float32)
+    for start in tl.range(0, found, SORTED):
+        slot = start + tl.arange(0, SORTED)
+        x = tl.load(candidates_ptr + slot, mask=slot < found, other=-float("inf"))
+        masses += tl.where(x >= threshold, tl.exp((x - top) * scale), 0.0)
+    return tl.sum(masses, 0)
+
+
+@triton.jit
+def draw_from_candidates(
+    list_ptr,
+    candidates_ptr,
+    found,
+    threshold,
+    top,
+    scale,
+    seed,
+    position,
+    CANDIDATES: tl.constexpr,
+    SORTED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The token whose logit with its noise is the largest of those that reach the threshold."""
+    places_ptr = candidates_ptr.to(tl.pointer_type(tl.int32)) + CANDIDATES
+    best = tl.full([SORTED], -float("inf"), tl.float32)
+    best_token = tl.full([SORTED], 0, tl.int32)
+    for start in tl.range(0, found, SORTED):
+        slot = start + tl.arange(0, SORTED)
+        x = tl.load(candidates_ptr + slot, mask=slot < found, other=-float("inf"))
+        place = tl.load(places_ptr + slot, mask=slot < found, other=0)
+        token = tl.load(list_ptr + place // TILE) * TILE + place % TILE
+        score = tl.where(x >= threshold, (x - top) * scale + gumbel_of(seed, position, 1, token), -float("inf"))
+        better = (score > best) | ((score == best) & (token < best_token))
+        best, best_token = tl.where(better, score, best), tl.where(better, token, best_token)
+    return first_of_largest(best, best_token)[1]
+
+
+@triton.jit
+def draw_from_tiles(
+    list_ptr,
+    listed,
+    logits_ptr,
+    row,
+    V,
+    stride_logits_row,
+    edits,
+    threshold,
+    top,
+    scale,
+    seed,
+    position,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The same among all tokens of the listed tiles."""
+    best = tl.full([TILES, TILE], -float("inf"), tl.float32)
+    best_token = tl.full([TILES, TILE], 0, tl.int32)
+    for start in tl.range(0, listed, TILES):
+        tile = tl.load(list_ptr + start + tl.arange(0, TILES))
+        token = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
+        x = edit(load_raw(logits_ptr, row, token, V, stride_logits_row), row, token, 0, V, V, edits)
+        score = tl.where(x >= threshold, (x - top) * scale + gumbel_of(seed, position, 1, token), -float("inf"))
+        better = score > best
+        best, best_token = tl.where(better, score, best), tl.where(better, token, best_token)
+    return first_of_largest(best, best_token)[1]
