@@ -319,7 +319,7 @@ def test_kept_tokens(vocab, k, p, min_p, temperature, levels, gap):
             temperature=torch.full((2,), temperature),
         )
         tokens = octavo.sample(logits.to(device), **on(device, given)).cpu()
-    assert torch.equal(tokens, by_reference(logits, **given)[0])
+        assert torch.equal(tokens, by_reference(logits, **given)[0])
     if temperature < 1e-5:
         assert torch.equal(tokens, logits.argmax(-1))
     elif p not in (0.3, 0.9, 0.999):  # at rounding, either side is right

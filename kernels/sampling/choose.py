@@ -159,7 +159,6 @@ def choose_kernel(
                             scale,
                             seed,
                             position,
-                            TILES,
                             TILE,
                         )
         if token < 0:

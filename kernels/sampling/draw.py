@@ -120,17 +120,16 @@ def draw_from_tiles(
     scale,
     seed,
     position,
-    TILES: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """The same among all tokens of the listed tiles."""
-    best = tl.full([TILES, TILE], -float("inf"), tl.float32)
-    best_token = tl.full([TILES, TILE], 0, tl.int32)
-    for start in tl.range(0, listed, TILES):
-        tile = tl.load(list_ptr + start + tl.arange(0, TILES))
-        token = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    best = tl.full([TILE], -float("inf"), tl.float32)
+    best_token = tl.full([TILE], 0, tl.int32)
+    for i in tl.range(0, listed):
+        first = tl.load(list_ptr + i) * TILE
+        token = first + tl.arange(0, TILE)
         x = edit(load_raw(logits_ptr, row, token, V, stride_logits_row), row, token, 0, V, V, edits)
-        score = tl.where(x >= threshold, (x - top) * scale + gumbel_of(seed, position, 1, token), -float("inf"))
+        score = tl.where(x >= threshold, (x - top) * scale + gumbel(seed, position, 1, first, TILE), -float("inf"))
         better = score > best
         best, best_token = tl.where(better, score, best), tl.where(better, token, best_token)
     return first_of_largest(best, best_token)[1]

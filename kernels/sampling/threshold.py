@@ -47,7 +47,7 @@ def _sample_of_tiles(
 ):
     """Logits of the listed tiles, as many of each, at places that differ from tile to tile."""
     slot = tl.arange(0, SAMPLE)
-    tile = tl.load(list_ptr + (slot.to(tl.int64) * listed // SAMPLE).to(tl.int32))
+    tile = tl.load(list_ptr + slot * listed // SAMPLE)  # no more than 1024 tiles: fits in int32
     token = tile * TILE + slot * 37 % TILE
     return edit(load_raw(logits_ptr, row, token, V, stride_logits_row), row, token, 0, V, V, edits)
 
@@ -98,6 +98,8 @@ def find_threshold(
     tried = k * 0
     crowded = k < 0  # the last interval's tokens are few enough, but did not fit into their lists
     searching = k == k
+    # Carried along, so that a sample's addresses are not computed ahead of the loop and kept in 8 registers.
+    to_sample = listed
     while searching:
         above_top = key_of(top) + 1
         room = tl.where(gathered, SORTED, CANDIDATES)
@@ -110,7 +112,9 @@ def find_threshold(
                 if gathered:
                     x = tl.load(candidates_ptr + (slot.to(tl.int64) * found // SORTED).to(tl.int32))
                 else:
-                    x = _sample_of_tiles(list_ptr, listed, logits_ptr, row, V, stride_logits_row, edits, SORTED, TILE)
+                    x = _sample_of_tiles(
+                        list_ptr, to_sample, logits_ptr, row, V, stride_logits_row, edits, SORTED, TILE
+                    )
                 # A miss among the candidates costs less than a pass over more of them.
                 a_key, b_key = estimated(
                     x,
@@ -220,4 +224,5 @@ def find_threshold(
                 else:
                     known = answered
                     searching = gathered == 0
+        to_sample = tl.where(searching, to_sample, 0)
     return threshold, found, edge_count, edge_mass
