@@ -1,4 +1,4 @@
-"""`paged_attention(batch_invariant=True)`: the bits of a token depend on its query and what it sees, and on nothing else.
+"""`paged_attention(batch_invariant=True)`: a token's bits depend on its query and on what it sees, and on nothing else.
 
 Each case writes a few sequences into a cache and asks for their last tokens in many ways: all at once, in chunks, one
 at a time, alone and beside others, in any order. Every token must come out as it did the first time.
@@ -103,21 +103,20 @@ def chunks(b, first, length, size):
 
 
 def all_ways(lengths, tail):
-    """The last `tail` tokens of each sequence: whole, in chunks of 1, 3 and 64, together and alone, in other orders."""
+    """The last `tail` tokens of each sequence: whole, in chunks of 1 and 3, together and alone, in other orders."""
     tails = [max(length - tail, 0) for length in lengths]
     whole = [(b, first, length) for b, (first, length) in enumerate(zip(tails, lengths, strict=True))]
     steps = [(whole, {}), (whole[::-1], dict(padding=5)), (whole, dict(max_seqlen_q=1))]
-    steps += [([part], {}) for part in whole]
-    for size in (1, 3, 64):
-        for rounds in zip(*(chunks(b, first, length, size) for b, first, length in whole), strict=False):
-            steps.append((list(rounds), {}))
-        steps += [([part], {}) for part in chunks(*whole[0], size)]
+    steps.append((whole[:1], {}))
+    for rounds in zip(*(chunks(b, first, length, 1) for b, first, length in whole), strict=False):
+        steps.append((list(rounds), {}))
+    steps += [([part], {}) for part in chunks(*whole[0], 3)]
     # A prefill of one, among decode steps of the others.
     steps.append(([whole[0], *((b, length - 1, length) for b, _, length in whole[1:])], {}))
     return steps
 
 
-LENGTHS, TAIL = [150, 37, 70], 10
+LENGTHS, TAIL = [90, 37, 12], 4
 OPTIONS = [
     dict(),
     dict(window_size=1),
@@ -164,7 +163,7 @@ def test_head_sizes_pages_and_layouts(device, d, page_size, layout):
 def test_groups(device, heads, kv_heads):
     """Also more query heads than a tile has rows."""
     shape = dict(heads=heads, kv_heads=kv_heads, device=device, dtype=torch.float16)
-    Sequences([70, 20], **shape).check(all_ways([70, 20], 5))
+    Sequences([30, 9], **shape).check(all_ways([30, 9], 3))
 
 
 @given(
@@ -202,16 +201,16 @@ def test_any_chunks(lengths, cuts, others, group, page_size, dtype, cache_dtype,
 
 
 @pytest.mark.parametrize("cache_dtype", [None, torch.int8], ids=str)
-@pytest.mark.parametrize(("window_size", "page_size", "width"), [(21, 4, 8), (70, 16, 5), (9, 3, 5)])
+@pytest.mark.parametrize(("window_size", "page_size", "width"), [(21, 4, 8), (9, 16, 2)])
 def test_rings(device, dtype, cache_dtype, window_size, page_size, width):
     """A ring gives the bits of the full cache, whichever chunks fill it, although a chunk has overwritten old keys."""
-    length, kv_heads, d = 100, 2, 16
+    length, kv_heads, d = 45, 2, 16
     longest = width * page_size - window_size + 1
     full = Sequences([length], page_size=page_size, device=device, dtype=dtype, cache_dtype=cache_dtype)
     expected = full.check([([(0, 0, length)], {})], window_size=window_size)
     at = torch.arange(length)
     old = full.table[0].long()[at // page_size], at % page_size
-    for size in sorted({1, 3, longest}):
+    for size in (1, longest):
         ring = caches(width, page_size, kv_heads, d, dtype=cache_dtype or dtype, device=device)
         order = torch.randperm(width)
         for _, first, end in chunks(0, 0, length, size):
@@ -232,7 +231,7 @@ def test_not_causal(device, dtype, options):
     """A query sees its whole sequence: its result does not depend on how many others ask, nor on the batch."""
     sequences = Sequences(LENGTHS, device=device, dtype=dtype)
     steps = [(batch, how) for batch, how in all_ways(LENGTHS, TAIL) if all(end == LENGTHS[b] for b, _, end in batch)]
-    assert len(steps) > 6
+    assert len(steps) > 4
     sequences.check(steps, causal=False, **options)
 
 
@@ -256,8 +255,12 @@ def test_a_bad_scale_of_a_token_reaches_those_who_see_it_alone(device, dtype, ba
     expected = sequences.check([([(0, 60, 80)], {})])
     for name in ("key_scale_cache", "value_scale_cache"):
         damaged = sequences.stored[name].clone()
-        damaged[sequences.table[0, 70 // 4], 70 % 4, 1] = bad
+        at = sequences.table[0, 70 // 4], 70 % 4, 1
+        damaged[at] = bad
         args = sequences.args([(0, 60, 80)]) | {name: damaged}
+        cache = name.replace("_scale", "")
+        args[cache] = args[cache].clone()
+        args[cache][at] = 0  # as `write_kv` leaves a head that holds NaN or an infinity
         out = octavo.paged_attention(**args, max_seqlen_q=20, batch_invariant=True)
         assert torch.equal(out[:10], torch.stack([expected[0, i][0] for i in range(60, 70)]))
         assert torch.equal(out[10:, :2], torch.stack([expected[0, i][0] for i in range(70, 80)])[:, :2])
@@ -268,7 +271,7 @@ def test_a_bad_scale_of_a_token_reaches_those_who_see_it_alone(device, dtype, ba
 @pytest.mark.parametrize("cache_dtype", [None, torch.int8], ids=str)
 def test_right_as_well(device, dtype, cache_dtype, options):
     sequences = Sequences(LENGTHS, device=device, dtype=dtype, cache_dtype=cache_dtype)
-    batch = [(0, 140, 150), (1, 36, 37), (2, 0, 70)]
+    batch = [(0, 80, 90), (1, 36, 37), (2, 0, 12)]
     args, options = sequences.args(batch, padding=2), on(device, options)
     args["query"] = args["query"].nan_to_num()
     out, lse = octavo.paged_attention(**args, max_seqlen_q=70, batch_invariant=True, return_lse=True, **options)
@@ -292,7 +295,7 @@ def test_the_reference(options):
         steps = [(batch, how) for batch, how in steps if all(end == LENGTHS[b] for b, _, end in batch)]
     with without_interpreter():
         sequences.check(steps, function, **options)
-        args = sequences.args([(0, 140, 150), (1, 36, 37), (2, 0, 70)])
+        args = sequences.args([(0, 80, 90), (1, 36, 37), (2, 0, 12)])
         out, lse = octavo.paged_attention(**args, max_seqlen_q=70, batch_invariant=True, return_lse=True, **options)
     exact, plain = (definition(args, kind, **options) for kind in (torch.float64, torch.float32))
     assert_accurate(out, exact[0], plain[0])
@@ -314,7 +317,7 @@ def test_no_batch_chooses_the_kernel(properties):
     """One kernel and one tile choice for all batches, where there are several without the option."""
     batches = [(1, 1, 1), (64, 64, 1), (64, 4, 16), (8192, 1, 8192), (8192, 64, 512), (4096, 4096, 1)]
     for cache_dtype in (torch.bfloat16, torch.float8_e5m2, torch.int8):
-        for d, group in ((64, 1), (128, 4), (128, 8), (256, 71)):
+        for d, group in ((64, 1), (128, 4), (256, 8)):
             case = dict(cache_dtype=cache_dtype, d=d, group=group)
             ((name, *_),) = kernels(properties, True, batches, **case)
             assert name == "_paged_attention_kernel"
@@ -364,12 +367,12 @@ def test_large(dtype, cache_dtype, d):
 @pytest.mark.gpu
 def test_graph_capture_and_replay_with_other_lengths(dtype):
     sequences = Sequences(LENGTHS, device="cuda", dtype=dtype)
-    args = sequences.args([(0, 140, 150), (1, 36, 37), (2, 60, 70)], padding=3)
+    args = sequences.args([(0, 80, 90), (1, 36, 37), (2, 2, 12)], padding=3)
     octavo.paged_attention(**args, max_seqlen_q=10, batch_invariant=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = octavo.paged_attention(**args, max_seqlen_q=10, batch_invariant=True)
-    other = sequences.args([(2, 69, 70), (0, 141, 150), (1, 30, 37)], padding=7)
+    other = sequences.args([(2, 11, 12), (0, 81, 90), (1, 30, 37)], padding=7)
     for name in ("query", "block_table", "seq_lens", "cu_seqlens_q"):
         args[name].copy_(other[name])
     graph.replay()
@@ -381,19 +384,18 @@ def launches(dtype):
     old = device_properties(torch.device("meta")).capability < (8, 9)
     quantised = torch.float8_e5m2, torch.int8, *([] if old else [torch.float8_e4m3fn])
     everything = dict(window_size=100, softcap=50.0, return_lse=True)
-    for d in (64, 80, 128, 256):
-        for group in (1, 4, 8):
+    for d in (64, 128, 256):
+        for group in (1, 8):
             launch(dtype, dtype, d, group)
         launch(dtype, dtype, d, 4, **everything)
-        launch(dtype, dtype, d, 4, window_size=100, rolling=True)
         for cache_dtype in quantised:
             launch(dtype, cache_dtype, d, 4, **everything)
-    launch(dtype, dtype, 128, 4, causal=False)
-    launch(dtype, dtype, 128, 4, alibi=True, **everything)
+    launch(dtype, dtype, 80, 4, window_size=100, rolling=True)
     if dtype == torch.bfloat16:
+        launch(dtype, dtype, 128, 4, causal=False)
+        launch(dtype, dtype, 128, 4, alibi=True, **everything)
         for d in (64, 128, 256):
             launch(torch.float32, torch.float32, d, 4, **everything)
-            launch(torch.float32, torch.int8, d, 4, **everything)
 
 
 def launch(dtype, cache_dtype, d, group, *, tokens=64, sequences=4, longest=16, invariant=True, alibi=False, **options):

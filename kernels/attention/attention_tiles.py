@@ -68,6 +68,8 @@ def choose_tiles(
         else:
             block_n = 64 if (block_d <= 64 and not small) or (block_d == 128 and hopper) else 32
             num_warps = 8 if block_m == 128 or block_d > 128 else 4
+            if batch_invariant and quantised and dtype == torch.float16:
+                block_m = block_n = 32  # of int8, each row has units of its own
     free = properties.shared_memory - block_m * block_d * dtype.itemsize - 8192
     # Triton keeps one tile fewer than stages, except where wgmma may still be reading the last one.
     wgmma = properties.capability >= (9, 0) and block_m >= 64

@@ -119,10 +119,11 @@ def _largest(scales):
 
 @triton.jit
 def _largest_of_rows(scales, seen, otherwise):
-    """The largest of the scales [1, N] that are numbers and that each row sees; `otherwise` [M] where none exceeds 0."""
+    """The largest of the scales [N] that are numbers, of those that each row sees; `otherwise` [M] if it is near 0."""
     size = tl.abs(scales)
-    largest = tl.max(tl.where(seen & (size < float("inf")), size, 0.0), 1)
-    return tl.where(largest > 0.0, largest, otherwise)
+    size = tl.where(size < float("inf"), size, 0.0)
+    largest = tl.max(tl.where(seen, size[None, :], 0.0), 1)
+    return tl.where(largest > 1e-37, largest, otherwise)
 
 
 @triton.jit
@@ -233,20 +234,20 @@ def attend(
         weights = tl.exp2(scores - shift[:, None])  # [M, N]
         total = total * rescale + tl.sum(weights, 1)
         if INT8:
-            row_scales = v_scales[None, :]
-            if ROW_UNITS:
-                unit = _largest_of_rows(row_scales, seen, acc_unit)
-                rescale *= tl.where(unit == acc_unit, 1.0, acc_unit / unit)
-                acc_unit = unit
-                row_scales = row_scales / unit[:, None]
-            elif UNITS:
+            if UNITS and not ROW_UNITS:
                 unit = _largest(v_scales)
                 rescale *= acc_unit / unit
                 acc_unit = unit
-                row_scales = (v_scales / unit)[None, :]
-            weights *= row_scales
+                v_scales /= unit
+            weights *= v_scales[None, :]
             if first is not None:
                 weights = tl.where(seen, weights, 0.0)  # a bad scale reaches those who see it
+            if ROW_UNITS:
+                unit = _largest_of_rows(v_scales, seen, acc_unit)
+                inverse = 1.0 / unit
+                rescale *= tl.where(unit == acc_unit, 1.0, acc_unit * inverse)
+                acc_unit = unit
+                weights *= inverse[:, None]
         if v.dtype == tl.float32:
             # A sum for each tile, then an fma, which Triton does not fold into the product as it would a plus: one
             # chain of additions over thousands of keys would cost fp32 its last digit.

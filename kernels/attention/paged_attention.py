@@ -159,12 +159,12 @@ def paged_attention(
         key_scale_cache: of an int8 key_cache, and only of that: `[pages, page_size, kv_heads]` fp32 of any strides,
             the scale of each token's head.
         value_scale_cache: as key_scale_cache, of value_cache.
-        batch_invariant: whether a token's result has the same bits whatever else is in the batch (other sequences, their
-            order and lengths, padding, max_seqlen_q) and, if causal, however its prompt was cut into chunks, down to
-            single tokens: they depend on its query and on the keys and values that it sees alone, given the same
-            options, kind of cache and kind of GPU. A value in the cache that is NaN or infinite is the exception: it may
-            reach earlier tokens of its chunk. Slower, since all batches have one tile choice, and the keys of a long
-            sequence are not shared out to several multiprocessors. Without it the bits depend on the batch.
+        batch_invariant: whether a token's result has the same bits whatever else is in the batch (other sequences,
+            their order and lengths, padding, max_seqlen_q) and, if causal, however its prompt was cut into chunks, down
+            to single tokens: they depend on its query and on the keys and values that it sees alone, given the same
+            options, kind of cache and kind of GPU. The exception is a value in the cache that is NaN or infinite: it
+            may reach earlier tokens of its chunk. Slower, since all batches have one tile choice, and the keys of a
+            long sequence are not shared out to several multiprocessors. Without it the bits depend on the batch.
         return_lse: also return the log-sum-exp of each row's scores.
 
     Returns:
