@@ -49,6 +49,8 @@ def choose_tiles(
     """
     block_d = max(next_power_of_2(head_size), 16)
     rows = 64 if batch_invariant else group * max_seqlen_q
+    # Each row has units of its own where the cache is int8 (`attend`), and takes more registers.
+    own_units = batch_invariant and quantised and dtype == torch.float16
     if rows <= 16 and block_d <= 128 and dtype != torch.float32 and plain and not quantised:
         heads = math.gcd(kv_heads, 4)
         # Two programs a multiprocessor, each with its queries and its tiles of keys and values; of few sequences one,
@@ -68,8 +70,8 @@ def choose_tiles(
         else:
             block_n = 64 if (block_d <= 64 and not small) or (block_d == 128 and hopper) else 32
             num_warps = 8 if block_m == 128 or block_d > 128 else 4
-            if batch_invariant and quantised and dtype == torch.float16:
-                block_m = block_n = 32  # of int8, each row has units of its own
+            if own_units:
+                block_m = block_n = 32
     free = properties.shared_memory - block_m * block_d * dtype.itemsize - 8192
     # Triton keeps one tile fewer than stages, except where wgmma may still be reading the last one.
     wgmma = properties.capability >= (9, 0) and block_m >= 64
@@ -77,4 +79,4 @@ def choose_tiles(
     # Before Hopper, the decode kernel has no registers for more rows than 16.
     shared_out = not batch_invariant and rows <= block_m and (block_m == 16 or wgmma)
     workers = (2 if block_m == 16 else 1) if shared_out else 0
-    return Tiles(block_m, block_n, block_d, num_warps, min(max(stages, 1), 4), workers)
+    return Tiles(block_m, block_n, block_d, num_warps, min(max(stages, 1), 3 if own_units else 4), workers)

@@ -184,10 +184,11 @@ def attend(
     # Small fp16 numbers are coarse. There acc is in units of a tile's largest scale of values, so that the products of
     # weights and scales are as large as the weights.
     UNITS: tl.constexpr = INT8 and q.dtype == tl.float16
-    acc_unit = 1.0
     ROW_UNITS: tl.constexpr = UNITS and first is not None
     if ROW_UNITS:
         acc_unit = tl.full([BLOCK_M], 1.0, tl.float32)
+    else:
+        acc_unit = 1.0
     # The next tile's page ids are loaded while this tile is used: a K load that waited for its page id inside the loop
     # would halve the depth of the software pipeline.
     page = load_page_ids(table_ptr, start + n, end, num_pages, table_width, PAGE_SIZE, ROLLING, first)
