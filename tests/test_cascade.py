@@ -1,4 +1,4 @@
-"""`cascade_attention` against the attention over whole sequences, whose tables and caches hold the prefix again each."""
+"""`cascade_attention` against the attention over whole sequences, each with a copy of the prefix in its cache."""
 
 from itertools import accumulate
 
@@ -11,6 +11,7 @@ from test_paged_features import QUANTISED, caches, definition, scales_of
 import octavo
 from octavo.testing import assert_accurate, without_interpreter
 
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's NaNs are meant
 INT_MAX = 2**31 - 1
 
 
@@ -29,7 +30,7 @@ def case(
     layout="tokens first",
     **scales,
 ):
-    """A prefix and sequences of `(queries, own keys)`: arguments of the cascade, and of the attention over the whole."""
+    """A prefix and sequences of `(queries, own keys)`: arguments of the cascade, and of attention over the whole."""
     options = dict(device=device, dtype=dtype)
     pieces = [torch.randn(2, keys, kv_heads, d, **options) for keys in (prefix, *(keys for _, keys in lengths))]
     starts = list(accumulate((queries for queries, _ in lengths), initial=0))

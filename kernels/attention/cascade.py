@@ -1,4 +1,4 @@
-"""Attention of a batch whose sequences share a prefix, such as a system prompt: the prefix is read once for all of them.
+"""Attention of a batch whose sequences share a prefix, such as a system prompt, which is read once for all of them.
 
 The attention over the prefix's keys and that over each sequence's own are merged by their log-sum-exp, which is exact:
 section 2.2 of Ye et al., "FlashInfer" (2025), https://arxiv.org/abs/2501.01005. Composed of the public ops, as an
@@ -124,13 +124,14 @@ def cascade_attention(
         return_lse: also return the log-sum-exp of each row's scores, over all keys.
 
     Returns:
-        As `paged_attention`: `[tokens, heads, head_size]` in query's dtype; with return_lse also `[tokens, heads]` fp32.
+        As `paged_attention`: `[tokens, heads, head_size]` in query's dtype; with return_lse also `[tokens, heads]`
+        fp32.
         Rows of padding, and rows that see no key at all, are 0, with a log-sum-exp of -inf, or the sink.
 
     Raises:
         TypeError: a dtype that is not accepted.
-        ValueError: a window or ALiBi slopes, for which `paged_attention` over the whole tables is right; a shape, stride,
-            device or option that does not fit; as `paged_attention` otherwise.
+        ValueError: a window or ALiBi slopes, for which `paged_attention` over whole tables is right; otherwise as
+            `paged_attention`.
 
     The two parts are rounded to query's dtype before they are merged in fp32. Safe in a CUDA graph, which may be
     replayed with another prefix and other lengths and pages. https://arxiv.org/abs/2501.01005
