@@ -167,19 +167,19 @@ def test_groups(device, heads, kv_heads):
 
 
 @given(
-    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=3),
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=2),
     cuts=st.lists(
-        st.lists(st.sampled_from([1, 1, 2, 3, 7, 15, 16, 17, 33, 63, 64, 65]), max_size=6), min_size=3, max_size=3
+        st.lists(st.sampled_from([1, 1, 2, 3, 7, 15, 16, 17, 33, 64]), max_size=4), min_size=3, max_size=3
     ),
     others=st.lists(st.integers(0, 2), max_size=3),
-    group=st.integers(1, 5),
+    group=st.integers(1, 3),
     page_size=st.integers(1, 40),
     dtype=st.sampled_from([torch.float16, torch.float32]),
     cache_dtype=st.sampled_from([None, None, *QUANTISED]),
     window_size=st.one_of(st.none(), st.integers(1, 90)),
     softcap=st.sampled_from([0.0, 2.0]),
 )
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_any_chunks(lengths, cuts, others, group, page_size, dtype, cache_dtype, window_size, softcap):
     """Every sequence from its first token on, cut anywhere, beside chunks of the others that come along."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
