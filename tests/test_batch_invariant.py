@@ -168,9 +168,7 @@ def test_groups(device, heads, kv_heads):
 
 @given(
     lengths=st.lists(st.integers(1, 70), min_size=1, max_size=2),
-    cuts=st.lists(
-        st.lists(st.sampled_from([1, 1, 2, 3, 7, 15, 16, 17, 33, 64]), max_size=4), min_size=3, max_size=3
-    ),
+    cuts=st.lists(st.lists(st.sampled_from([1, 1, 2, 3, 7, 15, 16, 17, 33, 64]), max_size=4), min_size=3, max_size=3),
     others=st.lists(st.integers(0, 2), max_size=3),
     group=st.integers(1, 3),
     page_size=st.integers(1, 40),

@@ -71,7 +71,9 @@ def choose_tiles(
             block_n = 64 if (block_d <= 64 and not small) or (block_d == 128 and hopper) else 32
             num_warps = 8 if block_m == 128 or block_d > 128 else 4
             if own_units:
-                block_m = block_n = 32
+                block_m, block_n, num_warps = 16, 32 if block_d <= 128 else 16, 4
+            elif batch_invariant and (quantised or not hopper):
+                block_n //= 2  # the bounds of what is in sight take registers too
     free = properties.shared_memory - block_m * block_d * dtype.itemsize - 8192
     # Triton keeps one tile fewer than stages, except where wgmma may still be reading the last one.
     wgmma = properties.capability >= (9, 0) and block_m >= 64
