@@ -36,6 +36,7 @@ from octavo.bench.harness import Shape, benchmarks, label, load
 from octavo.bench.store import commit, default_folder, folder_name
 from octavo.bench.timing import SPIN_HZ, spin_up
 from octavo.kernels import norm
+from octavo.kernels.registry import OPS
 
 BURST, ROUNDS = 200, 40
 WORK_US = 40.0
@@ -160,13 +161,13 @@ def save(subjects: Sequence[Subject], gpu: str, folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", nargs="+", help="ops; all, where none is named")
+    parser.add_argument("--op", nargs="+", help="ops, not what is composed of several; all, where none is named")
     parser.add_argument("--out", type=Path, default=default_folder(), help="where <gpu>/launch_cost.json goes")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("launch_cost: needs a GPU; on a CPU nothing is launched")
     device = torch.device("cuda")
-    subjects = yardsticks(device) + [op(name, device) for name in options.op or benchmarks()]
+    subjects = yardsticks(device) + [op(name, device) for name in options.op or benchmarks() if name in OPS]
     spin_up(device)
     for _ in range(ROUNDS):
         for subject in subjects:

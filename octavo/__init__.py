@@ -14,6 +14,7 @@ from octavo.kernels.attention.write_kv import write_kv
 from octavo.kernels.attention.rope_write_kv import rotary_embedding_write_kv
 from octavo.kernels.attention.paged_attention import paged_attention
 from octavo.kernels.attention.merge import merge_attention_states
+from octavo.kernels.attention.cascade import cascade_attention
 from octavo.kernels.quant.packing import int4_pack, int4_unpack
 from octavo.kernels.quant.int4 import int4_linear
 from octavo.kernels.quant.int8 import int8_linear
@@ -41,6 +42,7 @@ __all__ = [
     "rotary_embedding_write_kv",
     "paged_attention",
     "merge_attention_states",
+    "cascade_attention",
     "int4_linear",
     "int4_pack",
     "int4_unpack",

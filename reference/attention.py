@@ -105,6 +105,7 @@ def paged_attention(
     sinks: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
     rolling: bool,
+    batch_invariant: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, heads, _ = query.shape
     out = query.new_zeros(query.shape)
@@ -115,25 +116,29 @@ def paged_attention(
     if starts[0] != 0 or starts[-1] > tokens or starts != sorted(starts):
         raise ValueError(f"cu_seqlens_q: {starts}; expected 0 first, then no decrease and at most {tokens} (tokens)")
     for b, seq_len in enumerate(seq_lens.tolist()):
-        end, query_len = starts[b + 1], starts[b + 1] - starts[b]
+        end = starts[b + 1]
         # A causal query before the sequence's first key has nothing to attend to.
         start = max(starts[b], end - seq_len) if causal else starts[b]
         if start >= end or seq_len <= 0:
             continue
-        first_key = 0 if window_size is None else max(0, seq_len - query_len - window_size + 1)
-        at = block_table[b], first_key, seq_len, rolling, f"block_table[{b}]"
-        k, v = (
-            _read(cache, scale, scale_cache, *at)
-            for cache, scale, scale_cache in (
-                (key_cache, k_scale, key_scale_cache),
-                (value_cache, v_scale, value_scale_cache),
+        step = 1 if batch_invariant else end - start  # a matrix product's bits depend on how many rows it has
+        for i in range(start, end, step):
+            position = seq_len - (end - i)
+            last_key = position + step if causal else seq_len
+            first_key = 0 if window_size is None else max(0, position - window_size + 1)
+            at = block_table[b], first_key, last_key, rolling, f"block_table[{b}]"
+            k, v = (
+                _read(cache, scale, scale_cache, *at)
+                for cache, scale, scale_cache in (
+                    (key_cache, k_scale, key_scale_cache),
+                    (value_cache, v_scale, value_scale_cache),
+                )
             )
-        )
-        options = scale, causal, window_size, softcap, sinks, alibi_slopes, return_lse
-        o, sums = _attend(query[start:end], k, v, seq_len - first_key, *options)
-        out[start:end] = o
-        if sums is not None:
-            lse[start:end] = sums
+            options = scale, causal, window_size, softcap, sinks, alibi_slopes, return_lse
+            o, sums = _attend(query[i : i + step], k, v, position - first_key, *options)
+            out[i : i + step] = o
+            if sums is not None:
+                lse[i : i + step] = sums
     return out, lse
 
 
@@ -182,7 +187,7 @@ def _attend(
     query: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    seq_len: int,
+    position: int,
     scale: float,
     causal: bool,
     window_size: int | None,
@@ -191,9 +196,9 @@ def _attend(
     alibi_slopes: torch.Tensor | None,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of the last queries of one sequence; the query heads of one KV head are rows of one matrix."""
+    """Attention of queries from `position` on, the keys' count being from 0; the heads of a KV head are one matrix."""
     n, heads, d = query.shape
-    kv_heads = k.shape[0]
+    kv_heads, seq_len, _ = k.shape
     q = query.view(n, kv_heads, heads // kv_heads, d).permute(1, 2, 0, 3).reshape(kv_heads, -1, d).float()
     plain = not softcap and sinks is None and alibi_slopes is None
     if n == 1 and plain and not return_lse:  # a decode token sees every key that was gathered
@@ -202,20 +207,20 @@ def _attend(
     scores = torch.bmm(q * scale, k.transpose(1, 2))  # [Hkv, G·n, L]
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    position = torch.arange(seq_len - n, seq_len, device=q.device)[:, None]
+    positions = torch.arange(position, position + n, device=q.device)[:, None]
     key = torch.arange(seq_len, device=q.device)
     if alibi_slopes is not None:
-        bias = alibi_slopes.view(-1, 1, 1) * (position - key).abs()
+        bias = alibi_slopes.view(-1, 1, 1) * (positions - key).abs()
         scores -= bias.view(kv_heads, -1, seq_len)
     if n > 1 and (causal or window_size is not None):
-        visible = key <= position if causal else torch.ones_like(key <= position)
+        visible = key <= positions if causal else torch.ones_like(key <= positions)
         if window_size is not None:
-            visible &= key > position - window_size
+            visible &= key > positions - window_size
         scores.unflatten(1, (-1, n)).masked_fill_(~visible, -torch.inf)
     if sinks is not None:  # one more column, whose value is zero
         sink = sinks.float().view(kv_heads, -1, 1).expand(-1, -1, n).reshape(kv_heads, -1, 1)
         scores = torch.cat((scores, sink), -1)
-    out = torch.bmm(scores.softmax(-1)[..., : v.shape[1]], v).view(heads, n, d).transpose(0, 1)
+    out = torch.bmm(scores.softmax(-1)[..., :seq_len], v).view(heads, n, d).transpose(0, 1)
     sums = scores.logsumexp(-1).view(heads, n).t() if return_lse else None
     return out, sums
 

@@ -107,6 +107,11 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
         "paged_attention": (octavo.paged_attention, attention, dict(max_seqlen_q=1)),
         "paged_attention with lse": (octavo.paged_attention, attention, dict(max_seqlen_q=1, return_lse=True)),
         "paged_attention with window": (octavo.paged_attention, attention, dict(max_seqlen_q=1, window_size=7)),
+        "paged_attention batch-invariant": (
+            octavo.paged_attention,
+            attention,
+            dict(max_seqlen_q=1, window_size=7, batch_invariant=True),
+        ),
         "paged_attention of float8": (
             octavo.paged_attention,
             attention | float8 | dict(k_scale=ones(1), v_scale=ones(kv_heads)),

@@ -35,6 +35,7 @@ def choose_tiles(
     properties: DeviceProperties,
     quantised: bool = False,
     plain: bool = True,
+    batch_invariant: bool = False,
 ) -> Tiles:
     """Rows (tokens × query heads of a group) and keys of a tile; as many stages as shared memory holds, up to four.
 
@@ -43,9 +44,13 @@ def choose_tiles(
     cache; above head size 128 a row needs twice the warps. Where one tile holds a sequence's queries, the keys are
     shared out to workers; of plain caches (not quantised, no ALiBi), four heads at a time: 1 KB of
     each token.
+
+    Batch-invariant, there is one choice for any batch, between that for decode and that for prefill, and no workers.
     """
     block_d = max(next_power_of_2(head_size), 16)
-    rows = group * max_seqlen_q
+    rows = 64 if batch_invariant else group * max_seqlen_q
+    # Each row has units of its own where the cache is int8 (`attend`), and takes more registers.
+    own_units = batch_invariant and quantised and dtype == torch.float16
     if rows <= 16 and block_d <= 128 and dtype != torch.float32 and plain and not quantised:
         heads = math.gcd(kv_heads, 4)
         # Two programs a multiprocessor, each with its queries and its tiles of keys and values; of few sequences one,
@@ -65,10 +70,15 @@ def choose_tiles(
         else:
             block_n = 64 if (block_d <= 64 and not small) or (block_d == 128 and hopper) else 32
             num_warps = 8 if block_m == 128 or block_d > 128 else 4
+            if own_units:
+                block_m, block_n, num_warps = 16, 32 if block_d <= 128 else 16, 4
+            elif batch_invariant and (quantised or not hopper):
+                block_n //= 2  # the bounds of what is in sight take registers too
     free = properties.shared_memory - block_m * block_d * dtype.itemsize - 8192
     # Triton keeps one tile fewer than stages, except where wgmma may still be reading the last one.
     wgmma = properties.capability >= (9, 0) and block_m >= 64
     stages = free // (2 * block_n * block_d * dtype.itemsize) + (not wgmma)
     # Before Hopper, the decode kernel has no registers for more rows than 16.
-    workers = 0 if rows > block_m or (block_m > 16 and not wgmma) else 2 if block_m == 16 else 1
-    return Tiles(block_m, block_n, block_d, num_warps, min(max(stages, 1), 4), workers)
+    shared_out = not batch_invariant and rows <= block_m and (block_m == 16 or wgmma)
+    workers = (2 if block_m == 16 else 1) if shared_out else 0
+    return Tiles(block_m, block_n, block_d, num_warps, min(max(stages, 1), 3 if own_units else 4), workers)

@@ -86,12 +86,19 @@ def find_sequence(cu_seqlens_q_ptr, tile, B, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def load_page_ids(table_ptr, key, end, num_pages, table_width, PAGE_SIZE: tl.constexpr, ROLLING: tl.constexpr):
-    """The page of each key position; -1 for ids out of range, and from `end` on, where the table may hold anything."""
+def load_page_ids(
+    table_ptr, key, end, num_pages, table_width, PAGE_SIZE: tl.constexpr, ROLLING: tl.constexpr, first=None
+):
+    """The page of each key position; -1 for ids out of range, and where the table may hold anything: before `first`,
+    if it is given, and from `end` on.
+    """
     entry = key // PAGE_SIZE
     if ROLLING:
         entry %= table_width
-    page = tl.load(table_ptr + entry, mask=key < end, other=-1)  # [N]
+    there = key < end
+    if first is not None:
+        there = there & (key >= first)
+    page = tl.load(table_ptr + entry, mask=there, other=-1)  # [N]
     return tl.where((page >= 0) & (page < num_pages), page, -1)
 
 
@@ -108,6 +115,15 @@ def _largest(scales):
     size = tl.abs(scales)
     largest = tl.max(tl.where(size < float("inf"), size, 0.0), 0)
     return tl.where(largest > 0.0, largest, 1.0)
+
+
+@triton.jit
+def _largest_of_rows(scales, seen, otherwise):
+    """The largest of the scales [N] that are numbers, of those that each row sees; `otherwise` [M] if it is near 0."""
+    size = tl.abs(scales)
+    size = tl.where(size < float("inf"), size, 0.0)
+    largest = tl.max(tl.where(seen, size[None, :], 0.0), 1)
+    return tl.where(largest > 1e-37, largest, otherwise)
 
 
 @triton.jit
@@ -146,12 +162,16 @@ def attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    first=None,
 ):
     """Attends q [M, D] to the keys start to end: the unnormalised sum of values [M, D], the maximum and the sum [M].
 
     `position` [M] is that of each row, `slope` [M] its ALiBi slope or None. Pointers to caches and scales are those of
     the rows' KV head. The maximum is that of log2(e) · the scores. All scales are in the results, and no sink, so that
     the results over other keys can be merged with them.
+
+    With `first`, keys before it are left out, and a row's bits depend on the keys that it sees and on start % BLOCK_N
+    alone, not on those that other rows of the tile see: a tile of which it sees nothing changes no bit of it.
     """
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
@@ -164,10 +184,14 @@ def attend(
     # Small fp16 numbers are coarse. There acc is in units of a tile's largest scale of values, so that the products of
     # weights and scales are as large as the weights.
     UNITS: tl.constexpr = INT8 and q.dtype == tl.float16
-    acc_unit = 1.0
+    ROW_UNITS: tl.constexpr = UNITS and first is not None
+    if ROW_UNITS:
+        acc_unit = tl.full([BLOCK_M], 1.0, tl.float32)
+    else:
+        acc_unit = 1.0
     # The next tile's page ids are loaded while this tile is used: a K load that waited for its page id inside the loop
     # would halve the depth of the software pipeline.
-    page = load_page_ids(table_ptr, start + n, end, num_pages, table_width, PAGE_SIZE, ROLLING)
+    page = load_page_ids(table_ptr, start + n, end, num_pages, table_width, PAGE_SIZE, ROLLING, first)
     for tile_start in range(start, end, BLOCK_N):
         key = tile_start + n
         slot = (key % PAGE_SIZE).to(tl.int64)
@@ -184,7 +208,7 @@ def attend(
             k_scales = tl.load(key_scale_ptr + k_scales_at, mask=present, other=0.0)  # [N]
             v_scales_at = page64 * stride_value_scale_page + slot * stride_value_scale_slot
             v_scales = tl.load(value_scale_ptr + v_scales_at, mask=present, other=0.0)  # [N]
-        page = load_page_ids(table_ptr, key + BLOCK_N, end, num_pages, table_width, PAGE_SIZE, ROLLING)
+        page = load_page_ids(table_ptr, key + BLOCK_N, end, num_pages, table_width, PAGE_SIZE, ROLLING, first)
 
         k, v = widened(k, q.dtype), widened(v, q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
@@ -211,12 +235,20 @@ def attend(
         weights = tl.exp2(scores - shift[:, None])  # [M, N]
         total = total * rescale + tl.sum(weights, 1)
         if INT8:
-            if UNITS:
+            if UNITS and not ROW_UNITS:
                 unit = _largest(v_scales)
                 rescale *= acc_unit / unit
                 acc_unit = unit
                 v_scales /= unit
             weights *= v_scales[None, :]
+            if first is not None:
+                weights = tl.where(seen, weights, 0.0)  # a bad scale reaches those who see it
+            if ROW_UNITS:
+                unit = _largest_of_rows(v_scales, seen, acc_unit)
+                inverse = 1.0 / unit
+                rescale *= tl.where(unit == acc_unit, 1.0, acc_unit * inverse)
+                acc_unit = unit
+                weights *= inverse[:, None]
         if v.dtype == tl.float32:
             # A sum for each tile, then an fma, which Triton does not fold into the product as it would a plus: one
             # chain of additions over thousands of keys would cost fp32 its last digit.
@@ -224,7 +256,9 @@ def attend(
         else:
             acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None])
         top = new_top
-    if UNITS:
+    if ROW_UNITS:
+        acc *= acc_unit[:, None]
+    elif UNITS:
         acc *= acc_unit
     if v_scale_ptr is not None:
         # A row that has seen no key is zero, whatever the scale is.

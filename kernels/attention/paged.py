@@ -81,6 +81,7 @@ def _paged_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BATCH_INVARIANT: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     wait_for_previous(CHAINED)
@@ -120,6 +121,10 @@ def _paged_attention_kernel(
         start = tl.maximum(tile_start + history - window + 1, 0)
     if ROLLING:
         start = tl.maximum(start, seq_len - table_width * PAGE_SIZE)  # what is further back has been overwritten
+    first = None
+    if BATCH_INVARIANT:
+        first = start
+        start = start // BLOCK_N * BLOCK_N  # a key lies in the same tile for every row that sees it
 
     kv_head64 = kv_head.to(tl.int64)
     if k_scale_ptr is not None:
@@ -167,6 +172,7 @@ def _paged_attention_kernel(
         BLOCK_M,
         BLOCK_N,
         BLOCK_D,
+        first,
     )
 
     store_result(
@@ -212,6 +218,7 @@ def _paged_attention_cuda(
     sinks: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
     rolling: bool,
+    batch_invariant: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_supported(key_cache)
     out, lse = outputs(query, return_lse)
@@ -228,6 +235,7 @@ def _paged_attention_cuda(
         device_properties(query.device),
         quantised=key_cache.element_size() == 1,
         plain=alibi_slopes is None,
+        batch_invariant=batch_invariant,
     )
     pack = min(group, tiles.block_m)
     args = (
@@ -290,6 +298,7 @@ def _paged_attention_cuda(
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
         BLOCK_D=tiles.block_d,
+        BATCH_INVARIANT=batch_invariant,
         CHAINED=chains(query.device),
     )
     return out, lse

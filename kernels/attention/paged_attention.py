@@ -31,6 +31,7 @@ def _paged_attention_fake(
     sinks: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
     rolling: bool,
+    batch_invariant: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return outputs(query, return_lse)
 
@@ -39,7 +40,7 @@ _paged_attention = register(
     "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
     "Tensor cu_seqlens_q, SymInt max_seqlen_q, float scale, bool causal, int? window_size, float softcap, "
     "bool return_lse, Tensor? k_scale, Tensor? v_scale, Tensor? key_scale_cache, Tensor? value_scale_cache, "
-    "Tensor? sinks, Tensor? alibi_slopes, bool rolling) -> (Tensor, Tensor)",
+    "Tensor? sinks, Tensor? alibi_slopes, bool rolling, bool batch_invariant) -> (Tensor, Tensor)",
     reference=reference.paged_attention,
     launcher=_paged_attention_cuda,
     fake=_paged_attention_fake,
@@ -67,6 +68,7 @@ def paged_attention(
     v_scale: torch.Tensor | None = None,
     key_scale_cache: torch.Tensor | None = None,
     value_scale_cache: torch.Tensor | None = None,
+    batch_invariant: bool = False,
     return_lse: Literal[False] = False,
 ) -> torch.Tensor: ...
 @overload
@@ -90,6 +92,7 @@ def paged_attention(
     v_scale: torch.Tensor | None = None,
     key_scale_cache: torch.Tensor | None = None,
     value_scale_cache: torch.Tensor | None = None,
+    batch_invariant: bool = False,
     return_lse: Literal[True],
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 @replayed
@@ -113,6 +116,7 @@ def paged_attention(
     v_scale: torch.Tensor | None = None,
     key_scale_cache: torch.Tensor | None = None,
     value_scale_cache: torch.Tensor | None = None,
+    batch_invariant: bool = False,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of new tokens over a paged KV cache that holds their keys and values already (`write_kv`).
@@ -155,6 +159,12 @@ def paged_attention(
         key_scale_cache: of an int8 key_cache, and only of that: `[pages, page_size, kv_heads]` fp32 of any strides,
             the scale of each token's head.
         value_scale_cache: as key_scale_cache, of value_cache.
+        batch_invariant: whether a token's result has the same bits whatever else is in the batch (other sequences,
+            their order and lengths, padding, max_seqlen_q) and, if causal, however its prompt was cut into chunks, down
+            to single tokens: they depend on its query and on the keys and values that it sees alone, given the same
+            options, kind of cache and kind of GPU. The exception is a value in the cache that is NaN or infinite: it
+            may reach earlier tokens of its chunk. Slower, since all batches have one tile choice, and the keys of a
+            long sequence are not shared out to several multiprocessors. Without it the bits depend on the batch.
         return_lse: also return the log-sum-exp of each row's scores.
 
     Returns:
@@ -170,7 +180,7 @@ def paged_attention(
 
     Sums, softmax and scores are fp32. Numbers of a quantised cache are multiplied in query's dtype, which holds them
     exactly; scales are applied to scores, weights and sums in fp32. A query that sees a key whose scale is NaN becomes
-    NaN. Safe in a CUDA graph, which may be replayed with other lengths and pages.
+    NaN. The same inputs give the same bits. Safe in a CUDA graph, which may be replayed with other lengths and pages.
     https://arxiv.org/abs/2309.06180, https://arxiv.org/abs/2205.14135, https://arxiv.org/abs/2309.17453,
     https://arxiv.org/abs/2108.12409
     """
@@ -205,5 +215,6 @@ def paged_attention(
         sinks,
         alibi_slopes,
         rolling,
+        batch_invariant,
     )
     return (out, lse) if return_lse else out

@@ -55,6 +55,10 @@ TINY = {
         )
     ],
     "merge_attention_states": [{"T": 5, "heads": 3, "D": 16}],
+    "cascade_attention": [
+        {"B": b, "q": q, "prefix": prefix, "own": own, "heads": 6, "kv_heads": 2, "D": 16, "page": 4}
+        for b, q, prefix, own in ((3, 1, 20, 9), (2, 5, 12, 7), (1, 1, 4, 1))
+    ],
     "int4_linear": [{"M": 3, "N": 40, "K": 256, "group": 128}],
     "int8_linear": [{"M": 3, "N": 40, "K": 256, "group": 128}, {"M": 3, "N": 40, "K": 256, "group": 256}],
     "sample": [
@@ -96,6 +100,13 @@ BY_HAND = {
     ),
     # 262,144 elements, and 2,048 rows with three logarithms each.
     "merge_attention_states": ("T=64,heads=32,D=128", 3 * 262144, 2 * 3 * 262144 + 4 * 3 * 2048),
+    # 64 sequences of 4,352 visible keys, of which 4,096 are read once and 256 of each; 256 pages and 64 times 16, 1
+    # length and 64, 65 starts.
+    "cascade_attention": (
+        "B=64,q=1,prefix=4096,own=256,heads=32,kv_heads=8,D=128,page=16",
+        64 * 4352 * 32 * 2 * 256,
+        2 * (4096 + 64 * 256) * 8 * 128 * 2 + 2 * 64 * 4096 * 2 + 4 * (256 + 64 * 16 + 1 + 64 + 65),
+    ),
     # A nibble a weight; 32 groups of 4096 inputs.
     "int4_linear": ("M=1,N=6144,K=4096,group=128", 50331648, 12582912 + 2 * (4096 + 32 * 6144 + 6144)),
     # 36 bytes of settings, seed, position and token a row.
@@ -130,7 +141,7 @@ def copy(inputs):
 
 
 def test_every_op_has_a_benchmark():
-    assert set(benchmarks()) == set(OPS) == set(TINY) == set(BY_HAND)
+    assert set(benchmarks()) == set(OPS) | {"cascade_attention"} == set(TINY) == set(BY_HAND)
 
 
 @pytest.mark.parametrize("name", benchmarks())
@@ -156,7 +167,7 @@ def test_contract(name):
     assert set(peers) <= {None, "flashinfer", "vllm", "triton-peers"} and any(peers)
     assert "vllm" in peers or name == "layer_norm", "it has none"
     on_cpu = [n for n, p in providers.items() if "cpu" in p.devices]
-    assert on_cpu == [*list(providers)[:2], *(n for n in providers if n == "octavo, separate")]
+    assert on_cpu == [*list(providers)[:2], *(n for n in providers if n in ("octavo, separate", "octavo, plain"))]
     assert all("cuda" in p.devices for p in providers.values())
 
 
@@ -230,7 +241,7 @@ def test_compiled_formulas_are_right_and_whole(name, shape, monkeypatch):
     """As one graph, without the backend that needs a compiler."""
     provider = load(name).PROVIDERS.get("torch.compile")
     if provider is None:
-        assert name in ("paged_attention", "int4_linear", "int8_linear"), "bound by memory"
+        assert name in ("paged_attention", "cascade_attention", "int4_linear", "int8_linear"), "bound by memory"
         return
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     inputs = draw(name, shape)
