@@ -230,6 +230,7 @@ def _paged_attention_cuda(
         plain=alibi_slopes is None,
     )
     pack = min(group, tiles.block_m)
+    window = min(window_size or 0, 2**30)  # so that what the kernels add to it stays below 2³¹
     args = (
         query,
         key_cache,
@@ -247,7 +248,7 @@ def _paged_attention_cuda(
         sequences,
         key_cache.shape[0],
         block_table.shape[1],
-        window_size or 0,
+        window,
         2 * LOG2_E * scale / softcap if softcap else LOG2_E * scale,
         LOG2_E * softcap,
         *query.stride()[:2],
@@ -272,7 +273,7 @@ def _paged_attention_cuda(
         RETURN_LSE=return_lse,
     )
     if tiles.workers:
-        merge_args = seq_lens, cu_seqlens_q, sinks, tokens, sequences, block_table.shape[1], window_size or 0
+        merge_args = seq_lens, cu_seqlens_q, sinks, tokens, sequences, block_table.shape[1], window
         decode(out, lse, args, merge_args, constexprs, tiles, max_seqlen_q)
         return out, lse
     # Σ ceil(query length / BLOCK_Q) ≤ T // BLOCK_Q + B over the sequences, and one more part for the padding.
