@@ -13,6 +13,7 @@ from octavo.kernels.rope_table import rotary_cos_sin_cache
 from octavo.kernels.attention.write_kv import write_kv
 from octavo.kernels.attention.rope_write_kv import rotary_embedding_write_kv
 from octavo.kernels.attention.paged_attention import paged_attention
+from octavo.kernels.attention.plan_attention import plan_attention
 from octavo.kernels.attention.merge import merge_attention_states
 from octavo.kernels.quant.packing import int4_pack, int4_unpack
 from octavo.kernels.quant.int4 import int4_linear
@@ -40,6 +41,7 @@ __all__ = [
     "write_kv",
     "rotary_embedding_write_kv",
     "paged_attention",
+    "plan_attention",
     "merge_attention_states",
     "int4_linear",
     "int4_pack",

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.attention.attention_tiles import choose_tiles
-from octavo.kernels.attention.decode import decode
+from octavo.kernels.attention.decode import check_plan_shape, decode, plan_shape
 from octavo.kernels.attention.kv_cache import check_supported, scale_stride, strides_of
 from octavo.kernels.attention.online_softmax import attend, find_sequence, of_heads, store_result
 from octavo.kernels.launch import empty, launch
@@ -212,12 +212,15 @@ def _paged_attention_cuda(
     sinks: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
     rolling: bool,
+    plan: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_supported(key_cache)
     out, lse = outputs(query, return_lse)
     tokens, heads, head_size = query.shape
     sequences, kv_heads = seq_lens.shape[0], key_cache.shape[2]
     group = heads // kv_heads
+    if plan is not None and not plan.numel():
+        plan = None  # where no kernel would use it, there is none
     tiles = choose_tiles(
         head_size,
         kv_heads,
@@ -228,7 +231,10 @@ def _paged_attention_cuda(
         device_properties(query.device),
         quantised=key_cache.element_size() == 1,
         plain=alibi_slopes is None,
+        planned=plan is not None,
     )
+    if plan is not None:
+        check_plan_shape(plan, plan_shape(tiles, kv_heads, group, tokens, query.device))
     pack = min(group, tiles.block_m)
     window = min(window_size or 0, 2**30)  # so that what the kernels add to it stays below 2³¹
     args = (
@@ -274,7 +280,7 @@ def _paged_attention_cuda(
     )
     if tiles.workers:
         merge_args = seq_lens, cu_seqlens_q, sinks, tokens, sequences, block_table.shape[1], window
-        decode(out, lse, args, merge_args, constexprs, tiles, max_seqlen_q)
+        decode(out, lse, plan, args, merge_args, constexprs, tiles, max_seqlen_q)
         return out, lse
     # Σ ceil(query length / BLOCK_Q) ≤ T // BLOCK_Q + B over the sequences, and one more part for the padding.
     num_tiles = tokens // (tiles.block_m // pack) + sequences + 1 if tokens else 0
