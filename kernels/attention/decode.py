@@ -92,6 +92,7 @@ def _decode_kernel(
     BY_WARPS: tl.constexpr,
     MERGED_ROWS: tl.constexpr,
     MERGED_PARTS: tl.constexpr,
+    REGISTERS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     wait_for_previous(CHAINED)
@@ -246,7 +247,7 @@ def _decode_kernel(
                 BLOCK_D,
             )
         token, head, wanted = rows_of(r, tile_start, query_end, pack, GROUP, PACK, PACKS, HEADS, BLOCK_M)
-        if (item_begin >= begin) & (last == item_begin + tiles):
+        if (item_begin == at) & (last == item_begin + tiles):
             store_result(
                 out_ptr,
                 lse_ptr,
@@ -265,7 +266,9 @@ def _decode_kernel(
         else:
             # A worker leaves at most two: of the item in which its piece begins, and of that in which it ends.
             total = tl.where(total == 0.0, 1.0, total)
-            part_row = ((pack * workers + worker) * 2 + tl.where(item_begin > begin, 1, 0)) * (HEADS * BLOCK_M) + r
+            part_row = ((pack * workers + worker) * 2 + tl.where(item_begin > worker * piece, 1, 0)) * (
+                HEADS * BLOCK_M
+            ) + r
             tl.store(parts_ptr + part_row[:, None] * D + d, out / total[:, None], mask=wanted[:, None] & (d < D))
             sums_ptr = parts_ptr + 2 * ALL_PACKS * workers * (HEADS * BLOCK_M) * D
             tl.store(sums_ptr + part_row, top + tl.log2(total), mask=wanted)
@@ -368,6 +371,7 @@ def decode(
     )
     # A step of a plan's merge holds 16 KB, or as many numbers as a tile of results: the rows of one token, if it has
     # as many, of 8 parts or more.
+    # ptxas is told how many registers there are, because left to itself it spills a few for sm_89 to save many.
     held = max(tiles.block_m * tiles.block_d, 4096) // tiles.block_d
     merged_rows = 0 if plan is None else min(next_power_of_2(tiles.heads * pack), held // 8)
     launch(
@@ -387,6 +391,7 @@ def decode(
         BY_WARPS=tiles.by_warps,
         MERGED_ROWS=merged_rows,
         MERGED_PARTS=held // merged_rows if merged_rows else 0,
+        REGISTERS=0 if plan is None else min(65536 // (32 * tiles.num_warps * tiles.workers), 255),
         CHAINED=chains(device),
     )
     if plan is not None:
