@@ -338,6 +338,16 @@ def check_plan_shape(plan: torch.Tensor, expected: tuple[int, int]) -> None:
         )
 
 
+def merge_step(tiles: Tiles, pack: int) -> tuple[int, int]:
+    """How many rows of how many parts a worker that merges an item holds at once.
+
+    16 KB, or as much as a tile of results; the rows of one token, if there is room for 8 parts of them.
+    """
+    held = max(4096, tiles.block_m * tiles.block_d) // tiles.block_d
+    rows = min(next_power_of_2(tiles.heads * pack), held // 8)
+    return rows, held // rows
+
+
 def decode(
     out: torch.Tensor,
     lse: torch.Tensor,
@@ -369,11 +379,9 @@ def decode(
         GROUPS=tiles.block_n // keys,
         BLOCK_D=tiles.block_d,
     )
-    # A step of a plan's merge holds 16 KB, or as many numbers as a tile of results: the rows of one token, if it has
-    # as many, of 8 parts or more.
+    merged_rows, merged_parts = merge_step(tiles, pack) if plan is not None else (0, 0)
     # ptxas is told how many registers there are, because left to itself it spills a few for sm_89 to save many.
-    held = max(tiles.block_m * tiles.block_d, 4096) // tiles.block_d
-    merged_rows = 0 if plan is None else min(next_power_of_2(tiles.heads * pack), held // 8)
+    registers = min(65536 // (32 * tiles.num_warps * tiles.workers), 255) if plan is not None else 0
     launch(
         _decode_kernel,
         (workers * packs,),
@@ -390,8 +398,8 @@ def decode(
         **blocks,
         BY_WARPS=tiles.by_warps,
         MERGED_ROWS=merged_rows,
-        MERGED_PARTS=held // merged_rows if merged_rows else 0,
-        REGISTERS=0 if plan is None else min(65536 // (32 * tiles.num_warps * tiles.workers), 255),
+        MERGED_PARTS=merged_parts,
+        REGISTERS=registers,
         CHAINED=chains(device),
     )
     if plan is not None:
