@@ -15,7 +15,7 @@ import triton.language as tl
 
 from octavo.kernels.attention.attention_tiles import Tiles
 from octavo.kernels.attention.by_warps import attend_by_warps
-from octavo.kernels.attention.merge_parts import merge_item, merge_parts_kernel
+from octavo.kernels.attention.merge_parts import merge_cut_items, merge_parts_kernel
 from octavo.kernels.attention.online_softmax import attend, of_heads, store_result
 from octavo.kernels.attention.schedule import RECORD, extent, find, lengths, load_record, rows_of
 from octavo.kernels.launch import empty, launch
@@ -132,7 +132,6 @@ def _decode_kernel(
         )
         begin = worker * piece
         stop = tl.minimum(begin + piece, total_tiles)
-        query_start, query_end, seq_len = lengths(sequence, seq_lens_ptr, cu_seqlens_q_ptr, T, B)
     if begin >= stop:
         return
     r = tl.arange(0, HEADS * BLOCK_M)
@@ -145,13 +144,16 @@ def _decode_kernel(
     if key_scale_cache_ptr is not None:
         key_scale_cache_ptr += kv_head * stride_key_scale_head
         value_scale_cache_ptr += kv_head * stride_value_scale_head
-    at = begin
+    at, item_begin, item_end, tile_start, tile_end = begin, begin, begin, begin, begin
     while (at < stop) & (sequence <= B):
+        if plan_ptr is None:
+            query_start, query_end, seq_len = lengths(sequence, seq_lens_ptr, cu_seqlens_q_ptr, T, B)
         items, tiles = extent(query_start, query_end, seq_len, max_keys, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_N, KEYS)
         item = (at - first) // tiles
         item_begin = first + item * tiles
-        last = tl.minimum(item_begin + tiles, stop)
-        tile_start = query_start + item * BLOCK_Q
+        item_end = item_begin + tiles
+        last = tl.minimum(item_end, stop)
+        tile_start, tile_end = query_start + item * BLOCK_Q, query_end
         position = tile_start + seq_len - query_end
         start = 0
         end = tl.minimum(seq_len, max_keys)
@@ -247,7 +249,7 @@ def _decode_kernel(
                 BLOCK_D,
             )
         token, head, wanted = rows_of(r, tile_start, query_end, pack, GROUP, PACK, PACKS, HEADS, BLOCK_M)
-        if (item_begin == at) & (last == item_begin + tiles):
+        if (item_begin >= begin) & (last == item_end):
             store_result(
                 out_ptr,
                 lse_ptr,
@@ -266,49 +268,49 @@ def _decode_kernel(
         else:
             # A worker leaves at most two: of the item in which its piece begins, and of that in which it ends.
             total = tl.where(total == 0.0, 1.0, total)
-            part_row = ((pack * workers + worker) * 2 + tl.where(item_begin > worker * piece, 1, 0)) * (
-                HEADS * BLOCK_M
-            ) + r
+            part_row = ((pack * workers + worker) * 2 + tl.where(item_begin > begin, 1, 0)) * (HEADS * BLOCK_M) + r
             tl.store(parts_ptr + part_row[:, None] * D + d, out / total[:, None], mask=wanted[:, None] & (d < D))
             sums_ptr = parts_ptr + 2 * ALL_PACKS * workers * (HEADS * BLOCK_M) * D
             tl.store(sums_ptr + part_row, top + tl.log2(total), mask=wanted)
-            if plan_ptr is not None:
-                first_worker = tl.minimum(item_begin // piece, workers - 1)
-                last_worker = tl.minimum((item_begin + tiles - 1) // piece, workers - 1)
-                counter_ptr = plan_ptr + (first_worker - worker) * (RECORD + ALL_PACKS) + RECORD + pack
-                tl.debug_barrier()  # all threads have stored before one says so
-                others = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
-                if others == last_worker - first_worker:
-                    tl.store(counter_ptr, 0)
-                    merge_item(
-                        out_ptr,
-                        lse_ptr,
-                        sinks_ptr,
-                        parts_ptr,
-                        sums_ptr,
-                        workers,
-                        first_worker,
-                        last_worker,
-                        item_begin > first_worker * piece,
-                        tile_start,
-                        query_end,
-                        pack,
-                        KV_HEADS,
-                        GROUP,
-                        PACK,
-                        D,
-                        HEADS,
-                        BLOCK_M,
-                        BLOCK_D,
-                        RETURN_LSE,
-                        MERGED_ROWS,
-                        MERGED_PARTS,
-                    )
         at = last
         if at == first + items * tiles:
             first = at
             sequence += 1
-            query_start, query_end, seq_len = lengths(sequence, seq_lens_ptr, cu_seqlens_q_ptr, T, B)
+            if plan_ptr is not None:
+                query_start, query_end, seq_len = lengths(sequence, seq_lens_ptr, cu_seqlens_q_ptr, T, B)
+    if plan_ptr is not None:
+        merge_cut_items(
+            out_ptr,
+            lse_ptr,
+            sinks_ptr,
+            parts_ptr,
+            plan_ptr,
+            T,
+            B,
+            max_keys,
+            window,
+            worker,
+            workers,
+            pack,
+            item_begin,
+            item_end,
+            tile_start,
+            tile_end,
+            KV_HEADS,
+            GROUP,
+            PACK,
+            D,
+            CAUSAL,
+            WINDOW,
+            RETURN_LSE,
+            BLOCK_M,
+            KEYS,
+            HEADS,
+            GROUPS,
+            BLOCK_D,
+            MERGED_ROWS,
+            MERGED_PARTS,
+        )
 
 
 def share_out(tiles: Tiles, kv_heads: int, group: int, tokens: int, device: torch.device) -> tuple[int, int]:

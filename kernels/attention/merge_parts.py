@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.attention.online_softmax import store_result
-from octavo.kernels.attention.schedule import extent, find, lengths, rows_of
+from octavo.kernels.attention.schedule import RECORD, extent, find, lengths, load_record, rows_of
 from octavo.kernels.tiles import let_next_start, wait_for_previous
 
 
@@ -81,59 +81,91 @@ def merge_rows(
 
 
 @triton.jit
-def merge_item(
+def merge_cut_items(
     out_ptr,
     lse_ptr,
     sinks_ptr,
     parts_ptr,
-    sums_ptr,
+    record_ptr,
+    T,
+    B,
+    max_keys,
+    window,
+    worker,
     workers,
-    first_worker,
-    last_worker,
-    begins_inside,
-    tile_start,
-    query_end,
     pack,
+    last_begin,
+    last_end,
+    last_tile_start,
+    last_query_end,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PACK: tl.constexpr,
     D: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
     RETURN_LSE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    KEYS: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Merges all rows of an item, ROWS at a time, in the kernel that left its parts: other multiprocessors did."""
+    """What a worker does with a plan when it has left its parts: it says so, and merges where it is the last to.
+
+    `last_…` are the bounds of its last item. Those of its first, and more, are in its record: to keep them would take
+    registers from the loop over keys.
+    """
     PACKS: tl.constexpr = (GROUP + PACK - 1) // PACK
-    rows_of_head = tl.minimum(query_end - tile_start, BLOCK_M // PACK) * PACK
-    for start in range(0, HEADS * rows_of_head, ROWS):
-        n = start + tl.arange(0, ROWS)
-        r = n // rows_of_head * BLOCK_M + n % rows_of_head
-        token, head, wanted = rows_of(r, tile_start, query_end, pack, GROUP, PACK, PACKS, HEADS, BLOCK_M)
-        merge_rows(
-            out_ptr,
-            lse_ptr,
-            sinks_ptr,
-            parts_ptr,
-            sums_ptr,
-            2 * pack * workers,
-            first_worker,
-            last_worker,
-            begins_inside,
-            r,
-            token,
-            head,
-            wanted & (n < HEADS * rows_of_head),
-            KV_HEADS * GROUP,
-            D,
-            BLOCK_D,
-            RETURN_LSE,
-            HEADS * BLOCK_M,
-            PARTS,
-            ".cg",  # from L2, as this multiprocessor's L1 may hold what was there before
-        )
+    BLOCK_Q: tl.constexpr = BLOCK_M // PACK
+    _, first, begin, stop, piece, query_start, query_end, seq_len = load_record(record_ptr, T, B)
+    _, tiles = extent(query_start, query_end, seq_len, max_keys, window, CAUSAL, WINDOW, BLOCK_Q, GROUPS * KEYS, KEYS)
+    item = (begin - first) // tiles
+    first_begin = first + item * tiles
+    tl.debug_barrier()  # every thread has stored its part of the parts
+    for is_last in range(2):
+        item_begin = tl.where(is_last == 1, last_begin, first_begin)
+        item_end = tl.where(is_last == 1, last_end, first_begin + tiles)
+        is_cut = (item_begin < begin) | (item_end > stop)
+        if is_cut & ((is_last == 0) | (last_begin != first_begin)):
+            first_worker = tl.minimum(item_begin // piece, workers - 1)
+            last_worker = tl.minimum((item_end - 1) // piece, workers - 1)
+            counter_ptr = record_ptr + (first_worker - worker) * (RECORD + KV_HEADS // HEADS * PACKS) + RECORD + pack
+            others = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+            if others == last_worker - first_worker:
+                tl.store(counter_ptr, 0)
+                tile_start = tl.where(is_last == 1, last_tile_start, query_start + item * BLOCK_Q)
+                tile_end = tl.minimum(tl.where(is_last == 1, last_query_end, query_end), tile_start + BLOCK_Q)
+                rows_of_head = (tile_end - tile_start) * PACK
+                sums_ptr = parts_ptr + 2 * (KV_HEADS // HEADS * PACKS) * workers * (HEADS * BLOCK_M) * D
+                for start in range(0, HEADS * rows_of_head, ROWS):
+                    n = start + tl.arange(0, ROWS)
+                    r = n // rows_of_head * BLOCK_M + n % rows_of_head
+                    token, head, wanted = rows_of(r, tile_start, tile_end, pack, GROUP, PACK, PACKS, HEADS, BLOCK_M)
+                    merge_rows(
+                        out_ptr,
+                        lse_ptr,
+                        sinks_ptr,
+                        parts_ptr,
+                        sums_ptr,
+                        2 * pack * workers,
+                        first_worker,
+                        last_worker,
+                        item_begin > first_worker * piece,
+                        r,
+                        token,
+                        head,
+                        wanted & (n < HEADS * rows_of_head),
+                        KV_HEADS * GROUP,
+                        D,
+                        BLOCK_D,
+                        RETURN_LSE,
+                        HEADS * BLOCK_M,
+                        PARTS,
+                        ".cg",  # from L2, as this multiprocessor's L1 may hold what was there before
+                    )
 
 
 @triton.jit(do_not_specialize=["T", "B", "table_width", "window", "workers", "least", "rows_of_head"])
