@@ -248,7 +248,11 @@ def _decode_kernel(
                 BLOCK_N,
                 BLOCK_D,
             )
-        token, head, wanted = rows_of(r, tile_start, query_end, pack, GROUP, PACK, PACKS, HEADS, BLOCK_M)
+        # The shift is 0, which the compiler can't know: else it would work out ahead of the loop what follows, and keep it
+        # in registers.
+        zero = item_begin >> 31
+        row, column = r + zero, d + zero
+        token, head, wanted = rows_of(row, tile_start, query_end, pack, GROUP, PACK, PACKS, HEADS, BLOCK_M)
         if (item_begin >= begin) & (last == item_end):
             store_result(
                 out_ptr,
@@ -268,8 +272,10 @@ def _decode_kernel(
         else:
             # A worker leaves at most two: of the item in which its piece begins, and of that in which it ends.
             total = tl.where(total == 0.0, 1.0, total)
-            part_row = ((pack * workers + worker) * 2 + tl.where(item_begin > begin, 1, 0)) * (HEADS * BLOCK_M) + r
-            tl.store(parts_ptr + part_row[:, None] * D + d, out / total[:, None], mask=wanted[:, None] & (d < D))
+            part_row = ((pack * workers + worker) * 2 + tl.where(item_begin > begin, 1, 0)) * (HEADS * BLOCK_M) + row
+            tl.store(
+                parts_ptr + part_row[:, None] * D + column, out / total[:, None], mask=wanted[:, None] & (column < D)
+            )
             sums_ptr = parts_ptr + 2 * ALL_PACKS * workers * (HEADS * BLOCK_M) * D
             tl.store(sums_ptr + part_row, top + tl.log2(total), mask=wanted)
         at = last
@@ -325,10 +331,17 @@ def keys_of_group(tiles: Tiles) -> int:
     return tiles.block_n // (tiles.num_warps // tiles.heads if tiles.by_warps else 1)
 
 
-def plan_shape(tiles: Tiles, kv_heads: int, group: int, tokens: int, device: torch.device) -> tuple[int, int]:
-    """A row a worker: its record, and a counter a pack; empty where there are no workers."""
+def plan_shape(
+    tiles: Tiles, kv_heads: int, group: int, tokens: int, quantised: bool, device: torch.device
+) -> tuple[int, int]:
+    """A row a worker: its record, and a counter a pack; empty where there are no workers.
+
+    So it is where a tile has 64 rows of a quantised cache: to merge them as well, there are not enough registers.
+    """
     workers, packs = share_out(tiles, kv_heads, group, tokens, device)
-    return (workers, RECORD.value + packs) if workers else (0, 0)
+    if not workers or (quantised and tiles.block_m > 16):
+        return 0, 0
+    return workers, RECORD.value + packs
 
 
 def check_plan_shape(plan: torch.Tensor, expected: tuple[int, int]) -> None:
@@ -343,9 +356,9 @@ def check_plan_shape(plan: torch.Tensor, expected: tuple[int, int]) -> None:
 def merge_step(tiles: Tiles, pack: int) -> tuple[int, int]:
     """How many rows of how many parts a worker that merges an item holds at once.
 
-    16 KB, or as much as a tile of results; the rows of one token, if there is room for 8 parts of them.
+    16 KB of them: the rows of one token, if there is room for 8 parts of each.
     """
-    held = max(4096, tiles.block_m * tiles.block_d) // tiles.block_d
+    held = 4096 // tiles.block_d
     rows = min(next_power_of_2(tiles.heads * pack), held // 8)
     return rows, held // rows
 
@@ -382,8 +395,10 @@ def decode(
         BLOCK_D=tiles.block_d,
     )
     merged_rows, merged_parts = merge_step(tiles, pack) if plan is not None else (0, 0)
-    # ptxas is told how many registers there are, because left to itself it spills a few for sm_89 to save many.
-    registers = min(65536 // (32 * tiles.num_warps * tiles.workers), 255) if plan is not None else 0
+    registers = 0
+    if plan is not None and device_properties(device).capability < (9, 0):
+        # Left to itself, ptxas spills a few for sm_89 to save many, though more than `workers` programs never meet.
+        registers = min(65536 // (32 * tiles.num_warps * tiles.workers), 255)
     launch(
         _decode_kernel,
         (workers * packs,),

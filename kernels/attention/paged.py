@@ -234,7 +234,8 @@ def _paged_attention_cuda(
         planned=plan is not None,
     )
     if plan is not None:
-        check_plan_shape(plan, plan_shape(tiles, kv_heads, group, tokens, query.device))
+        quantised = key_cache.element_size() == 1
+        check_plan_shape(plan, plan_shape(tiles, kv_heads, group, tokens, quantised, query.device))
     pack = min(group, tiles.block_m)
     window = min(window_size or 0, 2**30)  # so that what the kernels add to it stays below 2³¹
     args = (

@@ -103,7 +103,8 @@ def _plan_attention_cuda(
     tokens, heads, _ = query.shape
     kv_heads, group = key_cache.shape[2], heads // key_cache.shape[2]
     tiles = _tiles(query, key_cache, max_seqlen_q, alibi)
-    workers, width = shape = plan_shape(tiles, kv_heads, group, tokens, query.device)
+    quantised = key_cache.element_size() == 1
+    workers, width = shape = plan_shape(tiles, kv_heads, group, tokens, quantised, query.device)
     plan = empty(shape, torch.int32, query.device)
     packs = max(width - RECORD.value, 1)
     launch(
@@ -148,7 +149,8 @@ def _plan_attention_fake(
         return query.new_empty((0, 0), dtype=torch.int32)
     tokens, heads, _ = query.shape
     tiles = _tiles(query, key_cache, max_seqlen_q, alibi)
-    shape = plan_shape(tiles, key_cache.shape[2], heads // key_cache.shape[2], tokens, query.device)
+    kv_heads, quantised = key_cache.shape[2], key_cache.element_size() == 1
+    shape = plan_shape(tiles, kv_heads, heads // kv_heads, tokens, quantised, query.device)
     return query.new_empty(shape, dtype=torch.int32)
 
 
