@@ -64,8 +64,9 @@ class Decoder:
         eps = self.config.rms_norm_eps
         residual = embed(self.embedding, token_ids, self.dtype)
         x = octavo.rms_norm(residual, self.layers[0].input_norm, eps)
+        plan = None
         for index, layer in enumerate(self.layers):
-            x = self._attention(layer, x, kv_cache[index], metadata)
+            x, plan = self._attention(layer, x, kv_cache[index], metadata, plan)
             x = octavo.add_rms_norm(x, residual, layer.post_attention_norm, eps)
             x = layer.down(octavo.silu_and_mul(layer.gate_up(x)))
             following = self.layers[index + 1].input_norm if index + 1 < len(self.layers) else self.norm
@@ -73,8 +74,14 @@ class Decoder:
         return x
 
     def _attention(
-        self, layer: Layer, x: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata
-    ) -> torch.Tensor:
+        self,
+        layer: Layer,
+        x: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        plan: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's attention, and the plan of it, which the first layer makes for all."""
         c = self.config
         key_cache, value_cache = kv_cache.unbind(0)
         heads = c.num_attention_heads + 2 * c.num_key_value_heads
@@ -83,17 +90,14 @@ class Decoder:
         octavo.rotary_embedding_write_kv(
             q, k, v, metadata.positions, self.cos_sin_cache, key_cache, value_cache, metadata.slot_mapping
         )
+        tables = metadata.block_table, metadata.seq_lens, metadata.cu_seqlens_q
+        longest, window = metadata.max_seqlen_q, c.sliding_window
+        if plan is None:
+            plan = octavo.plan_attention(q, key_cache, *tables, max_seqlen_q=longest, window_size=window)
         out = octavo.paged_attention(
-            q,
-            key_cache,
-            value_cache,
-            metadata.block_table,
-            metadata.seq_lens,
-            metadata.cu_seqlens_q,
-            max_seqlen_q=metadata.max_seqlen_q,
-            window_size=c.sliding_window,
+            q, key_cache, value_cache, *tables, max_seqlen_q=longest, window_size=window, plan=plan
         )
-        return layer.o(out.flatten(1))
+        return layer.o(out.flatten(1)), plan
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[R, hidden] -> [R, vocab]` in fp32."""

@@ -67,8 +67,8 @@ def test_heads(device, dtype, heads, kv_heads, d, many_workers):
 
 
 def test_many_tokens(device, dtype):
-    """Other tiles than few have; more sequences than a scan looks at at once."""
-    args = case([(1, 1 + b % 7) for b in range(280)], device=device, dtype=dtype)
+    """Other tiles than few have."""
+    args = case([(1, 1 + b % 7) for b in range(34)] + [(1, 200)], device=device, dtype=dtype)
     check(*args, function=with_plan)
 
 

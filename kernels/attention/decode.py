@@ -248,8 +248,8 @@ def _decode_kernel(
                 BLOCK_N,
                 BLOCK_D,
             )
-        # The shift is 0, which the compiler can't know: else it would work out ahead of the loop what follows, and keep it
-        # in registers.
+        # The shift is 0, which the compiler can't know: else it would work out ahead of the loop what follows, and keep
+        # it in registers.
         zero = item_begin >> 31
         row, column = r + zero, d + zero
         token, head, wanted = rows_of(row, tile_start, query_end, pack, GROUP, PACK, PACKS, HEADS, BLOCK_M)

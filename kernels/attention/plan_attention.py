@@ -88,6 +88,13 @@ def _tiles(query: torch.Tensor, key_cache: torch.Tensor, max_seqlen_q: int, alib
     )
 
 
+def shape_of(query: torch.Tensor, key_cache: torch.Tensor, max_seqlen_q: int, alibi: bool) -> tuple[int, int]:
+    """The shape of the plan of a call with these."""
+    (tokens, heads, _), kv_heads = query.shape, key_cache.shape[2]
+    tiles, quantised = _tiles(query, key_cache, max_seqlen_q, alibi), key_cache.element_size() == 1
+    return plan_shape(tiles, kv_heads, heads // kv_heads, tokens, quantised, query.device)
+
+
 def _plan_attention_cuda(
     query: torch.Tensor,
     key_cache: torch.Tensor,
@@ -100,11 +107,9 @@ def _plan_attention_cuda(
     rolling: bool,
     alibi: bool,
 ) -> torch.Tensor:
-    tokens, heads, _ = query.shape
-    kv_heads, group = key_cache.shape[2], heads // key_cache.shape[2]
+    group = query.shape[1] // key_cache.shape[2]
     tiles = _tiles(query, key_cache, max_seqlen_q, alibi)
-    quantised = key_cache.element_size() == 1
-    workers, width = shape = plan_shape(tiles, kv_heads, group, tokens, quantised, query.device)
+    workers, width = shape = shape_of(query, key_cache, max_seqlen_q, alibi)
     plan = empty(shape, torch.int32, query.device)
     packs = max(width - RECORD.value, 1)
     launch(
@@ -113,7 +118,7 @@ def _plan_attention_cuda(
         plan,
         seq_lens,
         cu_seqlens_q,
-        tokens,
+        query.shape[0],
         seq_lens.shape[0],
         2**31 - 1 if rolling else min(block_table.shape[1] * key_cache.shape[1], 2**31 - 1),
         min(window_size or 0, 2**30),
@@ -147,11 +152,7 @@ def _plan_attention_fake(
 ) -> torch.Tensor:
     if OPS["plan_attention"].backend(query.device) == "reference":
         return query.new_empty((0, 0), dtype=torch.int32)
-    tokens, heads, _ = query.shape
-    tiles = _tiles(query, key_cache, max_seqlen_q, alibi)
-    kv_heads, quantised = key_cache.shape[2], key_cache.element_size() == 1
-    shape = plan_shape(tiles, kv_heads, heads // kv_heads, tokens, quantised, query.device)
-    return query.new_empty(shape, dtype=torch.int32)
+    return query.new_empty(shape_of(query, key_cache, max_seqlen_q, alibi), dtype=torch.int32)
 
 
 _plan_attention = register(
