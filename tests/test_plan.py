@@ -307,7 +307,7 @@ def test_one_kernel():
     assert [launch.kernel.__name__ for launch in recorded] == ["_plan_attention_kernel", "_decode_kernel"]
 
 
-@pytest.mark.parametrize(("tokens", "heads"), [(1, 1), (4, 1), (5, 2), (32, 2), (33, 4)])
+@pytest.mark.parametrize(("tokens", "heads"), [(1, 1), (32, 1), (33, 4)])
 def test_fewer_heads_of_fewer_tokens(tokens, heads):
     shape = 128, 8, 4, tokens, 1, torch.bfloat16, KNOWN_DEVICES[90]
     planned, plain = (attention_tiles.choose_tiles(*shape, planned=planned) for planned in (True, False))
@@ -318,7 +318,10 @@ def test_fewer_heads_of_fewer_tokens(tokens, heads):
 
 
 @pytest.mark.parametrize("name", ["plan_attention", "paged_attention"])
-def test_opcheck_and_compile(device, name):
+def test_opcheck_and_compile(device, name, monkeypatch):
+    # What is launched is also looked at as on an H100, where a plan must have the same shape.
+    sms = replace(tiles_module._INTERPRETER, num_sms=KNOWN_DEVICES[90].num_sms)
+    monkeypatch.setattr(tiles_module, "_INTERPRETER", sms)
     args, longest = case([(1, 90), (3, 4)], device=device)
     for cache in ("key_cache", "value_cache"):
         args[cache] = args[cache].nan_to_num(nan=1.0)
@@ -457,7 +460,7 @@ def launches(dtype):
     """Every tile choice that ships and a plan changes, on meta tensors: tests/test_compile.py compiles them."""
     bf16 = dtype == torch.bfloat16
     for d in (64, 96, 128, 256) if bf16 else (128,):
-        for tokens in (1, 5, 64):
+        for tokens in (1, 8, 64):
             _launch(dtype, d, 4, tokens, 1)
         for group, longest in ((1, 1), (8, 1), (4, 16)):
             _launch(dtype, d, group, 64, longest, window_size=100, softcap=50.0, return_lse=True)

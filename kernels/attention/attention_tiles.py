@@ -43,13 +43,12 @@ def choose_tiles(
     queries live in them too, so the tile has fewer keys, and is smaller yet where they are converted from a quantised
     cache; above head size 128 a row needs twice the warps. Where one tile holds a sequence's queries, the keys are
     shared out to workers; of plain caches (not quantised, no ALiBi), four heads at a time: 1 KB of
-    each token. With a plan, fewer heads where tokens are few: an item is then cut into fewer parts, which one worker
-    has to merge.
+    each token; with a plan of few tokens one head, so that an item is cut into fewer parts, which one worker merges.
     """
     block_d = max(next_power_of_2(head_size), 16)
     rows = group * max_seqlen_q
     if rows <= 16 and block_d <= 128 and dtype != torch.float32 and plain and not quantised:
-        heads = math.gcd(kv_heads, 4 if not planned or tokens > 32 else 2 if tokens > 4 else 1)
+        heads = math.gcd(kv_heads, 1 if planned and tokens <= 32 else 4)
         # Two programs a multiprocessor, each with its queries and its tiles of keys and values; of few sequences one,
         # since then there are half as many parts to merge.
         workers = 1 if tokens <= 4 else 2
