@@ -396,8 +396,8 @@ def decode(
     )
     merged_rows, merged_parts = merge_step(tiles, pack) if plan is not None else (0, 0)
     registers = 0
-    if plan is not None and device_properties(device).capability >= (9, 0):
-        # Left to itself, ptxas spills a few for sm_90 to save many, though more than `workers` programs never meet.
+    if plan is not None and (device_properties(device).capability >= (9, 0) or tiles.block_d <= 64):
+        # Left to itself, ptxas spills a few of these to save many, though more than `workers` programs never meet.
         registers = min(65536 // (32 * tiles.num_warps * tiles.workers), 255)
     launch(
         _decode_kernel,
