@@ -133,10 +133,21 @@ def _octavo(inputs: Inputs) -> Callable[[], torch.Tensor]:
     return lambda: octavo.paged_attention(*arguments, max_seqlen_q=longest, window_size=window)
 
 
+def _planned(inputs: Inputs) -> Callable[[], torch.Tensor]:
+    """One layer of many: the plan of the step is there."""
+    query, key_cache, value_cache, *tables = [
+        inputs[name] for name in ("query", "key_cache", "value_cache", "block_table", "seq_lens", "cu_seqlens_q")
+    ]
+    options: dict[str, Any] = {"max_seqlen_q": inputs["max_seqlen_q"], "window_size": inputs["window"]}
+    plan = octavo.plan_attention(query, key_cache, *tables, **options)
+    return lambda: octavo.paged_attention(query, key_cache, value_cache, *tables, **options, plan=plan)
+
+
 PROVIDERS = {
     "octavo": Provider(_octavo, devices=("cpu", "cuda"), package="octavo"),
     "torch (dense K/V)": Provider(peers.torch_dense, devices=("cpu", "cuda"), package="torch"),
     "torch cuDNN (dense K/V)": Provider(peers.cudnn_dense, package="torch"),
+    "octavo, planned": Provider(_planned, package="octavo"),
     "flashinfer": Provider(peers.flashinfer, "flashinfer", package="flashinfer-python"),
     "flashinfer fa3": Provider(peers.flashinfer_fa3, "flashinfer", package="flashinfer-python"),
     "vllm fa3": Provider(peers.vllm_fa3, "vllm", package="vllm"),

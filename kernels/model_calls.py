@@ -12,6 +12,7 @@ import torch
 
 from octavo.kernels.activation import gelu_and_mul, silu_and_mul
 from octavo.kernels.attention.paged_attention import paged_attention
+from octavo.kernels.attention.plan_attention import plan_attention
 from octavo.kernels.attention.rope_write_kv import rotary_embedding_write_kv
 from octavo.kernels.attention.write_kv import write_kv
 from octavo.kernels.checks import FLOATS
@@ -178,9 +179,10 @@ def _attention(
         table, seq_lens, cu_seqlens = (
             _empty(*shape, dtype=torch.int32) for shape in ((sequences, 16), (sequences,), (sequences + 1,))
         )
-        paged_attention(
-            query, cache, other, table, seq_lens, cu_seqlens, max_seqlen_q=max_seqlen_q, window_size=window_size
-        )
+        lengths: dict[str, Any] = dict(max_seqlen_q=max_seqlen_q, window_size=window_size)
+        plan = plan_attention(query, cache, table, seq_lens, cu_seqlens, **lengths)
+        for used in (None, plan):
+            paged_attention(query, cache, other, table, seq_lens, cu_seqlens, **lengths, plan=used)
 
 
 def _int4(tokens: int, n: int, k: int, group_size: int, dtype: torch.dtype) -> None:

@@ -13,6 +13,7 @@ from octavo.kernels.rope_table import rotary_cos_sin_cache
 from octavo.kernels.attention.write_kv import write_kv
 from octavo.kernels.attention.rope_write_kv import rotary_embedding_write_kv
 from octavo.kernels.attention.paged_attention import paged_attention
+from octavo.kernels.attention.plan_attention import plan_attention
 from octavo.kernels.attention.merge import merge_attention_states
 from octavo.kernels.attention.cascade import cascade_attention
 from octavo.kernels.quant.packing import int4_pack, int4_unpack
@@ -41,6 +42,7 @@ __all__ = [
     "write_kv",
     "rotary_embedding_write_kv",
     "paged_attention",
+    "plan_attention",
     "merge_attention_states",
     "cascade_attention",
     "int4_linear",

@@ -85,6 +85,22 @@ def rotary_embedding_write_kv(
     query.copy_(q)
 
 
+def plan_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    max_seqlen_q: int,
+    causal: bool,
+    window_size: int | None,
+    rolling: bool,
+    alibi: bool,
+) -> torch.Tensor:
+    """Nothing is shared out here, so there is nothing to plan."""
+    return query.new_empty((0, 0), dtype=torch.int32)
+
+
 def paged_attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,
@@ -106,6 +122,7 @@ def paged_attention(
     alibi_slopes: torch.Tensor | None,
     rolling: bool,
     batch_invariant: bool,
+    plan: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, heads, _ = query.shape
     out = query.new_zeros(query.shape)

@@ -14,10 +14,12 @@ def op_args(
     return_lse=False,
     rolling=False,
     batch_invariant=False,
+    plan=None,
     **options,
 ):
     """A call's arguments as the op itself takes them, all of them and in order."""
     scale = args["query"].shape[2] ** -0.5 if scale is None else scale
     given = args | options
     numbers = max_seqlen_q, scale, causal, window_size, softcap, return_lse
-    return *(given[name] for name in TENSORS), *numbers, *(given.get(name) for name in EXTRAS), rolling, batch_invariant
+    flags = rolling, batch_invariant, plan
+    return *(given[name] for name in TENSORS), *numbers, *(given.get(name) for name in EXTRAS), *flags

@@ -134,7 +134,8 @@ def check_same_launches() -> None:
             with ordinary():
                 expected = run(function, tensors, others)
             # No tokens have a scale too.
-            two = function in (octavo.sample, octavo.paged_attention) and not others.get("batch_invariant")
+            one = others.get("batch_invariant") or name == "paged_attention with plan"
+            two = function in (octavo.sample, octavo.paged_attention) and not one
             started = 2 if name.endswith("by tensor") else (1 + two) * (tokens > 0)
             assert len(expected) == started, (name, expected)
             before = sum(map(len, function.plans.values()))
@@ -347,14 +348,16 @@ def check_token_counts() -> None:
     """A new number of tokens compiles nothing beyond the tile choices that depend on it."""
     pretend()
     # Tile choices for up to 16, up to 64, and more tokens; two kernels; two, one of which differs for many sequences.
-    variants = {"int4_linear": 3, "int8_linear": 3, "sample": 2, "paged_attention": 3}
+    # With a plan, a tile has one head or, of many tokens, both.
+    variants = {"int4_linear": 3, "int8_linear": 3, "sample": 2, "paged_attention": 3, "plan_attention": 2}
+    variants["paged_attention with plan"] = 2
     for name in cases(1):
         launching._ready.clear()
         before = octavo.compile_count()
         for tokens in (1, 2, 5, 16, 17, 32, 64, 65, 100, 128, 1000):
             function, tensors, others = cases(tokens)[name]
             function(**tensors, **others)
-        expected = 2 if name.endswith("by tensor") else variants.get(name.split()[0], 1)
+        expected = 2 if name.endswith("by tensor") else variants.get(name, variants.get(name.split()[0], 1))
         assert len(launching._ready) == expected, (name, list(launching._ready))
         assert octavo.compile_count() - before <= len(launching._ready)
 

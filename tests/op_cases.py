@@ -3,6 +3,7 @@
 import torch
 
 import octavo
+from octavo.kernels.attention import plan_attention
 
 
 def cases(tokens: int, dtype=torch.bfloat16) -> dict:
@@ -27,6 +28,8 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
         seq_lens=torch.zeros(3, dtype=torch.int32),
         cu_seqlens_q=torch.zeros(4, dtype=torch.int32),
     )
+    shape = plan_attention.shape_of(q, attention["key_cache"], 1, alibi=False)
+    plan = torch.zeros(shape, dtype=torch.int32)
     step = dict(query=q, key=k, value=v, positions=index, cos_sin_cache=new(32, d), slot_mapping=index.clone())
     float8, int8_kv = (
         {name: new(9, page, kv_heads, d, dtype=dtype) for name in ("key_cache", "value_cache")}
@@ -105,6 +108,12 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
             dict(weight_offset=1.0),
         ),
         "paged_attention": (octavo.paged_attention, attention, dict(max_seqlen_q=1)),
+        "plan_attention": (
+            octavo.plan_attention,
+            {name: attention[name] for name in ("query", "key_cache", "block_table", "seq_lens", "cu_seqlens_q")},
+            dict(max_seqlen_q=1),
+        ),
+        "paged_attention with plan": (octavo.paged_attention, attention | dict(plan=plan), dict(max_seqlen_q=1)),
         "paged_attention with lse": (octavo.paged_attention, attention, dict(max_seqlen_q=1, return_lse=True)),
         "paged_attention with window": (octavo.paged_attention, attention, dict(max_seqlen_q=1, window_size=7)),
         "paged_attention batch-invariant": (
@@ -211,6 +220,8 @@ def serve(tokens: int) -> None:
     for length in (1, tokens):
         b = tokens // length
         table, lens, cu = new(b, 5, dtype=torch.int32), new(b, dtype=torch.int32), new(b + 1, dtype=torch.int32)
+        plan = octavo.plan_attention(q, cache[0], table, lens, cu, max_seqlen_q=length)
+        octavo.paged_attention(q, cache[0], cache[1], table, lens, cu, max_seqlen_q=length, plan=plan)
         out = octavo.paged_attention(q, cache[0], cache[1], table, lens, cu, max_seqlen_q=length)
     x = octavo.add_rms_norm(linear(out.flatten(1), 512), residual, new(512))
     octavo.add_rms_norm(linear(octavo.silu_and_mul(linear(x, 1024)), 512), residual, new(512))

@@ -139,6 +139,18 @@ def test_any_mix(lengths, kv_heads, group, page_size, padding, causal, window_si
     check(*args, causal=causal, window_size=window_size, softcap=softcap)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_window_of_any_size(device, causal):
+    """Also one that says "none" as the largest integer."""
+    args, longest = case([(1, 150), (4, 70)], device=device)
+    for name in ("key_cache", "value_cache"):
+        args[name].nan_to_num_(nan=1.0)
+    expected = octavo.paged_attention(**args, max_seqlen_q=longest, causal=causal, window_size=1000)
+    for window_size in (2**30, INT_MAX, 2**40):
+        options = dict(max_seqlen_q=longest, causal=causal, window_size=window_size)
+        assert torch.equal(octavo.paged_attention(**args, **options), expected)
+
+
 def test_rows_without_keys_are_zero(device, dtype):
     args, longest = case([(1, 0), (2, 5), (3, 0), (0, 0)], padding=20, device=device, dtype=dtype)
     out, lse = octavo.paged_attention(**args, max_seqlen_q=longest, return_lse=True)

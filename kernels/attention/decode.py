@@ -1,4 +1,11 @@
-"""The attention of few queries a sequence over a paged cache; `schedule.py` says which program does what."""
+"""The attention of few queries a sequence over a paged cache; `schedule.py` says which program does what.
+
+A worker finds its place by itself, or a plan (`plan_attention`) holds it. With a plan there is one kernel: an item that
+was cut is merged by the last of its workers to come. Each of them, when its part is in memory, adds 1 to a counter,
+which lies in the plan, in the row of the item's first worker (at most one item begins in a worker's piece and ends in
+another's); who finds there the number of the others merges the parts in the order of the workers, so that the result
+does not depend on who that is, and sets the counter back to 0. Nobody waits for anybody.
+"""
 
 from typing import Any
 
@@ -8,11 +15,18 @@ import triton.language as tl
 
 from octavo.kernels.attention.attention_tiles import Tiles
 from octavo.kernels.attention.by_warps import attend_by_warps
-from octavo.kernels.attention.merge_parts import merge_parts_kernel
+from octavo.kernels.attention.merge_parts import merge_cut_items, merge_parts_kernel
 from octavo.kernels.attention.online_softmax import attend, of_heads, store_result
-from octavo.kernels.attention.schedule import extent, find, rows_of
+from octavo.kernels.attention.schedule import RECORD, extent, find, lengths, load_record, rows_of
 from octavo.kernels.launch import empty, launch
-from octavo.kernels.tiles import cdiv, chains, device_properties, let_next_start, wait_for_previous
+from octavo.kernels.tiles import (
+    cdiv,
+    chains,
+    device_properties,
+    let_next_start,
+    next_power_of_2,
+    wait_for_previous,
+)
 
 
 @triton.jit(do_not_specialize=["T", "B", "table_width", "num_pages", "window", "least", "stride_table_sequence"])
@@ -21,6 +35,7 @@ def _decode_kernel(
     out_ptr,
     lse_ptr,
     parts_ptr,
+    plan_ptr,
     query_ptr,
     key_cache_ptr,
     value_cache_ptr,
@@ -75,6 +90,9 @@ def _decode_kernel(
     GROUPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BY_WARPS: tl.constexpr,
+    MERGED_ROWS: tl.constexpr,
+    MERGED_PARTS: tl.constexpr,
+    REGISTERS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     wait_for_previous(CHAINED)
@@ -87,26 +105,33 @@ def _decode_kernel(
     worker, workers = tl.program_id(0) // ALL_PACKS, tl.num_programs(0) // ALL_PACKS
     # A ring has the tiles that the full cache would have, so that the results have the same bits.
     max_keys = 0x7FFFFFFF if ROLLING else table_width * PAGE_SIZE
-    sequence, _, first, piece, total_tiles = find(
-        worker,
-        seq_lens_ptr,
-        cu_seqlens_q_ptr,
-        T,
-        B,
-        max_keys,
-        window,
-        workers,
-        least,
-        False,
-        CAUSAL,
-        WINDOW,
-        BLOCK_Q,
-        BLOCK_N,
-        KEYS,
-        BLOCK_B,
-    )
-    begin = worker * piece
-    stop = tl.minimum(begin + piece, total_tiles)
+    if plan_ptr is not None:
+        plan_ptr += worker * (RECORD + ALL_PACKS)
+        sequence, first, begin, stop, piece, query_start, query_end, seq_len = load_record(plan_ptr, T, B)
+        items, tiles = extent(query_start, query_end, seq_len, max_keys, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_N, KEYS)
+        # In a plan of other lengths the piece may begin outside of the sequence.
+        stop = tl.where((first <= begin) & (begin - first < items * tiles), stop, begin)
+    else:
+        sequence, _, first, piece, total_tiles = find(
+            worker,
+            seq_lens_ptr,
+            cu_seqlens_q_ptr,
+            T,
+            B,
+            max_keys,
+            window,
+            workers,
+            least,
+            False,
+            CAUSAL,
+            WINDOW,
+            BLOCK_Q,
+            BLOCK_N,
+            KEYS,
+            BLOCK_B,
+        )
+        begin = worker * piece
+        stop = tl.minimum(begin + piece, total_tiles)
     if begin >= stop:
         return
     r = tl.arange(0, HEADS * BLOCK_M)
@@ -119,18 +144,16 @@ def _decode_kernel(
     if key_scale_cache_ptr is not None:
         key_scale_cache_ptr += kv_head * stride_key_scale_head
         value_scale_cache_ptr += kv_head * stride_value_scale_head
-    at = begin
-    while at < stop:
-        items, tiles = extent(
-            sequence, seq_lens_ptr, cu_seqlens_q_ptr, T, B, max_keys, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_N, KEYS
-        )
+    at, item_begin, item_end, tile_start, tile_end = begin, begin, begin, begin, begin
+    while (at < stop) & (sequence <= B):
+        if plan_ptr is None:
+            query_start, query_end, seq_len = lengths(sequence, seq_lens_ptr, cu_seqlens_q_ptr, T, B)
+        items, tiles = extent(query_start, query_end, seq_len, max_keys, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_N, KEYS)
         item = (at - first) // tiles
         item_begin = first + item * tiles
-        last = tl.minimum(item_begin + tiles, stop)
-        query_start = tl.load(cu_seqlens_q_ptr + sequence)
-        query_end = tl.minimum(tl.load(cu_seqlens_q_ptr + sequence + 1, mask=sequence < B, other=T), T)
-        seq_len = tl.load(seq_lens_ptr + sequence, mask=sequence < B, other=0)
-        tile_start = query_start + item * BLOCK_Q
+        item_end = item_begin + tiles
+        last = tl.minimum(item_end, stop)
+        tile_start, tile_end = query_start + item * BLOCK_Q, query_end
         position = tile_start + seq_len - query_end
         start = 0
         end = tl.minimum(seq_len, max_keys)
@@ -225,8 +248,12 @@ def _decode_kernel(
                 BLOCK_N,
                 BLOCK_D,
             )
-        token, head, wanted = rows_of(r, tile_start, query_end, pack, GROUP, PACK, PACKS, HEADS, BLOCK_M)
-        if (item_begin >= begin) & (last == item_begin + tiles):
+        # The shift is 0, which the compiler can't know: else it would work out ahead of the loop what follows, and keep
+        # it in registers.
+        zero = item_begin >> 31
+        row, column = r + zero, d + zero
+        token, head, wanted = rows_of(row, tile_start, query_end, pack, GROUP, PACK, PACKS, HEADS, BLOCK_M)
+        if (item_begin >= begin) & (last == item_end):
             store_result(
                 out_ptr,
                 lse_ptr,
@@ -245,26 +272,108 @@ def _decode_kernel(
         else:
             # A worker leaves at most two: of the item in which its piece begins, and of that in which it ends.
             total = tl.where(total == 0.0, 1.0, total)
-            part_row = ((pack * workers + worker) * 2 + tl.where(item_begin > begin, 1, 0)) * (HEADS * BLOCK_M) + r
-            tl.store(parts_ptr + part_row[:, None] * D + d, out / total[:, None], mask=wanted[:, None] & (d < D))
+            part_row = ((pack * workers + worker) * 2 + tl.where(item_begin > begin, 1, 0)) * (HEADS * BLOCK_M) + row
+            tl.store(
+                parts_ptr + part_row[:, None] * D + column, out / total[:, None], mask=wanted[:, None] & (column < D)
+            )
             sums_ptr = parts_ptr + 2 * ALL_PACKS * workers * (HEADS * BLOCK_M) * D
             tl.store(sums_ptr + part_row, top + tl.log2(total), mask=wanted)
         at = last
         if at == first + items * tiles:
             first = at
             sequence += 1
+            if plan_ptr is not None:
+                query_start, query_end, seq_len = lengths(sequence, seq_lens_ptr, cu_seqlens_q_ptr, T, B)
+    if plan_ptr is not None:
+        merge_cut_items(
+            out_ptr,
+            lse_ptr,
+            sinks_ptr,
+            parts_ptr,
+            plan_ptr,
+            T,
+            B,
+            max_keys,
+            window,
+            worker,
+            workers,
+            pack,
+            item_begin,
+            item_end,
+            tile_start,
+            tile_end,
+            KV_HEADS,
+            GROUP,
+            PACK,
+            D,
+            CAUSAL,
+            WINDOW,
+            RETURN_LSE,
+            BLOCK_M,
+            KEYS,
+            HEADS,
+            GROUPS,
+            BLOCK_D,
+            MERGED_ROWS,
+            MERGED_PARTS,
+        )
+
+
+def share_out(tiles: Tiles, kv_heads: int, group: int, tokens: int, device: torch.device) -> tuple[int, int]:
+    """How many workers the keys of a pack of heads are shared out to, and how many packs there are."""
+    packs = kv_heads // tiles.heads * cdiv(group, min(group, tiles.block_m))
+    workers = max(device_properties(device).num_sms * tiles.workers // packs, 1)
+    return (workers if tokens and tiles.workers else 0), packs
+
+
+def keys_of_group(tiles: Tiles) -> int:
+    """How many keys of a tile each of the groups of warps has that share a head."""
+    return tiles.block_n // (tiles.num_warps // tiles.heads if tiles.by_warps else 1)
+
+
+def plan_shape(
+    tiles: Tiles, kv_heads: int, group: int, tokens: int, quantised: bool, device: torch.device
+) -> tuple[int, int]:
+    """A row a worker: its record, and a counter a pack; empty where there are no workers.
+
+    So it is where a tile has 64 rows of a quantised cache: to merge them as well, there are not enough registers.
+    """
+    workers, packs = share_out(tiles, kv_heads, group, tokens, device)
+    if not workers or (quantised and tiles.block_m > 16):
+        return 0, 0
+    return workers, RECORD.value + packs
+
+
+def check_plan_shape(plan: torch.Tensor, expected: tuple[int, int]) -> None:
+    """Raises ValueError unless `plan` has the shape that `plan_attention` gives it for this call."""
+    if plan.shape != expected:
+        raise ValueError(
+            f"plan: shape {tuple(plan.shape)}; expected {expected}: make it with octavo.plan_attention from the query, "
+            "the caches and the options of this call"
+        )
+
+
+def merge_step(tiles: Tiles, pack: int) -> tuple[int, int]:
+    """How many rows of how many parts a worker that merges an item holds at once.
+
+    16 KB of them: the rows of one token, if there is room for 8 parts of each.
+    """
+    held = 4096 // tiles.block_d
+    rows = min(next_power_of_2(tiles.heads * pack), held // 8)
+    return rows, held // rows
 
 
 def decode(
     out: torch.Tensor,
     lse: torch.Tensor,
+    plan: torch.Tensor | None,
     args: tuple[Any, ...],
     merge_args: tuple[Any, ...],
     constexprs: dict[str, Any],
     tiles: Tiles,
     max_seqlen_q: int,
 ) -> None:
-    """Launches the decode kernel and the one that merges its results.
+    """Launches the decode kernel and, without a plan, the one that merges its results.
 
     Args:
         args: the first kernel's arguments from query_ptr to the strides.
@@ -274,24 +383,29 @@ def decode(
     tokens, sequences = out.shape[0], merge_args[0].shape[0]
     device = out.device
     pack, group, kv_heads = constexprs["PACK"], constexprs["GROUP"], constexprs["KV_HEADS"]
-    packs = kv_heads // tiles.heads * cdiv(group, pack)
-    workers = max(device_properties(device).num_sms * tiles.workers // packs, 1) if tokens else 0
+    workers, packs = share_out(tiles, kv_heads, group, tokens, device)
     parts = empty((2 * packs * workers * tiles.heads * tiles.block_m, out.shape[2] + 1), torch.float32, device)
-    groups = tiles.num_warps // tiles.heads if tiles.by_warps else 1
+    keys = keys_of_group(tiles)
     blocks = dict(
         BLOCK_B=256,
         BLOCK_M=tiles.block_m,
-        KEYS=tiles.block_n // groups,
+        KEYS=keys,
         HEADS=tiles.heads,
-        GROUPS=groups,
+        GROUPS=tiles.block_n // keys,
         BLOCK_D=tiles.block_d,
     )
+    merged_rows, merged_parts = merge_step(tiles, pack) if plan is not None else (0, 0)
+    registers = 0
+    if plan is not None and (device_properties(device).capability >= (9, 0) or tiles.block_d <= 64):
+        # Left to itself, ptxas spills a few of these to save many, though more than `workers` programs never meet.
+        registers = min(65536 // (32 * tiles.num_warps * tiles.workers), 255)
     launch(
         _decode_kernel,
         (workers * packs,),
         out,
         lse,
         parts,
+        plan,
         *args,
         tiles.least,
         device=device,
@@ -300,8 +414,13 @@ def decode(
         **constexprs,
         **blocks,
         BY_WARPS=tiles.by_warps,
+        MERGED_ROWS=merged_rows,
+        MERGED_PARTS=merged_parts,
+        REGISTERS=registers,
         CHAINED=chains(device),
     )
+    if plan is not None:
+        return
     # One program a row where items are few and have many parts, else one a worker.
     items = tokens // (tiles.block_m // pack) + sequences + 1
     by_item = 4 * items <= workers

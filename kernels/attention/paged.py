@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.attention.attention_tiles import choose_tiles
-from octavo.kernels.attention.decode import decode
+from octavo.kernels.attention.decode import check_plan_shape, decode, plan_shape
 from octavo.kernels.attention.kv_cache import check_supported, scale_stride, strides_of
 from octavo.kernels.attention.online_softmax import attend, find_sequence, of_heads, store_result
 from octavo.kernels.launch import empty, launch
@@ -219,12 +219,15 @@ def _paged_attention_cuda(
     alibi_slopes: torch.Tensor | None,
     rolling: bool,
     batch_invariant: bool,
+    plan: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_supported(key_cache)
     out, lse = outputs(query, return_lse)
     tokens, heads, head_size = query.shape
     sequences, kv_heads = seq_lens.shape[0], key_cache.shape[2]
     group = heads // kv_heads
+    if plan is not None and not plan.numel():
+        plan = None  # where no kernel would use it, there is none
     tiles = choose_tiles(
         head_size,
         kv_heads,
@@ -236,8 +239,13 @@ def _paged_attention_cuda(
         quantised=key_cache.element_size() == 1,
         plain=alibi_slopes is None,
         batch_invariant=batch_invariant,
+        planned=plan is not None,
     )
+    if plan is not None:
+        quantised = key_cache.element_size() == 1
+        check_plan_shape(plan, plan_shape(tiles, kv_heads, group, tokens, quantised, query.device))
     pack = min(group, tiles.block_m)
+    window = min(window_size or 0, 2**30)  # so that what the kernels add to it stays below 2³¹
     args = (
         query,
         key_cache,
@@ -255,7 +263,7 @@ def _paged_attention_cuda(
         sequences,
         key_cache.shape[0],
         block_table.shape[1],
-        window_size or 0,
+        window,
         2 * LOG2_E * scale / softcap if softcap else LOG2_E * scale,
         LOG2_E * softcap,
         *query.stride()[:2],
@@ -280,8 +288,8 @@ def _paged_attention_cuda(
         RETURN_LSE=return_lse,
     )
     if tiles.workers:
-        merge_args = seq_lens, cu_seqlens_q, sinks, tokens, sequences, block_table.shape[1], window_size or 0
-        decode(out, lse, args, merge_args, constexprs, tiles, max_seqlen_q)
+        merge_args = seq_lens, cu_seqlens_q, sinks, tokens, sequences, block_table.shape[1], window
+        decode(out, lse, plan, args, merge_args, constexprs, tiles, max_seqlen_q)
         return out, lse
     # Σ ceil(query length / BLOCK_Q) ≤ T // BLOCK_Q + B over the sequences, and one more part for the padding.
     num_tiles = tokens // (tiles.block_m // pack) + sequences + 1 if tokens else 0

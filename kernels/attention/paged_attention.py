@@ -5,7 +5,13 @@ from typing import Literal, overload
 import torch
 
 from octavo.kernels.attention.paged import _paged_attention_cuda, outputs
-from octavo.kernels.attention.paged_check import check_paged_attention, check_per_head, check_rolling
+from octavo.kernels.attention.paged_check import (
+    check_lengths,
+    check_paged_attention,
+    check_per_head,
+    check_plan,
+    check_rolling,
+)
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
 from octavo.reference import attention as reference
@@ -32,15 +38,18 @@ def _paged_attention_fake(
     alibi_slopes: torch.Tensor | None,
     rolling: bool,
     batch_invariant: bool,
+    plan: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return outputs(query, return_lse)
 
 
+# The kernel counts in the plan and leaves the counters as they were, at 0. So the plan is not declared as mutated: that
+# might cost every layer a copy of it under torch.compile.
 _paged_attention = register(
     "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
     "Tensor cu_seqlens_q, SymInt max_seqlen_q, float scale, bool causal, int? window_size, float softcap, "
     "bool return_lse, Tensor? k_scale, Tensor? v_scale, Tensor? key_scale_cache, Tensor? value_scale_cache, "
-    "Tensor? sinks, Tensor? alibi_slopes, bool rolling, bool batch_invariant) -> (Tensor, Tensor)",
+    "Tensor? sinks, Tensor? alibi_slopes, bool rolling, bool batch_invariant, Tensor? plan) -> (Tensor, Tensor)",
     reference=reference.paged_attention,
     launcher=_paged_attention_cuda,
     fake=_paged_attention_fake,
@@ -69,6 +78,7 @@ def paged_attention(
     key_scale_cache: torch.Tensor | None = None,
     value_scale_cache: torch.Tensor | None = None,
     batch_invariant: bool = False,
+    plan: torch.Tensor | None = None,
     return_lse: Literal[False] = False,
 ) -> torch.Tensor: ...
 @overload
@@ -93,6 +103,7 @@ def paged_attention(
     key_scale_cache: torch.Tensor | None = None,
     value_scale_cache: torch.Tensor | None = None,
     batch_invariant: bool = False,
+    plan: torch.Tensor | None = None,
     return_lse: Literal[True],
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 @replayed
@@ -117,6 +128,7 @@ def paged_attention(
     key_scale_cache: torch.Tensor | None = None,
     value_scale_cache: torch.Tensor | None = None,
     batch_invariant: bool = False,
+    plan: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of new tokens over a paged KV cache that holds their keys and values already (`write_kv`).
@@ -165,6 +177,9 @@ def paged_attention(
             options, kind of cache and kind of GPU. The exception is a value in the cache that is NaN or infinite: it
             may reach earlier tokens of its chunk. Slower, since all batches have one tile choice, and the keys of a
             long sequence are not shared out to several multiprocessors. Without it the bits depend on the batch.
+        plan: what `plan_attention` returned for these lengths and options, which saves a launch where keys are shared
+            out to workers (decoding); None does without. All layers of a step can use one plan, one call after the
+            other on one stream: it holds counters, which each call leaves as they were. Not with batch_invariant.
         return_lse: also return the log-sum-exp of each row's scores.
 
     Returns:
@@ -174,9 +189,10 @@ def paged_attention(
 
     Raises:
         TypeError: a dtype that is not accepted.
-        ValueError: a shape, stride, device or option that does not fit; a scale that is missing or not the cache's; on
-            the CPU, a page id outside of the cache or lengths that contradict each other. A GPU kernel leaves out the
-            keys of such pages, since it can't raise without a synchronisation.
+        ValueError: a shape, stride, device or option that does not fit; a scale that is missing or not the cache's; a
+            plan of another shape than this call's; on the CPU, a page id outside of the cache or lengths that
+            contradict each other. A GPU kernel leaves out the keys of such pages, since it can't raise without a
+            synchronisation.
 
     Sums, softmax and scores are fp32. Numbers of a quantised cache are multiplied in query's dtype, which holds them
     exactly; scales are applied to scores, weights and sums in fp32. A query that sees a key whose scale is NaN becomes
@@ -188,10 +204,10 @@ def paged_attention(
     check_paged_attention(query, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, *scales)
     check_per_head("sinks", sinks, query, (torch.float32, query.dtype))
     check_per_head("alibi_slopes", alibi_slopes, query, (torch.float32,))
-    if max_seqlen_q < 0:
-        raise ValueError(f"max_seqlen_q: {max_seqlen_q}; expected at least 0")
-    if window_size is not None and window_size < 1:
-        raise ValueError(f"window_size: {window_size}; expected at least 1 (the token itself), or None for no window")
+    check_plan(plan, query)
+    if batch_invariant and plan is not None:
+        raise ValueError("plan: given; expected None with batch_invariant, which shares out no keys")
+    check_lengths(max_seqlen_q, window_size)
     if rolling:
         check_rolling(block_table, key_cache.shape[1], window_size, max_seqlen_q)
     if softcap < 0:
@@ -216,5 +232,6 @@ def paged_attention(
         alibi_slopes,
         rolling,
         batch_invariant,
+        plan,
     )
     return (out, lse) if return_lse else out

@@ -7,9 +7,10 @@ tile and KV head) is cut, its workers leave partial results, and a second kernel
 https://pytorch.org/blog/flash-decoding).
 
 Heads side by side are read at the same time: on an H100 that is 7 % faster than at different times, since a token's
-heads are one piece of memory. Each program finds its place in the row by a scan over the lengths; for up to 255
-sequences that is one round trip to memory, as reading a plan made beforehand would be, and nothing has to be kept from
-one call to the next. The grid depends on the GPU and the heads alone, so a CUDA graph serves any lengths.
+heads are one piece of memory. Each program finds its place in the row by a scan over the lengths, which for up to 255
+sequences is one round trip to memory; then nothing has to be kept from one call to the next. Or a plan says where it is
+(`plan_attention`), which has counters besides, so that the workers do the merging themselves. The grid depends on the
+GPU and the heads alone, so a CUDA graph serves any lengths.
 
 Tried on an H100, and slower: one loop over all of a worker's tiles, which does not end where an item does (its epilogue
 inside the loop takes registers and instructions: 8 % at 64 × 4096); page ids carried for three tiles, which Triton does
@@ -21,7 +22,40 @@ import triton.language as tl
 
 
 @triton.jit
+def lengths(b, seq_lens_ptr, cu_seqlens_q_ptr, T, B):
+    """Where the queries of the sequences `b` start and end, and how many keys each has.
+
+    Rows after the last sequence are the padding of a captured graph: a sequence of no keys, number B.
+    """
+    query_start = tl.load(cu_seqlens_q_ptr + b, mask=b <= B, other=0)
+    query_end = tl.minimum(tl.load(cu_seqlens_q_ptr + b + 1, mask=b < B, other=T), T)
+    return query_start, query_end, tl.load(seq_lens_ptr + b, mask=b < B, other=0)
+
+
+@triton.jit
 def extent(
+    query_start,
+    query_end,
+    seq_len,
+    max_keys,
+    window,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Of sequences of these lengths: the items, and how many tiles of keys each of them is given; both at least 1."""
+    queries = tl.maximum(query_end - query_start, 0)
+    keys = tl.minimum(seq_len, max_keys)
+    if WINDOW:
+        # Without causal, every query sees all that follows it.
+        keys = tl.minimum(keys, window - 1 + (tl.minimum(queries, BLOCK_Q) if CAUSAL else queries) + KEYS - 1)
+    return tl.maximum(tl.cdiv(queries, BLOCK_Q), 1), tl.maximum(tl.cdiv(keys, BLOCK_N), 1)
+
+
+@triton.jit
+def _extents(
     b,
     seq_lens_ptr,
     cu_seqlens_q_ptr,
@@ -35,19 +69,10 @@ def extent(
     BLOCK_N: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Of the sequences `b`: the items, and how many tiles of keys each of them is given; both at least 1, 0 from B + 1.
-
-    Rows after the last sequence are the padding of a captured graph: a sequence of no keys, number B.
-    """
-    first = tl.load(cu_seqlens_q_ptr + b, mask=b <= B, other=0)
-    last = tl.minimum(tl.load(cu_seqlens_q_ptr + b + 1, mask=b < B, other=T), T)
-    queries = tl.maximum(last - first, 0)
-    keys = tl.minimum(tl.load(seq_lens_ptr + b, mask=b < B, other=0), max_keys)
-    if WINDOW:
-        # Without causal, every query sees all that follows it.
-        keys = tl.minimum(keys, window - 1 + (tl.minimum(queries, BLOCK_Q) if CAUSAL else queries) + KEYS - 1)
-    items = tl.maximum(tl.cdiv(queries, BLOCK_Q), 1)
-    return tl.where(b <= B, items, 0), tl.where(b <= B, tl.maximum(tl.cdiv(keys, BLOCK_N), 1), 0)
+    """The `extent` of the sequences `b`; 0 from B + 1."""
+    query_start, query_end, seq_len = lengths(b, seq_lens_ptr, cu_seqlens_q_ptr, T, B)
+    items, tiles = extent(query_start, query_end, seq_len, max_keys, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_N, KEYS)
+    return tl.where(b <= B, items, 0), tl.where(b <= B, tiles, 0)
 
 
 @triton.jit
@@ -76,7 +101,7 @@ def find(
     total = 0
     for start in range(0, B + 1, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
-        items, tiles = extent(
+        items, tiles = _extents(
             b, seq_lens_ptr, cu_seqlens_q_ptr, T, B, max_keys, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_N, KEYS
         )
         total += tl.sum(items * tiles, 0)
@@ -85,7 +110,7 @@ def find(
     sequence, items_before, tiles_before, counted = 0, 0, 0, 0
     for start in range(0, B + 1, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
-        items, tiles = extent(
+        items, tiles = _extents(
             b, seq_lens_ptr, cu_seqlens_q_ptr, T, B, max_keys, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_N, KEYS
         )
         counts = items if BY_ITEM else items * tiles
@@ -95,6 +120,41 @@ def find(
         tiles_before += tl.sum(tl.where(passed, items * tiles, 0), 0)
         counted += tl.sum(counts, 0)
     return sequence, items_before, tiles_before, piece, total
+
+
+# A worker's record in a plan; what `plan_attention` stores is what the decode kernel loads.
+RECORD = tl.constexpr(8)
+MOST = tl.constexpr(2**30)
+
+
+@triton.jit
+def store_record(record_ptr, sequence, first, begin, stop, piece, query_start, query_end, seq_len):
+    tl.store(record_ptr, sequence)
+    tl.store(record_ptr + 1, first)
+    tl.store(record_ptr + 2, begin)
+    tl.store(record_ptr + 3, stop)
+    tl.store(record_ptr + 4, piece)
+    tl.store(record_ptr + 5, query_start)
+    tl.store(record_ptr + 6, query_end)
+    tl.store(record_ptr + 7, seq_len)
+
+
+@triton.jit
+def load_record(record_ptr, T, B):
+    """What `store_record` stored, within bounds: whatever a record holds, nothing outside of a tensor is touched.
+
+    The sequence is one that there is, or the padding, which has no keys; its queries are among the T; counts of tiles
+    and keys are small enough for sums of them.
+    """
+    sequence = tl.minimum(tl.maximum(tl.load(record_ptr), 0), B)
+    first = tl.minimum(tl.maximum(tl.load(record_ptr + 1), 0), MOST)
+    begin = tl.minimum(tl.maximum(tl.load(record_ptr + 2), 0), MOST)
+    stop = tl.minimum(tl.load(record_ptr + 3), MOST)
+    piece = tl.maximum(tl.load(record_ptr + 4), 1)
+    query_start = tl.minimum(tl.maximum(tl.load(record_ptr + 5), 0), T)
+    query_end = tl.minimum(tl.maximum(tl.load(record_ptr + 6), 0), T)
+    seq_len = tl.where(sequence < B, tl.minimum(tl.load(record_ptr + 7), 0x70000000), 0)
+    return sequence, first, begin, stop, piece, query_start, query_end, seq_len
 
 
 @triton.jit

@@ -141,7 +141,8 @@ def copy(inputs):
 
 
 def test_every_op_has_a_benchmark():
-    assert set(benchmarks()) == set(OPS) | {"cascade_attention"} == set(TINY) == set(BY_HAND)
+    """plan_attention has none: its peers plan on the host, and what it is for shows in paged_attention's."""
+    assert set(benchmarks()) == set(OPS) - {"plan_attention"} | {"cascade_attention"} == set(TINY) == set(BY_HAND)
 
 
 @pytest.mark.parametrize("name", benchmarks())
