@@ -18,15 +18,9 @@ from octavo.kernels.attention.by_warps import attend_by_warps
 from octavo.kernels.attention.merge_parts import merge_cut_items, merge_parts_kernel
 from octavo.kernels.attention.online_softmax import attend, of_heads, store_result
 from octavo.kernels.attention.schedule import RECORD, extent, find, lengths, load_record, rows_of
+from octavo.kernels.attention.shares import keys_of_group, merge_step, registers_of, share_out
 from octavo.kernels.launch import empty, launch
-from octavo.kernels.tiles import (
-    cdiv,
-    chains,
-    device_properties,
-    let_next_start,
-    next_power_of_2,
-    wait_for_previous,
-)
+from octavo.kernels.tiles import chains, let_next_start, wait_for_previous
 
 
 @triton.jit(do_not_specialize=["T", "B", "table_width", "num_pages", "window", "least", "stride_table_sequence"])
@@ -319,50 +313,6 @@ def _decode_kernel(
         )
 
 
-def share_out(tiles: Tiles, kv_heads: int, group: int, tokens: int, device: torch.device) -> tuple[int, int]:
-    """How many workers the keys of a pack of heads are shared out to, and how many packs there are."""
-    packs = kv_heads // tiles.heads * cdiv(group, min(group, tiles.block_m))
-    workers = max(device_properties(device).num_sms * tiles.workers // packs, 1)
-    return (workers if tokens and tiles.workers else 0), packs
-
-
-def keys_of_group(tiles: Tiles) -> int:
-    """How many keys of a tile each of the groups of warps has that share a head."""
-    return tiles.block_n // (tiles.num_warps // tiles.heads if tiles.by_warps else 1)
-
-
-def plan_shape(
-    tiles: Tiles, kv_heads: int, group: int, tokens: int, quantised: bool, device: torch.device
-) -> tuple[int, int]:
-    """A row a worker: its record, and a counter a pack; empty where there are no workers.
-
-    So it is where a tile has 64 rows of a quantised cache: to merge them as well, there are not enough registers.
-    """
-    workers, packs = share_out(tiles, kv_heads, group, tokens, device)
-    if not workers or (quantised and tiles.block_m > 16):
-        return 0, 0
-    return workers, RECORD.value + packs
-
-
-def check_plan_shape(plan: torch.Tensor, expected: tuple[int, int]) -> None:
-    """Raises ValueError unless `plan` has the shape that `plan_attention` gives it for this call."""
-    if plan.shape != expected:
-        raise ValueError(
-            f"plan: shape {tuple(plan.shape)}; expected {expected}: make it with octavo.plan_attention from the query, "
-            "the caches and the options of this call"
-        )
-
-
-def merge_step(tiles: Tiles, pack: int) -> tuple[int, int]:
-    """How many rows of how many parts a worker that merges an item holds at once.
-
-    16 KB of them: the rows of one token, if there is room for 8 parts of each.
-    """
-    held = 4096 // tiles.block_d
-    rows = min(next_power_of_2(tiles.heads * pack), held // 8)
-    return rows, held // rows
-
-
 def decode(
     out: torch.Tensor,
     lse: torch.Tensor,
@@ -395,10 +345,7 @@ def decode(
         BLOCK_D=tiles.block_d,
     )
     merged_rows, merged_parts = merge_step(tiles, pack) if plan is not None else (0, 0)
-    registers = 0
-    if plan is not None and (device_properties(device).capability >= (9, 0) or tiles.block_d <= 64):
-        # Left to itself, ptxas spills a few of these to save many, though more than `workers` programs never meet.
-        registers = min(65536 // (32 * tiles.num_warps * tiles.workers), 255)
+    registers = registers_of(tiles, plan is not None, device)
     launch(
         _decode_kernel,
         (workers * packs,),

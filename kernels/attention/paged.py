@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.attention.attention_tiles import choose_tiles
-from octavo.kernels.attention.decode import check_plan_shape, decode, plan_shape
+from octavo.kernels.attention.decode import decode
 from octavo.kernels.attention.kv_cache import check_supported, scale_stride, strides_of
 from octavo.kernels.attention.online_softmax import attend, find_sequence, of_heads, store_result
+from octavo.kernels.attention.shares import check_plan_shape, plan_shape
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.tiles import cdiv, chains, device_properties, let_next_start, wait_for_previous
 

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.attention.attention_tiles import Tiles, choose_tiles
-from octavo.kernels.attention.decode import keys_of_group, plan_shape
 from octavo.kernels.attention.paged_check import check_heads, check_lengths, check_rolling, check_tables
 from octavo.kernels.attention.schedule import RECORD, find, lengths, store_record
+from octavo.kernels.attention.shares import keys_of_group, plan_shape
 from octavo.kernels.checks import check_device
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.registry import OPS, register
