@@ -348,9 +348,9 @@ def check_token_counts() -> None:
     """A new number of tokens compiles nothing beyond the tile choices that depend on it."""
     pretend()
     # Tile choices for up to 16, up to 64, and more tokens; two kernels; two, one of which differs for many sequences.
-    # With a plan, a tile has one head or, of many tokens, both.
+    # With a plan, a tile has one head or, of many tokens, both. Batch-invariant, there is one choice.
     variants = {"int4_linear": 3, "int8_linear": 3, "sample": 2, "paged_attention": 3, "plan_attention": 2}
-    variants["paged_attention with plan"] = 2
+    variants |= {"paged_attention with plan": 2, "paged_attention batch-invariant": 1}
     for name in cases(1):
         launching._ready.clear()
         before = octavo.compile_count()
