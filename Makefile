@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 	$(BIN)/octavo generate "$(QUESTION)"
 
 test: lint $(TRITONS)
-	OCTAVO_TRITONS=all $(BIN)/python -m pytest -n auto
+	OCTAVO_TRITONS=all $(BIN)/python -m pytest -n auto --dist worksteal
 
 # The launch path is tested with every Triton that octavo supports, beside the one that torch goes with.
 $(VENV)/triton-%: $(INSTALLED)

@@ -39,6 +39,7 @@ _SETTINGS: Any = {
 }
 _FIXED = {
     "octavo": ("#0072B2", "o"),
+    "octavo, planned": ("#74ADD1", "p"),
     "torch": ("#8c8c8c", "s"),
     "torch.compile": ("#000000", "D"),
     "torch cuDNN": ("#56B4E9", "<"),

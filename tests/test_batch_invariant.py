@@ -383,13 +383,14 @@ def launches(dtype):
     quantised = torch.float8_e5m2, torch.int8, *([] if old else [torch.float8_e4m3fn])
     everything = dict(window_size=100, softcap=50.0, return_lse=True)
     for d in (64, 128, 256):
-        for group in (1, 8):
-            launch(dtype, dtype, d, group)
-        launch(dtype, dtype, d, 4, **everything)
+        if dtype == torch.bfloat16:  # fp16 has other tiles where a cache is quantised, and there alone
+            for group in (1, 8):
+                launch(dtype, dtype, d, group)
+            launch(dtype, dtype, d, 4, **everything)
         for cache_dtype in quantised:
             launch(dtype, cache_dtype, d, 4, **everything)
-    launch(dtype, dtype, 80, 4, window_size=100, rolling=True)
     if dtype == torch.bfloat16:
+        launch(dtype, dtype, 80, 4, window_size=100, rolling=True)
         launch(dtype, dtype, 128, 4, causal=False)
         launch(dtype, dtype, 128, 4, alibi=True, **everything)
         for d in (64, 128, 256):

@@ -432,10 +432,12 @@ def launches(dtype):
     """Every tile choice that ships, on meta tensors: tests/test_compile.py compiles them."""
     for d in (64, 96, 128, 256):
         for group, longest in ((1, 1), (4, 1), (8, 1), (4, 16), (1, 512), (8, 512)):
-            if group != 1:
+            if group != 1 and (dtype == torch.bfloat16 or d == 128):  # fp16 differs in no register
                 _launch(d, group, longest, None, 0.0, False, dtype)
-            if dtype == torch.bfloat16:  # fp16 differs in no register
+            if dtype == torch.bfloat16:
                 _launch(d, group, longest, 100, 50.0, True, dtype)
+    if dtype != torch.bfloat16:
+        return
     _launch(80, 4, 1, 100, 50.0, True, dtype)  # the tiles of 96
     _launch(80, 4, 512, 100, 50.0, True, dtype)
     _launch(128, 4, 1, 100, 0.0, False, dtype)

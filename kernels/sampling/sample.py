@@ -43,7 +43,7 @@ class _Tiles:
     choose_warps: int
     choose_registers: int = 0
     """Registers that a thread of the second kernel may use if there are filters, from Hopper on, where they suffice;
-    0 sets no limit."""
+    before it all 255. 0 leaves it to ptxas, which spills some to save many."""
 
 
 def choose_tiles(vocab: int, edited: bool) -> _Tiles:
@@ -63,7 +63,7 @@ def choose_tiles(vocab: int, edited: bool) -> _Tiles:
         sorted=1024,
         stats_warps=8,
         choose_warps=8,
-        choose_registers=0 if edited else 128,
+        choose_registers=255 if edited else 128,
     )
 
 
@@ -141,6 +141,9 @@ def _sample_cuda(
         RAW=raw,
         CHAINED=chains(device),
     )
+    registers = 0
+    if filters and choice.choose_registers:
+        registers = choice.choose_registers if device_properties(device).capability >= (9, 0) else 255
     launch(
         choose_kernel,
         (rows,),
@@ -170,7 +173,7 @@ def _sample_cuda(
         SORTED=choice.sorted,
         FILTERS=filters,
         RAW=raw,
-        REGISTERS=choice.choose_registers if filters and device_properties(device).capability >= (9, 0) else 0,
+        REGISTERS=registers,
         CHAINED=chains(device),
     )
     return tokens, logprobs, top_ids, top_logprobs
