@@ -107,9 +107,10 @@ def _plan_attention_cuda(
     rolling: bool,
     alibi: bool,
 ) -> torch.Tensor:
-    group = query.shape[1] // key_cache.shape[2]
+    (tokens, heads, _), kv_heads = query.shape, key_cache.shape[2]
+    group, quantised = heads // kv_heads, key_cache.element_size() == 1
     tiles = _tiles(query, key_cache, max_seqlen_q, alibi)
-    workers, width = shape = shape_of(query, key_cache, max_seqlen_q, alibi)
+    workers, width = shape = plan_shape(tiles, kv_heads, group, tokens, quantised, query.device)
     plan = empty(shape, torch.int32, query.device)
     packs = max(width - RECORD.value, 1)
     launch(
@@ -118,7 +119,7 @@ def _plan_attention_cuda(
         plan,
         seq_lens,
         cu_seqlens_q,
-        query.shape[0],
+        tokens,
         seq_lens.shape[0],
         2**31 - 1 if rolling else min(block_table.shape[1] * key_cache.shape[1], 2**31 - 1),
         min(window_size or 0, 2**30),

@@ -16,9 +16,9 @@ from octavo.kernels.sampling.gather import first_of_largest
 from octavo.kernels.sampling.logits import edit, load_raw
 from octavo.kernels.sampling.noise import gumbel, gumbel_of
 from octavo.kernels.sampling.tile_stats import MAX, SUM
+from octavo.reference import sampling as reference
 
-SHARE = tl.constexpr(0.12)
-"""Of the mass: rows that keep as much draw by tiles. The reference has the same number."""
+SHARE = tl.constexpr(reference.SHARE)  # of the mass: rows that keep as much draw by tiles
 
 
 @triton.jit
