@@ -36,7 +36,6 @@ def choose_tiles(
     quantised: bool = False,
     plain: bool = True,
     batch_invariant: bool = False,
-    planned: bool = False,
 ) -> Tiles:
     """Rows (tokens × query heads of a group) and keys of a tile; as many stages as shared memory holds, up to four.
 
@@ -44,7 +43,7 @@ def choose_tiles(
     queries live in them too, so the tile has fewer keys, and is smaller yet where they are converted from a quantised
     cache; above head size 128 a row needs twice the warps. Where one tile holds a sequence's queries, the keys are
     shared out to workers; of plain caches (not quantised, no ALiBi), four heads at a time: 1 KB of
-    each token; with a plan of few tokens one head, so that an item is cut into fewer parts, which one worker merges.
+    each token.
 
     Batch-invariant, there is one choice for any batch, between that for decode and that for prefill, and no workers.
     """
@@ -53,7 +52,7 @@ def choose_tiles(
     # Each row has units of its own where the cache is int8 (`attend`), and takes more registers.
     own_units = batch_invariant and quantised and dtype == torch.float16
     if rows <= 16 and block_d <= 128 and dtype != torch.float32 and plain and not quantised:
-        heads = math.gcd(kv_heads, 1 if planned and tokens <= 32 else 4)
+        heads = math.gcd(kv_heads, 4)
         # Two programs a multiprocessor, each with its queries and its tiles of keys and values; of few sequences one,
         # since then there are half as many parts to merge.
         workers = 1 if tokens <= 4 else 2

@@ -1,11 +1,4 @@
-"""The attention of few queries a sequence over a paged cache; `schedule.py` says which program does what.
-
-A worker finds its place by itself, or a plan (`plan_attention`) holds it. With a plan there is one kernel: an item that
-was cut is merged by the last of its workers to come. Each of them, when its part is in memory, adds 1 to a counter,
-which lies in the plan, in the row of the item's first worker (at most one item begins in a worker's piece and ends in
-another's); who finds there the number of the others merges the parts in the order of the workers, so that the result
-does not depend on who that is, and sets the counter back to 0. Nobody waits for anybody.
-"""
+"""The attention of few queries a sequence over a paged cache; `schedule.py` says which program does what."""
 
 from typing import Any
 
@@ -15,10 +8,10 @@ import triton.language as tl
 
 from octavo.kernels.attention.attention_tiles import Tiles
 from octavo.kernels.attention.by_warps import attend_by_warps
-from octavo.kernels.attention.merge_parts import merge_cut_items, merge_parts_kernel
+from octavo.kernels.attention.merge_parts import merge_parts
 from octavo.kernels.attention.online_softmax import attend, of_heads, store_result
 from octavo.kernels.attention.schedule import RECORD, extent, find, lengths, load_record, rows_of
-from octavo.kernels.attention.shares import keys_of_group, merge_step, registers_of, share_out
+from octavo.kernels.attention.shares import keys_of_group, share_out
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.tiles import chains, let_next_start, wait_for_previous
 
@@ -84,9 +77,6 @@ def _decode_kernel(
     GROUPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BY_WARPS: tl.constexpr,
-    MERGED_ROWS: tl.constexpr,
-    MERGED_PARTS: tl.constexpr,
-    REGISTERS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     wait_for_previous(CHAINED)
@@ -100,8 +90,7 @@ def _decode_kernel(
     # A ring has the tiles that the full cache would have, so that the results have the same bits.
     max_keys = 0x7FFFFFFF if ROLLING else table_width * PAGE_SIZE
     if plan_ptr is not None:
-        plan_ptr += worker * (RECORD + ALL_PACKS)
-        sequence, first, begin, stop, piece, query_start, query_end, seq_len = load_record(plan_ptr, T, B)
+        sequence, first, begin, stop, _, query_start, query_end, seq_len = load_record(plan_ptr + worker * RECORD, T, B)
         items, tiles = extent(query_start, query_end, seq_len, max_keys, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_N, KEYS)
         # In a plan of other lengths the piece may begin outside of the sequence.
         stop = tl.where((first <= begin) & (begin - first < items * tiles), stop, begin)
@@ -138,16 +127,15 @@ def _decode_kernel(
     if key_scale_cache_ptr is not None:
         key_scale_cache_ptr += kv_head * stride_key_scale_head
         value_scale_cache_ptr += kv_head * stride_value_scale_head
-    at, item_begin, item_end, tile_start, tile_end = begin, begin, begin, begin, begin
+    at = begin
     while (at < stop) & (sequence <= B):
         if plan_ptr is None:
             query_start, query_end, seq_len = lengths(sequence, seq_lens_ptr, cu_seqlens_q_ptr, T, B)
         items, tiles = extent(query_start, query_end, seq_len, max_keys, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_N, KEYS)
         item = (at - first) // tiles
         item_begin = first + item * tiles
-        item_end = item_begin + tiles
-        last = tl.minimum(item_end, stop)
-        tile_start, tile_end = query_start + item * BLOCK_Q, query_end
+        last = tl.minimum(item_begin + tiles, stop)
+        tile_start = query_start + item * BLOCK_Q
         position = tile_start + seq_len - query_end
         start = 0
         end = tl.minimum(seq_len, max_keys)
@@ -242,12 +230,8 @@ def _decode_kernel(
                 BLOCK_N,
                 BLOCK_D,
             )
-        # The shift is 0, which the compiler can't know: else it would work out ahead of the loop what follows, and keep
-        # it in registers.
-        zero = item_begin >> 31
-        row, column = r + zero, d + zero
-        token, head, wanted = rows_of(row, tile_start, query_end, pack, GROUP, PACK, PACKS, HEADS, BLOCK_M)
-        if (item_begin >= begin) & (last == item_end):
+        token, head, wanted = rows_of(r, tile_start, query_end, pack, GROUP, PACK, PACKS, HEADS, BLOCK_M)
+        if (item_begin >= begin) & (last == item_begin + tiles):
             store_result(
                 out_ptr,
                 lse_ptr,
@@ -266,10 +250,8 @@ def _decode_kernel(
         else:
             # A worker leaves at most two: of the item in which its piece begins, and of that in which it ends.
             total = tl.where(total == 0.0, 1.0, total)
-            part_row = ((pack * workers + worker) * 2 + tl.where(item_begin > begin, 1, 0)) * (HEADS * BLOCK_M) + row
-            tl.store(
-                parts_ptr + part_row[:, None] * D + column, out / total[:, None], mask=wanted[:, None] & (column < D)
-            )
+            part_row = ((pack * workers + worker) * 2 + tl.where(item_begin > begin, 1, 0)) * (HEADS * BLOCK_M) + r
+            tl.store(parts_ptr + part_row[:, None] * D + d, out / total[:, None], mask=wanted[:, None] & (d < D))
             sums_ptr = parts_ptr + 2 * ALL_PACKS * workers * (HEADS * BLOCK_M) * D
             tl.store(sums_ptr + part_row, top + tl.log2(total), mask=wanted)
         at = last
@@ -278,39 +260,6 @@ def _decode_kernel(
             sequence += 1
             if plan_ptr is not None:
                 query_start, query_end, seq_len = lengths(sequence, seq_lens_ptr, cu_seqlens_q_ptr, T, B)
-    if plan_ptr is not None:
-        merge_cut_items(
-            out_ptr,
-            lse_ptr,
-            sinks_ptr,
-            parts_ptr,
-            plan_ptr,
-            T,
-            B,
-            max_keys,
-            window,
-            worker,
-            workers,
-            pack,
-            item_begin,
-            item_end,
-            tile_start,
-            tile_end,
-            KV_HEADS,
-            GROUP,
-            PACK,
-            D,
-            CAUSAL,
-            WINDOW,
-            RETURN_LSE,
-            BLOCK_M,
-            KEYS,
-            HEADS,
-            GROUPS,
-            BLOCK_D,
-            MERGED_ROWS,
-            MERGED_PARTS,
-        )
 
 
 def decode(
@@ -323,17 +272,15 @@ def decode(
     tiles: Tiles,
     max_seqlen_q: int,
 ) -> None:
-    """Launches the decode kernel and, without a plan, the one that merges its results.
+    """Launches the decode kernel and the one that merges its results.
 
     Args:
         args: the first kernel's arguments from query_ptr to the strides.
         merge_args: the second one's from seq_lens_ptr to window.
         constexprs: what the call has by way of constexprs, whatever the tiles are.
     """
-    tokens, sequences = out.shape[0], merge_args[0].shape[0]
     device = out.device
-    pack, group, kv_heads = constexprs["PACK"], constexprs["GROUP"], constexprs["KV_HEADS"]
-    workers, packs = share_out(tiles, kv_heads, group, tokens, device)
+    workers, packs = share_out(tiles, constexprs["KV_HEADS"], constexprs["GROUP"], out.shape[0], device)
     parts = empty((2 * packs * workers * tiles.heads * tiles.block_m, out.shape[2] + 1), torch.float32, device)
     keys = keys_of_group(tiles)
     blocks = dict(
@@ -344,8 +291,6 @@ def decode(
         GROUPS=tiles.block_n // keys,
         BLOCK_D=tiles.block_d,
     )
-    merged_rows, merged_parts = merge_step(tiles, pack) if plan is not None else (0, 0)
-    registers = registers_of(tiles, plan is not None, device)
     launch(
         _decode_kernel,
         (workers * packs,),
@@ -361,32 +306,6 @@ def decode(
         **constexprs,
         **blocks,
         BY_WARPS=tiles.by_warps,
-        MERGED_ROWS=merged_rows,
-        MERGED_PARTS=merged_parts,
-        REGISTERS=registers,
         CHAINED=chains(device),
     )
-    if plan is not None:
-        return
-    # One program a row where items are few and have many parts, else one a worker.
-    items = tokens // (tiles.block_m // pack) + sequences + 1
-    by_item = 4 * items <= workers
-    rows_of_head = min(tiles.block_m // pack, max(max_seqlen_q, 1)) * pack
-    launch(
-        merge_parts_kernel,
-        (items, packs, tiles.heads * rows_of_head) if by_item else (max(workers - 1, 0), packs),
-        out,
-        lse,
-        parts,
-        *merge_args,
-        workers,
-        tiles.least,
-        rows_of_head,
-        device=device,
-        num_warps=4,
-        **{name: value for name, value in constexprs.items() if name != "SOFTCAP"},
-        **blocks,
-        BY_ITEM=by_item,
-        PARTS=32 if by_item else 1,
-        CHAINED=chains(device),
-    )
+    merge_parts(out, lse, parts, plan, merge_args, constexprs, blocks, tiles, (workers, packs), max_seqlen_q)

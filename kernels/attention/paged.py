@@ -240,11 +240,9 @@ def _paged_attention_cuda(
         quantised=key_cache.element_size() == 1,
         plain=alibi_slopes is None,
         batch_invariant=batch_invariant,
-        planned=plan is not None,
     )
     if plan is not None:
-        quantised = key_cache.element_size() == 1
-        check_plan_shape(plan, plan_shape(tiles, kv_heads, group, tokens, quantised, query.device))
+        check_plan_shape(plan, plan_shape(tiles, kv_heads, group, tokens, query.device))
     pack = min(group, tiles.block_m)
     window = min(window_size or 0, 2**30)  # so that what the kernels add to it stays below 2³¹
     args = (

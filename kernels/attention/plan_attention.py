@@ -1,8 +1,7 @@
 """How the keys of one step are shared out over the workers of the decode kernel, computed once for all layers.
 
-A plan has a row a worker of that kernel (`schedule.py`): where its piece begins, the item that is there, and, for each
-pack of heads, a counter of those who have left their part of the item that begins in the piece and ends in another. So
-a worker finds its place in one round trip to memory, and the last of an item's workers merges it: no second kernel.
+A plan has a row a worker of that kernel (`schedule.py`): where its piece begins and ends, and the sequence that is
+there with its lengths. So a worker finds its place in one round trip to memory instead of two and a scan.
 """
 
 import torch
@@ -17,7 +16,7 @@ from octavo.kernels.checks import check_device
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.registry import OPS, register
 from octavo.kernels.replay import replayed
-from octavo.kernels.tiles import chains, device_properties, let_next_start, next_power_of_2, wait_for_previous
+from octavo.kernels.tiles import chains, device_properties, let_next_start, wait_for_previous
 from octavo.reference import attention as reference
 
 
@@ -34,8 +33,6 @@ def _plan_attention_kernel(
     least,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
-    PACKS: tl.constexpr,
-    BLOCK_PACKS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -66,10 +63,7 @@ def _plan_attention_kernel(
     query_start, query_end, seq_len = lengths(sequence, seq_lens_ptr, cu_seqlens_q_ptr, T, B)
     begin = worker * piece
     stop = tl.minimum(begin + piece, total)
-    record_ptr = plan_ptr + worker * (RECORD + PACKS)
-    store_record(record_ptr, sequence, first, begin, stop, piece, query_start, query_end, seq_len)
-    pack = tl.arange(0, BLOCK_PACKS)
-    tl.store(record_ptr + RECORD + pack, tl.zeros([BLOCK_PACKS], tl.int32), mask=pack < PACKS)
+    store_record(plan_ptr + worker * RECORD, sequence, first, begin, stop, piece, query_start, query_end, seq_len)
 
 
 def _tiles(query: torch.Tensor, key_cache: torch.Tensor, max_seqlen_q: int, alibi: bool) -> Tiles:
@@ -84,15 +78,14 @@ def _tiles(query: torch.Tensor, key_cache: torch.Tensor, max_seqlen_q: int, alib
         device_properties(query.device),
         quantised=key_cache.element_size() == 1,
         plain=not alibi,
-        planned=True,
     )
 
 
 def shape_of(query: torch.Tensor, key_cache: torch.Tensor, max_seqlen_q: int, alibi: bool) -> tuple[int, int]:
     """The shape of the plan of a call with these."""
     (tokens, heads, _), kv_heads = query.shape, key_cache.shape[2]
-    tiles, quantised = _tiles(query, key_cache, max_seqlen_q, alibi), key_cache.element_size() == 1
-    return plan_shape(tiles, kv_heads, heads // kv_heads, tokens, quantised, query.device)
+    tiles = _tiles(query, key_cache, max_seqlen_q, alibi)
+    return plan_shape(tiles, kv_heads, heads // kv_heads, tokens, query.device)
 
 
 def _plan_attention_cuda(
@@ -108,14 +101,13 @@ def _plan_attention_cuda(
     alibi: bool,
 ) -> torch.Tensor:
     (tokens, heads, _), kv_heads = query.shape, key_cache.shape[2]
-    group, quantised = heads // kv_heads, key_cache.element_size() == 1
+    group = heads // kv_heads
     tiles = _tiles(query, key_cache, max_seqlen_q, alibi)
-    workers, width = shape = plan_shape(tiles, kv_heads, group, tokens, quantised, query.device)
+    shape = plan_shape(tiles, kv_heads, group, tokens, query.device)
     plan = empty(shape, torch.int32, query.device)
-    packs = max(width - RECORD.value, 1)
     launch(
         _plan_attention_kernel,
-        (workers,),
+        shape[:1],
         plan,
         seq_lens,
         cu_seqlens_q,
@@ -128,8 +120,6 @@ def _plan_attention_cuda(
         num_warps=4,
         CAUSAL=causal,
         WINDOW=window_size is not None,
-        PACKS=packs,
-        BLOCK_PACKS=next_power_of_2(packs),
         BLOCK_B=256,
         BLOCK_Q=tiles.block_m // min(group, tiles.block_m),
         BLOCK_N=tiles.block_n,
@@ -181,8 +171,8 @@ def plan_attention(
 ) -> torch.Tensor:
     """How `paged_attention` shares out the keys of one step, computed on the device, once for all layers.
 
-    `plan = plan_attention(...)`, then in each layer `paged_attention(..., plan=plan)`: decoding is one kernel then, not
-    two, and its programs need not look for their work.
+    `plan = plan_attention(...)`, then in each layer `paged_attention(..., plan=plan)`, whose programs need not look for
+    their work then. The result has the same bits as without.
 
     Args:
         query: that of any layer, of which its shape, dtype and device count; it may be that of a later call.
@@ -197,7 +187,7 @@ def plan_attention(
         alibi: whether `alibi_slopes` will be given.
 
     Returns:
-        int32, a row of a few dozen bytes for each worker, or `[0, 0]` where `paged_attention` does not share out keys
+        int32, a row of 32 bytes for each worker, or `[0, 0]` where `paged_attention` does not share out keys
         (prefill) and on devices without Triton; it takes that as well. The shape depends on the shapes and options
         and the GPU, and on no length.
 
@@ -205,9 +195,8 @@ def plan_attention(
         TypeError: a dtype that is not accepted.
         ValueError: a shape, stride, device or option that does not fit.
 
-    A plan belongs to these lengths and options: with others, results are wrong, and stay so until it is made anew, but
-    nothing outside of the tensors is read or written. It holds counters, which `paged_attention` leaves at zero: one
-    stream at a time may use it, as often as it likes. No host synchronisation; safe in a CUDA graph, which may be
+    A plan belongs to these lengths and options: with others, results are wrong, but nothing outside of the tensors is
+    read or written. `paged_attention` does not change it. No host synchronisation; safe in a CUDA graph, which may be
     replayed with other lengths if the plan is made inside.
     Stream-K: https://arxiv.org/abs/2301.03598
     """

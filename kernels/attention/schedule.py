@@ -9,8 +9,7 @@ https://pytorch.org/blog/flash-decoding).
 Heads side by side are read at the same time: on an H100 that is 7 % faster than at different times, since a token's
 heads are one piece of memory. Each program finds its place in the row by a scan over the lengths, which for up to 255
 sequences is one round trip to memory; then nothing has to be kept from one call to the next. Or a plan says where it is
-(`plan_attention`), which has counters besides, so that the workers do the merging themselves. The grid depends on the
-GPU and the heads alone, so a CUDA graph serves any lengths.
+(`plan_attention`). The grid depends on the GPU and the heads alone, so a CUDA graph serves any lengths.
 
 Tried on an H100, and slower: one loop over all of a worker's tiles, which does not end where an item does (its epilogue
 inside the loop takes registers and instructions: 8 % at 64 × 4096); page ids carried for three tiles, which Triton does
