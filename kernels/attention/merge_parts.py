@@ -10,7 +10,7 @@ from octavo.kernels.attention.attention_tiles import Tiles
 from octavo.kernels.attention.online_softmax import store_result
 from octavo.kernels.attention.schedule import RECORD, extent, find, lengths, load_record, rows_of
 from octavo.kernels.launch import launch
-from octavo.kernels.tiles import cdiv, chains, let_next_start, next_power_of_2, wait_for_previous
+from octavo.kernels.tiles import chains, let_next_start, next_power_of_2, wait_for_previous
 
 
 @triton.jit(do_not_specialize=["T", "B", "table_width", "window", "workers", "least"])
@@ -46,8 +46,10 @@ def merge_parts_kernel(
     GROUPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BY_ITEM: tl.constexpr,
+    HEAD_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
+    STEPS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     BLOCK_Q: tl.constexpr = BLOCK_M // PACK
@@ -59,11 +61,13 @@ def merge_parts_kernel(
     # Ahead of the wait: lengths, and a plan, were there before the kernel that this one follows had begun.
     index = tl.program_id(0) + (0 if BY_ITEM else 1)
     if plan_ptr is not None and not BY_ITEM:
-        sequence, first, at, _, piece, query_start, query_end, seq_len = load_record(plan_ptr + index * RECORD, T, B)
+        sequence, first, start_of_piece, _, piece, query_start, query_end, seq_len = load_record(
+            plan_ptr + index * RECORD, T, B
+        )
         items, tiles = extent(query_start, query_end, seq_len, max_keys, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_N, KEYS)
         # In a plan of other lengths the piece may begin outside of the sequence.
-        sequence = tl.where((first <= at) & (at - first < items * tiles), sequence, B + 1)
-        item = (at - first) // tiles
+        sequence = tl.where((first <= start_of_piece) & (start_of_piece - first < items * tiles), sequence, B + 1)
+        item = (start_of_piece - first) // tiles
     else:
         sequence, items_before, first, piece, _ = find(
             index,
@@ -90,38 +94,47 @@ def merge_parts_kernel(
     first_worker, last_worker = begin // piece, tl.minimum((begin + tiles - 1) // piece, workers - 1)
     tile_start = query_start + item * BLOCK_Q
     rows = tl.minimum(query_end - tile_start, BLOCK_Q) * PACK  # of each head
-    wait_for_previous(CHAINED)
-    let_next_start(CHAINED)
-    if (sequence > B) | (first_worker == last_worker) | ((first_worker + 1 != index) & (not BY_ITEM)):
-        return
-    d = tl.arange(0, BLOCK_D)
+    if not BY_ITEM:
+        sequence = tl.where(first_worker + 1 == index, sequence, B + 1)
+    rows = tl.where((sequence <= B) & (first_worker < last_worker), rows, 0)
+    n = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    in_head, first_row = n // HEAD_ROWS * BLOCK_M, n % HEAD_ROWS
+    d = tl.arange(0, BLOCK_D)[None, None, :]
     sums_ptr = parts_ptr + 2 * ALL_PACKS * workers * (HEADS * BLOCK_M) * D
-    for start in range(tl.program_id(2) * ROWS, HEADS * rows, ROWS * tl.num_programs(2)):
-        n = start + tl.arange(0, ROWS)
-        r = n // rows * BLOCK_M + n % rows
-        token, head, wanted = rows_of(r, tile_start, query_end, pack, GROUP, PACK, PACKS, HEADS, BLOCK_M)
-        wanted = wanted & (n < HEADS * rows)
+    for start in range(0, rows, HEAD_ROWS):
+        m = start + first_row
+        token, head, wanted = rows_of(in_head + m, tile_start, query_end, pack, GROUP, PACK, PACKS, HEADS, BLOCK_M)
+        wanted = wanted & (m < rows)
+        row = in_head + m
+        worker = first_worker + tl.arange(0, PARTS)
         top = tl.full([ROWS], -float("inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        for first_part in range(first_worker, last_worker + 1, PARTS):
-            w = first_part + tl.arange(0, PARTS)
-            slot = 2 * (pack * workers + w) + tl.where((w == first_worker) & (begin > first_worker * piece), 1, 0)
-            there = (w <= last_worker)[:, None] & wanted[None, :]  # [PARTS, ROWS]
-            at = slot[:, None] * (HEADS * BLOCK_M) + r[None, :]
-            sums = tl.load(sums_ptr + at, mask=there, other=-float("inf"))
-            values = tl.load(
-                parts_ptr + at[:, :, None] * D + d[None, None, :],
-                mask=there[:, :, None] & (d < D)[None, None, :],
-                other=0.0,
-            )  # [PARTS, ROWS, D]
-            new_top = tl.maximum(top, tl.max(sums, 0))
-            shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-            weights = tl.exp2(sums - shift[None, :])
-            rescale = tl.exp2(top - shift)
-            total = total * rescale + tl.sum(weights, 0)
-            acc = acc * rescale[:, None] + tl.sum(values * weights[:, :, None], 0)
-            top = new_top
+        # The first worker's part is in its second slot, if the item begins inside of its piece.
+        inside = tl.where(begin > first_worker * piece, HEADS * BLOCK_M, 0)
+        wait_for_previous(CHAINED)  # at the last moment: a second time, it does not wait
+        let_next_start(CHAINED)
+        for further in range(0, last_worker + 1 - first_worker, PARTS * STEPS):
+            loaded = ()
+            for step in tl.static_range(STEPS):
+                w = worker + (further + step * PARTS)
+                at = (pack * workers + w) * (2 * HEADS * BLOCK_M) + tl.where(w == first_worker, inside, 0)
+                at = at[:, None] + row[None, :]
+                there = (w <= last_worker)[:, None] & wanted[None, :]  # [PARTS, ROWS]
+                sums = tl.load(sums_ptr + at, mask=there, other=-float("inf"))
+                values = tl.load(
+                    parts_ptr + at[:, :, None] * D + d, mask=there[:, :, None] & (d < D), other=0.0
+                )  # [PARTS, ROWS, D]
+                loaded = loaded + ((sums, values),)  # type: ignore[assignment]  # noqa: RUF005
+            for step in tl.static_range(STEPS):
+                sums, values = loaded[step]
+                new_top = tl.maximum(top, tl.max(sums, 0))
+                shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+                weights = tl.exp2(sums - shift[None, :])
+                rescale = tl.exp2(top - shift)
+                total = total * rescale + tl.sum(weights, 0)
+                acc = acc * rescale[:, None] + tl.sum(values * weights[:, :, None], 0)
+                top = new_top
         store_result(
             out_ptr,
             lse_ptr,
@@ -137,17 +150,20 @@ def merge_parts_kernel(
             BLOCK_D,
             RETURN_LSE,
         )
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
 
 
-def merge_step(items: int, workers: int, block_d: int) -> tuple[bool, int, int, int]:
-    """(whether programs go by items, rows and parts that a program merges at once, its warps).
+def merge_step(items: int, workers: int, rows: int, block_d: int) -> dict[str, Any]:
+    """What a program of the kernel does: ROWS of an item's `rows`, PARTS of each at once, STEPS of that after another.
 
-    A program has its parts in registers at once, 32 values a thread, as a rule those of all workers of its rows.
+    It reads 16 to 32 values a thread at once. Few items have many parts, which the program's threads share; the parts
+    of many items are few, and a thread has all of its values, so that threads exchange log-sum-exps alone.
     """
-    by_item = 4 * items <= workers
-    parts = min(max(next_power_of_2(workers // items), 16), 64) if by_item else 4
-    num_warps = max(parts * block_d // 1024, 4)
-    return by_item, max(num_warps * 1024 // (parts * block_d), 1), parts, num_warps
+    if 4 * items <= workers:
+        parts = min(max(next_power_of_2(workers // items), 16), 64)
+        return dict(BY_ITEM=True, ROWS=1, PARTS=parts, STEPS=1, num_warps=parts // 8)
+    return dict(BY_ITEM=False, ROWS=min(max(2048 // block_d, 1), rows), PARTS=1, STEPS=4, num_warps=8)
 
 
 def merge_parts(
@@ -166,11 +182,11 @@ def merge_parts(
     workers, packs = shares
     pack = constexprs["PACK"]
     items = out.shape[0] // (tiles.block_m // pack) + args[0].shape[0] + 1
-    by_item, rows, parts_at_once, num_warps = merge_step(items, workers, tiles.block_d)
-    rows_of_item = tiles.heads * min(tiles.block_m // pack, max(max_seqlen_q, 1)) * pack
+    head_rows = next_power_of_2(min(tiles.block_m // pack, max(max_seqlen_q, 1)) * pack)
+    step = merge_step(items, workers, tiles.heads * head_rows, tiles.block_d)
     launch(
         merge_parts_kernel,
-        (items if by_item else max(workers - 1, 0), packs, cdiv(rows_of_item, rows)),
+        (items if step["BY_ITEM"] else max(workers - 1, 0), packs, tiles.heads * head_rows // step["ROWS"]),
         out,
         lse,
         parts,
@@ -179,11 +195,9 @@ def merge_parts(
         workers,
         tiles.least,
         device=out.device,
-        num_warps=num_warps,
         **{name: value for name, value in constexprs.items() if name != "SOFTCAP"},
         **blocks,
-        BY_ITEM=by_item,
-        ROWS=rows,
-        PARTS=parts_at_once,
+        **step,
+        HEAD_ROWS=head_rows,
         CHAINED=chains(out.device),
     )
