@@ -49,6 +49,9 @@ def cudnn_dense(inputs: Inputs) -> Call:
 def _dense(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query, key and value as SDPA takes them, `[B, heads, tokens, D]`; with a window, the keys in it alone."""
     sequences, context, window = inputs["block_table"].shape[0], inputs["max_seqlen_k"], inputs["window"]
+    _require_plain(inputs)
+    if inputs["seq_lens"].min() < context:
+        raise Unsupported("sequences of one length only")
     first = 0
     if window:
         if inputs["max_seqlen_q"] > 1:
@@ -63,6 +66,11 @@ def _dense(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return query, key, value
 
 
+def _require_plain(inputs: Inputs) -> None:
+    if inputs["key_cache"].element_size() == 1:
+        raise Unsupported("no quantised cache beside queries of two bytes")
+
+
 def _packed(out: torch.Tensor) -> torch.Tensor:
     """`[B, heads, tokens, D]` → `[B · tokens, heads, D]`, a view wherever SDPA keeps the query's layout."""
     return out.transpose(1, 2).reshape(-1, out.shape[1], out.shape[3])
@@ -74,8 +82,11 @@ def flashinfer(inputs: Inputs) -> Call:
         return _flashinfer_prefill(inputs, "fa2")
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
+    if "key_scale_cache" in inputs:
+        raise Unsupported("no int8 cache")
     query, out = inputs["query"], torch.empty_like(inputs["query"])
     caches = inputs["key_cache"], inputs["value_cache"]
+    scales = {name: inputs[name].item() for name in ("k_scale", "v_scale") if name in inputs}
     _, page_size, kv_heads, size = caches[0].shape
     wrapper = BatchDecodeWithPagedKVCacheWrapper(flashinfer_workspace(query.device), "NHD", use_tensor_cores=True)
     wrapper.plan(
@@ -83,9 +94,9 @@ def flashinfer(inputs: Inputs) -> Call:
         *(query.shape[1], kv_heads, size, page_size),
         window_left=(inputs["window"] or 0) - 1,
         q_data_type=query.dtype,
-        kv_data_type=query.dtype,
+        kv_data_type=caches[0].dtype,
     )
-    return lambda: wrapper.run(query, caches, out=out)
+    return lambda: wrapper.run(query, caches, out=out, **scales)
 
 
 def flashinfer_fa3(inputs: Inputs) -> Call:
@@ -121,6 +132,7 @@ def _flashinfer_prefill(inputs: Inputs, backend: str) -> Call:
 def vllm_fa3(inputs: Inputs) -> Call:
     from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
+    _require_plain(inputs)
     query, key_cache, value_cache = (inputs[name] for name in ("query", "key_cache", "value_cache"))
     lengths, starts, out = inputs["seq_lens"], inputs["cu_seqlens_q"], torch.empty_like(query)
     longest_q, longest_k = inputs["max_seqlen_q"], inputs["max_seqlen_k"]
@@ -157,7 +169,12 @@ def vllm_triton(inputs: Inputs) -> Call:
     """vLLM's Triton backend as its engine calls it: decode over 16 segments up to 128 / kv_heads sequences."""
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
+    if "key_scale_cache" in inputs:
+        raise Unsupported("no int8 cache with a scale for each token and head")
     query, key_cache, value_cache = (inputs[name] for name in ("query", "key_cache", "value_cache"))
+    scales = [
+        inputs[x].expand(query.shape[0], key_cache.shape[2]) if x in inputs else None for x in ("k_scale", "v_scale")
+    ]
     lengths, starts, out = inputs["seq_lens"], inputs["cu_seqlens_q"], torch.empty_like(query)
     longest_q, longest_k, table = inputs["max_seqlen_q"], inputs["max_seqlen_k"], inputs["block_table"]
     kv_heads, size = key_cache.shape[2:]
@@ -175,7 +192,7 @@ def vllm_triton(inputs: Inputs) -> Call:
     def call() -> torch.Tensor:
         unified_attention(
             *(query, key_cache, value_cache, out, starts, longest_q, lengths, longest_k, size**-0.5, True, window),
-            *(table, 0.0, None, None, None),
+            *(table, 0.0, None, *scales),
             **scratch,
         )
         return out
@@ -188,6 +205,7 @@ def conch(inputs: Inputs) -> Call:
     from conch.ops.attention.paged_attention import paged_attention
     from conch.ops.attention.varlen_attention import varlen_attention
 
+    _require_plain(inputs)
     if inputs["window"]:
         raise Unsupported("no sliding window")
     if 1 < inputs["max_seqlen_q"] < inputs["max_seqlen_k"]:

@@ -1,4 +1,6 @@
-"""The models whose shapes are measured, and what is derived from them. Numbers are those of each `config.json`.
+"""The models whose shapes are measured, and what is derived from them; of Falcon-40B its attention alone.
+
+Numbers are those of each `config.json`.
 
 Models share sizes (Llama-3-8B, Mistral-7B and a Mixtral-8x7B expert have the same layers), so the derived lists name
 each size once; `models_of` says where a size comes from.
@@ -43,6 +45,7 @@ LLAMA_2_70B = Model("Llama-2-70B", 8192, 28672, 80, 64, 8, 128, 32000)
 MISTRAL_7B = Model("Mistral-7B", 4096, 14336, 32, 32, 8, 128, 32000, window=4096)
 MIXTRAL_8X7B = Model("Mixtral-8x7B", 4096, 14336, 32, 32, 8, 128, 32000, experts=8, experts_per_token=2)
 FALCON_7B = Model("Falcon-7B", 4544, 18176, 32, 71, 1, 64, 65024, gated=False, layer_norms=1, tied=True)
+FALCON_40B = Model("Falcon-40B", 8192, 32768, 60, 128, 8, 64, 65024, gated=False, layer_norms=2, tied=True)
 MODELS = (LLAMA_3_8B, LLAMA_2_70B, MISTRAL_7B, MIXTRAL_8X7B, FALCON_7B)
 
 # One decode step of 1 to 1024 sequences, and a prefill; the GEMMs' largest is what a server's token budget allows.
@@ -121,7 +124,7 @@ def models_of(shape: Mapping[str, int]) -> list[str]:
 
     Token counts, contexts and page sizes belong to no model; a window of 0 fits every model.
     """
-    return [model.name for model in MODELS if _fits(model, shape)]
+    return [model.name for model in (*MODELS, FALCON_40B) if _fits(model, shape)]
 
 
 def _fits(model: Model, shape: Mapping[str, int]) -> bool:

@@ -7,7 +7,8 @@ that have a head each exchange nothing inside the loop.
 import triton
 import triton.language as tl
 
-from octavo.kernels.attention.online_softmax import load_page_ids, tanh
+from octavo.kernels.attention.kv_cache import widened
+from octavo.kernels.attention.online_softmax import float8_scale, load_page_ids, tanh
 
 
 @triton.jit
@@ -43,6 +44,10 @@ def attend_by_warps(
     end,
     key_ptr,
     value_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    key_scale_ptr,
+    value_scale_ptr,
     table_ptr,
     num_pages,
     table_width,
@@ -55,6 +60,14 @@ def attend_by_warps(
     stride_value_page,
     stride_value_slot,
     stride_value_head,
+    stride_k_scale,
+    stride_v_scale,
+    stride_key_scale_page,
+    stride_key_scale_slot,
+    stride_key_scale_head,
+    stride_value_scale_page,
+    stride_value_scale_slot,
+    stride_value_scale_head,
     D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -82,6 +95,9 @@ def attend_by_warps(
     top = tl.full([WARPS, BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([WARPS, BLOCK_M], tl.float32)
     acc = tl.zeros([WARPS, BLOCK_M, BLOCK_D], tl.float32)
+    INT8: tl.constexpr = key_scale_ptr is not None
+    if k_scale_ptr is not None:
+        score_scale *= float8_scale(k_scale_ptr + head * stride_k_scale)[:, :, None]  # [W, 1, 1]
     page = _load_warp_pages(table_ptr, start, group, n, end, num_pages, table_width, PAGE_SIZE, ROLLING, KEYS, GROUPS)
     for tile_start in range(start, end, GROUPS * KEYS):
         key = tile_start + group * KEYS + n  # [W, N]
@@ -89,19 +105,25 @@ def attend_by_warps(
         if PAGE_SIZE % KEYS == 0:
             # What the keys and elements of a tile add to this stays the same in the loop.
             first_slot = ((tile_start + group * KEYS) % PAGE_SIZE).to(tl.int64)
-            k_at = page64 * stride_key_page + first_slot * stride_key_slot
-            v_at = page64 * stride_value_page + first_slot * stride_value_slot
             slot = n.to(tl.int64)
         else:
-            k_at = page64 * stride_key_page
-            v_at = page64 * stride_value_page
+            first_slot = 0
             slot = (key % PAGE_SIZE).to(tl.int64)
+        k_at = page64 * stride_key_page + first_slot * stride_key_slot
+        v_at = page64 * stride_value_page + first_slot * stride_value_slot
         k_at = k_at + (head * stride_key_head + slot * stride_key_slot)
         v_at = v_at + (head * stride_value_head + slot * stride_value_slot)
         present = (page >= 0) & (key >= first) & (key < end)
         k = tl.load(key_ptr + k_at[:, :, None] + d, mask=d < D, other=0.0)  # [W, N, D]
         # A slot that no sequence has written may hold NaN, and a weight of zero would not silence it.
         v = tl.load(value_ptr + v_at[:, :, None] + d, mask=present[:, :, None] & (d < D), other=0.0)
+        if INT8:
+            k_at = page64 * stride_key_scale_page + first_slot * stride_key_scale_slot
+            v_at = page64 * stride_value_scale_page + first_slot * stride_value_scale_slot
+            k_at = k_at + (head * stride_key_scale_head + slot * stride_key_scale_slot)
+            v_at = v_at + (head * stride_value_scale_head + slot * stride_value_scale_slot)
+            k_scales = tl.load(key_scale_ptr + k_at, mask=present, other=0.0)
+            v_scales = tl.load(value_scale_ptr + v_at, mask=present, other=0.0)
         page = _load_warp_pages(
             table_ptr,
             tile_start + GROUPS * KEYS,
@@ -116,7 +138,9 @@ def attend_by_warps(
             GROUPS,
         )
 
-        scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee") * score_scale  # [W, M, N]
+        scores = tl.dot(q, tl.permute(widened(k, q.dtype), (0, 2, 1)), input_precision="ieee") * score_scale  # [W, M, N]
+        if INT8:
+            scores *= k_scales[:, None, :]
         if SOFTCAP:
             scores = cap * tanh(scores)
         seen = present[:, None, :]
@@ -131,11 +155,18 @@ def attend_by_warps(
         rescale = tl.exp2(top - shift)
         weights = tl.exp2(scores - shift[:, :, None])
         total = total * rescale + tl.sum(weights, 2)
+        if INT8:
+            weights *= v_scales[:, None, :]
+        v = widened(v, q.dtype)
         if v.dtype == tl.float32:
             acc = tl.fma(acc, rescale[:, :, None], tl.dot(weights, v, input_precision="ieee"))
         else:
             acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, :, None])
         top = new_top
+    if v_scale_ptr is not None:
+        # A row that has seen no key is zero, whatever the scale is.
+        scales = float8_scale(v_scale_ptr + head * stride_v_scale)  # [W, 1]
+        acc *= tl.where(total == 0.0, 0.0, scales)[:, :, None]
     if GROUPS == 1:
         return acc, top, total
     else:

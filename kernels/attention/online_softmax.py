@@ -103,8 +103,8 @@ def load_page_ids(
 
 
 @triton.jit
-def _float8_scale(scale_ptr):
-    """The scale of one head of a float8 cache; NaN if it is infinite, so that no row takes it for a masked score."""
+def float8_scale(scale_ptr):
+    """The scale of a head of a float8 cache, or of some; NaN if it is infinite, so that no row takes it for a masked score."""
     scale = tl.load(scale_ptr)
     return scale + (scale - scale)
 
@@ -180,7 +180,7 @@ def attend(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     INT8: tl.constexpr = key_scale_ptr is not None
     if k_scale_ptr is not None:
-        score_scale *= _float8_scale(k_scale_ptr)
+        score_scale *= float8_scale(k_scale_ptr)
     # Small fp16 numbers are coarse. There acc is in units of a tile's largest scale of values, so that the products of
     # weights and scales are as large as the weights.
     UNITS: tl.constexpr = INT8 and q.dtype == tl.float16
@@ -262,5 +262,5 @@ def attend(
         acc *= acc_unit
     if v_scale_ptr is not None:
         # A row that has seen no key is zero, whatever the scale is.
-        acc *= tl.where(total == 0.0, 0.0, _float8_scale(v_scale_ptr))[:, None]
+        acc *= tl.where(total == 0.0, 0.0, float8_scale(v_scale_ptr))[:, None]
     return acc, top, total

@@ -53,6 +53,10 @@ TINY = {
             (2, 5, 21, 4, 0),
             (2, 5, 21, 4, 7),
         )
+    ]
+    + [
+        {"B": 3, "q": 1, "ctx": 37, "heads": 6, "kv_heads": 2, "D": 16, "page": 16, "window": 0} | more
+        for more in ({"fp8": 1}, {"int8": 1}, {"long": 61})
     ],
     "merge_attention_states": [{"T": 5, "heads": 3, "D": 16}],
     "cascade_attention": [
@@ -178,7 +182,9 @@ def test_shapes(name):
     labels = [label(shape) for shape in module.shapes()]
     assert len(set(labels)) == len(labels) > 1
     assert [parse_label(text) for text in labels] == module.shapes()
-    assert len({tuple(shape) for shape in module.shapes()}) == 1, "one set of dimensions, in one order"
+    first = tuple(module.shapes()[0])
+    assert all(tuple(shape)[: len(first)] == first for shape in module.shapes()), "the same dimensions, in one order"
+    assert name == "paged_attention" or all(len(shape) == len(first) for shape in module.shapes())
     for shape in module.shapes():
         assert shapes.models_of(shape), shape
         for dtype in module.DTYPES:
@@ -199,13 +205,17 @@ def test_flops_and_bytes_by_hand(name):
 def test_attention_counts_visible_pairs():
     module = load("paged_attention")
     for shape in TINY["paged_attention"]:
-        at = torch.arange(shape["ctx"] - shape["q"], shape["ctx"])[:, None]
-        keys = torch.arange(shape["ctx"])
-        seen = (keys <= at) & (keys > at - (shape["window"] or shape["ctx"]))
-        assert module.visible_pairs(shape) == shape["B"] * int(seen.sum())
-        read = shape["B"] * int(seen.any(0).sum())
+        pairs, read = 0, 0
+        for length in [shape.get("long", shape["ctx"])] + [shape["ctx"]] * (shape["B"] - 1):
+            at = torch.arange(length - shape["q"], length)[:, None]
+            keys = torch.arange(length)
+            seen = (keys <= at) & (keys > at - (shape["window"] or length))
+            pairs += int(seen.sum())
+            read += int(seen.any(0).sum())
+        assert module.visible_pairs(shape) == pairs
         rows = shape["B"] * shape["q"]
-        floor = 2 * (2 * rows * shape["heads"] + 2 * read * shape["kv_heads"]) * shape["D"]
+        of_head = shape["D"] if "fp8" in shape else shape["D"] + 4 if "int8" in shape else 2 * shape["D"]
+        floor = 4 * rows * shape["heads"] * shape["D"] + 2 * read * shape["kv_heads"] * of_head
         assert 0 < module.bytes_moved(shape, torch.float16) - floor < 4 * (read + 2 * shape["B"] + 2)
 
 
@@ -231,8 +241,10 @@ def test_what_runs_without_peers_is_right(name, shape, dtype):
 
 
 def unsupported(name, shape, provider):
-    """torch's dense attention has no window for more than one query, and says so."""
-    if name != "paged_attention" or not shape["window"] or shape["q"] == 1:
+    """torch's dense attention has one length, no window for more than one query and no quantised cache: it says so."""
+    if name != "paged_attention":
+        return False
+    if not {"fp8", "int8", "long"} & set(shape) and (not shape["window"] or shape["q"] == 1):
         return False
     return provider is load(name).PROVIDERS["torch (dense K/V)"]
 
