@@ -51,14 +51,20 @@ def choose_tiles(
     rows = 64 if batch_invariant else group * max_seqlen_q
     # Each row has units of its own where the cache is int8 (`attend`), and takes more registers.
     own_units = batch_invariant and quantised and dtype == torch.float16
-    if rows <= 16 and block_d <= 128 and dtype != torch.float32 and plain and not (quantised and dtype == torch.float16):
+    if (
+        rows <= 16
+        and block_d <= 128
+        and dtype != torch.float32
+        and plain
+        and not (quantised and dtype == torch.float16)
+    ):
         heads = math.gcd(kv_heads, 4)
         # Of few sequences one program a multiprocessor, since then there are half as many parts to merge; else two, so
         # that one reads while the other begins with a sequence or ends with it. Together they have four tiles in flight
         # (on an H100; an odd number is slower).
         workers = 1 if tokens <= 8 else 2
-        held = (properties.shared_memory // workers - 1024 - 128 * block_d) // ((128 if quantised else 256) * block_d)
-        stages = 5 if (workers == 1 or quantised) and held >= 4 else 3 if held >= 2 else 2
+        held = (properties.shared_memory // workers - 1024 - 128 * block_d) // (256 * block_d)
+        stages = 5 if workers == 1 and held >= 4 and not quantised else 3 if held >= 2 else 2
         return Tiles(16, 64 // heads, block_d, 4, stages, workers, 2, heads, by_warps=True)
     if dtype == torch.float32:
         # No tensor cores: a thread holds whole rows of both operands.

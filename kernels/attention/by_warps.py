@@ -36,6 +36,16 @@ def _load_warp_pages(
 
 
 @triton.jit
+def _swapped(x, OUTER: tl.constexpr, INNER: tl.constexpr):
+    """x [W, N, D] with each run of OUTER · INNER elements of D read as a matrix, and turned."""
+    W: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    D: tl.constexpr = x.shape[2]
+    x = tl.reshape(x, [W, N, D // (OUTER * INNER), OUTER, INNER])
+    return tl.reshape(tl.permute(x, (0, 1, 2, 4, 3)), [W, N, D])
+
+
+@triton.jit
 def attend_by_warps(
     q,
     position,
@@ -96,6 +106,7 @@ def attend_by_warps(
     total = tl.zeros([WARPS, BLOCK_M], tl.float32)
     acc = tl.zeros([WARPS, BLOCK_M, BLOCK_D], tl.float32)
     INT8: tl.constexpr = key_scale_ptr is not None
+    BYTES: tl.constexpr = value_ptr.dtype.element_ty.primitive_bitwidth == 8 and BLOCK_D >= 32
     if k_scale_ptr is not None:
         score_scale *= float8_scale(k_scale_ptr + head * stride_k_scale)[:, :, None]  # [W, 1, 1]
     page = _load_warp_pages(table_ptr, start, group, n, end, num_pages, table_width, PAGE_SIZE, ROLLING, KEYS, GROUPS)
@@ -138,7 +149,9 @@ def attend_by_warps(
             GROUPS,
         )
 
-        scores = tl.dot(q, tl.permute(widened(k, q.dtype), (0, 2, 1)), input_precision="ieee") * score_scale  # [W, M, N]
+        scores = (
+            tl.dot(q, tl.permute(widened(k, q.dtype), (0, 2, 1)), input_precision="ieee") * score_scale
+        )  # [W, M, N]
         if INT8:
             scores *= k_scales[:, None, :]
         if SOFTCAP:
@@ -158,11 +171,17 @@ def attend_by_warps(
         if INT8:
             weights *= v_scales[:, None, :]
         v = widened(v, q.dtype)
+        if BYTES:
+            # The tensor core takes values of one element and successive keys, which lie apart. With the elements in
+            # this order a thread has four that are side by side, and reads them at once, not byte by byte.
+            v = _swapped(v, 8, 4)
         if v.dtype == tl.float32:
             acc = tl.fma(acc, rescale[:, :, None], tl.dot(weights, v, input_precision="ieee"))
         else:
             acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, :, None])
         top = new_top
+    if BYTES:
+        acc = _swapped(acc, 4, 8)
     if v_scale_ptr is not None:
         # A row that has seen no key is zero, whatever the scale is.
         scales = float8_scale(v_scale_ptr + head * stride_v_scale)  # [W, 1]

@@ -104,7 +104,7 @@ def load_page_ids(
 
 @triton.jit
 def float8_scale(scale_ptr):
-    """The scale of a head of a float8 cache, or of some; NaN if it is infinite, so that no row takes it for a masked score."""
+    """Scales of heads of a float8 cache; NaN if infinite, so that no row takes it for a masked score."""
     scale = tl.load(scale_ptr)
     return scale + (scale - scale)
 

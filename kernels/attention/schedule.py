@@ -74,9 +74,36 @@ def _extents(
     return tl.where(b <= B, items, 0), tl.where(b <= B, tiles, 0)
 
 
+# With a plan, a share of at least so many tiles is cut into so many pieces.
+DIVIDED, LEVELS = tl.constexpr(32), tl.constexpr(4)
+
+
+@triton.jit
+def begin_of(share, level):
+    """Where piece `level` of a share begins: they have 102, 20, 5 and 1 of 128 parts of its tiles."""
+    parts = tl.where(
+        level == 0, 0, tl.where(level == 1, 102, tl.where(level == 2, 122, tl.where(level == 3, 127, 128)))
+    )
+    return share // 128 * parts + share % 128 * parts // 128
+
+
+@triton.jit
+def piece_at(tile, share, PLANNED: tl.constexpr):
+    """The piece that a tile is in, in the order of their tiles, and where it begins."""
+    piece, begin = tile // share, tile // share * share
+    if PLANNED:
+        at = tile - begin
+        level = tl.where(at >= begin_of(share, 1), 1, 0) + tl.where(at >= begin_of(share, 2), 1, 0)
+        level = tl.where(share >= DIVIDED, level + tl.where(at >= begin_of(share, 3), 1, 0), 0)
+        begin += begin_of(share, level)
+        piece = tl.where(share >= DIVIDED, piece * LEVELS + level, piece)
+    return piece, begin
+
+
 @triton.jit
 def find(
     index,
+    level,
     seq_lens_ptr,
     cu_seqlens_q_ptr,
     T,
@@ -93,9 +120,9 @@ def find(
     KEYS: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """Where item `index` is, or the piece of worker `index` begins.
+    """Where item `index` is, or piece `level` of share `index` begins.
 
-    Returns (sequence, the items before it, the tiles before it, tiles of a piece, tiles in all).
+    Returns (sequence, the items before it, the tiles before it, tiles of a share, tiles in all).
     """
     total = 0
     for start in range(0, B + 1, BLOCK_B):
@@ -104,8 +131,8 @@ def find(
             b, seq_lens_ptr, cu_seqlens_q_ptr, T, B, max_keys, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_N, KEYS
         )
         total += tl.sum(items * tiles, 0)
-    piece = tl.maximum(tl.cdiv(total, workers), least)
-    at = index if BY_ITEM else index * piece
+    share = tl.maximum(tl.cdiv(total, workers), least)
+    at = index if BY_ITEM else index * share + begin_of(share, level)
     sequence, items_before, tiles_before, counted = 0, 0, 0, 0
     for start in range(0, B + 1, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
@@ -118,21 +145,21 @@ def find(
         items_before += tl.sum(tl.where(passed, items, 0), 0)
         tiles_before += tl.sum(tl.where(passed, items * tiles, 0), 0)
         counted += tl.sum(counts, 0)
-    return sequence, items_before, tiles_before, piece, total
+    return sequence, items_before, tiles_before, share, total
 
 
-# A worker's record in a plan; what `plan_attention` stores is what the decode kernel loads.
+# The record of a piece in a plan; what `plan_attention` stores is what the decode kernel loads.
 RECORD = tl.constexpr(8)
 MOST = tl.constexpr(2**30)
 
 
 @triton.jit
-def store_record(record_ptr, sequence, first, begin, stop, piece, query_start, query_end, seq_len):
+def store_record(record_ptr, sequence, first, begin, stop, share, query_start, query_end, seq_len):
     tl.store(record_ptr, sequence)
     tl.store(record_ptr + 1, first)
     tl.store(record_ptr + 2, begin)
     tl.store(record_ptr + 3, stop)
-    tl.store(record_ptr + 4, piece)
+    tl.store(record_ptr + 4, share)
     tl.store(record_ptr + 5, query_start)
     tl.store(record_ptr + 6, query_end)
     tl.store(record_ptr + 7, seq_len)
@@ -149,11 +176,11 @@ def load_record(record_ptr, T, B):
     first = tl.minimum(tl.maximum(tl.load(record_ptr + 1), 0), MOST)
     begin = tl.minimum(tl.maximum(tl.load(record_ptr + 2), 0), MOST)
     stop = tl.minimum(tl.load(record_ptr + 3), MOST)
-    piece = tl.maximum(tl.load(record_ptr + 4), 1)
+    share = tl.maximum(tl.load(record_ptr + 4), 1)
     query_start = tl.minimum(tl.maximum(tl.load(record_ptr + 5), 0), T)
     query_end = tl.minimum(tl.maximum(tl.load(record_ptr + 6), 0), T)
     seq_len = tl.where(sequence < B, tl.minimum(tl.load(record_ptr + 7), 0x70000000), 0)
-    return sequence, first, begin, stop, piece, query_start, query_end, seq_len
+    return sequence, first, begin, stop, share, query_start, query_end, seq_len
 
 
 @triton.jit
