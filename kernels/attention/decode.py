@@ -10,7 +10,7 @@ from octavo.kernels.attention.attention_tiles import Tiles
 from octavo.kernels.attention.by_warps import attend_by_warps
 from octavo.kernels.attention.merge_parts import merge_parts
 from octavo.kernels.attention.online_softmax import attend, of_heads, store_result
-from octavo.kernels.attention.schedule import DIVIDED, LEVELS, RECORD, extent, find, lengths, load_record, rows_of
+from octavo.kernels.attention.schedule import RECORD, extent, find, lengths, load_record, rows_of
 from octavo.kernels.attention.shares import keys_of_group, registers_of, share_out
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.tiles import chains, let_next_start, wait_for_previous
@@ -91,18 +91,13 @@ def _decode_kernel(
     # A ring has the tiles that the full cache would have, so that the results have the same bits.
     max_keys = 0x7FFFFFFF if ROLLING else table_width * PAGE_SIZE
     if plan_ptr is not None:
-        sequence, first, begin, stop, share, query_start, query_end, seq_len = load_record(
-            plan_ptr + worker * RECORD, T, B
-        )
+        sequence, first, begin, stop, _, query_start, query_end, seq_len = load_record(plan_ptr + worker * RECORD, T, B)
         items, tiles = extent(query_start, query_end, seq_len, max_keys, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_N, KEYS)
-        # In a plan of other lengths the piece may begin outside of the sequence.
+        # In a plan of other lengths the share may begin outside of the sequence.
         stop = tl.where((first <= begin) & (begin - first < items * tiles), stop, begin)
-        piece, pieces = tl.where(share >= DIVIDED, worker * LEVELS, worker), workers * LEVELS
     else:
-        piece, pieces = worker, workers
         sequence, _, first, share, total_tiles = find(
             worker,
-            0,
             seq_lens_ptr,
             cu_seqlens_q_ptr,
             T,
@@ -134,7 +129,7 @@ def _decode_kernel(
         key_scale_cache_ptr += kv_head * stride_key_scale_head
         value_scale_cache_ptr += kv_head * stride_value_scale_head
     at = begin
-    while at < stop:
+    while (at < stop) & (sequence <= B):
         if plan_ptr is None:
             query_start, query_end, seq_len = lengths(sequence, seq_lens_ptr, cu_seqlens_q_ptr, T, B)
         items, tiles = extent(query_start, query_end, seq_len, max_keys, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_N, KEYS)
@@ -266,11 +261,11 @@ def _decode_kernel(
                 RETURN_LSE,
             )
         else:
-            # A piece leaves at most two: of the item in which it begins, and of that in which it ends.
+            # A worker leaves at most two: of the item in which its share begins, and of that in which it ends.
             total = tl.where(total == 0.0, 1.0, total)
-            part_row = ((pack * pieces + piece) * 2 + tl.where(item_begin > begin, 1, 0)) * (HEADS * BLOCK_M) + r
+            part_row = ((pack * workers + worker) * 2 + tl.where(item_begin > begin, 1, 0)) * (HEADS * BLOCK_M) + r
             tl.store(parts_ptr + part_row[:, None] * D + d, out / total[:, None], mask=wanted[:, None] & (d < D))
-            sums_ptr = parts_ptr + 2 * ALL_PACKS * pieces * (HEADS * BLOCK_M) * D
+            sums_ptr = parts_ptr + 2 * ALL_PACKS * workers * (HEADS * BLOCK_M) * D
             tl.store(sums_ptr + part_row, top + tl.log2(total), mask=wanted)
         at = last
         if at == first + items * tiles:
@@ -278,24 +273,6 @@ def _decode_kernel(
             sequence += 1
             if plan_ptr is not None:
                 query_start, query_end, seq_len = lengths(sequence, seq_lens_ptr, cu_seqlens_q_ptr, T, B)
-        if plan_ptr is not None:
-            stop = tl.where(sequence > B, at, stop)
-            more = at >= stop
-            if more:
-                more = tl.load(plan_ptr + 4) >= DIVIDED  # of the first piece: all have this
-            while (at >= stop) & more:
-                row = workers + tl.atomic_add(plan_ptr + pieces * RECORD + pack, 1, sem="relaxed")
-                more = (row >= workers) & (row < pieces)
-                if more:
-                    piece = row % workers * LEVELS + row // workers
-                    sequence, first, begin, stop, _, query_start, query_end, seq_len = load_record(
-                        plan_ptr + row * RECORD, T, B
-                    )
-                    items, tiles = extent(
-                        query_start, query_end, seq_len, max_keys, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_N, KEYS
-                    )
-                    stop = tl.where((first <= begin) & (begin - first < items * tiles), stop, begin)
-                    at = begin
 
 
 def decode(
@@ -317,8 +294,7 @@ def decode(
     """
     device = out.device
     workers, packs = share_out(tiles, constexprs["KV_HEADS"], constexprs["GROUP"], out.shape[0], device)
-    pieces = workers * (1 if plan is None else LEVELS.value)
-    parts = empty((2 * packs * pieces * tiles.heads * tiles.block_m, out.shape[2] + 1), torch.float32, device)
+    parts = empty((2 * packs * workers * tiles.heads * tiles.block_m, out.shape[2] + 1), torch.float32, device)
     keys = keys_of_group(tiles)
     blocks = dict(
         BLOCK_B=256,

@@ -8,17 +8,7 @@ import triton.language as tl
 
 from octavo.kernels.attention.attention_tiles import Tiles
 from octavo.kernels.attention.online_softmax import store_result
-from octavo.kernels.attention.schedule import (
-    DIVIDED,
-    LEVELS,
-    RECORD,
-    extent,
-    find,
-    lengths,
-    load_record,
-    piece_at,
-    rows_of,
-)
+from octavo.kernels.attention.schedule import RECORD, extent, find, lengths, load_record, rows_of
 from octavo.kernels.launch import launch
 from octavo.kernels.tiles import chains, let_next_start, next_power_of_2, wait_for_previous
 
@@ -26,7 +16,7 @@ from octavo.kernels.tiles import chains, let_next_start, next_power_of_2, wait_f
 @triton.jit(do_not_specialize=["T", "B", "table_width", "window", "workers", "least"])
 def merge_parts_kernel(
     # Bound by latency: a few kilobytes a row. One program some rows of an item (BY_ITEM: of each; else of the one in
-    # which a piece begins, if it is that item's second).
+    # which a worker's share begins, if it is that item's second).
     out_ptr,
     lse_ptr,
     parts_ptr,
@@ -56,7 +46,6 @@ def merge_parts_kernel(
     GROUPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BY_ITEM: tl.constexpr,
-    BLOCK_PACKS: tl.constexpr,
     HEAD_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -70,25 +59,16 @@ def merge_parts_kernel(
     pack = tl.program_id(1)
     max_keys = 0x7FFFFFFF if ROLLING else table_width * PAGE_SIZE
     # Ahead of the wait: lengths, and a plan, were there before the kernel that this one follows had begun.
-    PLANNED: tl.constexpr = plan_ptr is not None
-    pieces = workers * (LEVELS if PLANNED else 1)
     index = tl.program_id(0) + (0 if BY_ITEM else 1)
-    if PLANNED and not BY_ITEM:
-        record = index
-        if tl.load(plan_ptr + 4) >= DIVIDED:
-            record = index % LEVELS * workers + index // LEVELS
-        sequence, first, start_of_piece, stop, share, query_start, query_end, seq_len = load_record(
-            plan_ptr + record * RECORD, T, B
-        )
+    if plan_ptr is not None and not BY_ITEM:
+        sequence, first, start, _, share, query_start, query_end, seq_len = load_record(plan_ptr + index * RECORD, T, B)
         items, tiles = extent(query_start, query_end, seq_len, max_keys, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_N, KEYS)
-        # In a plan of other lengths the piece may begin outside of the sequence.
-        is_inside = (first <= start_of_piece) & (start_of_piece - first < items * tiles) & (start_of_piece < stop)
-        sequence = tl.where(is_inside, sequence, B + 1)
-        item = (start_of_piece - first) // tiles
+        # In a plan of other lengths the share may begin outside of the sequence.
+        sequence = tl.where((first <= start) & (start - first < items * tiles), sequence, B + 1)
+        item = (start - first) // tiles
     else:
         sequence, items_before, first, share, _ = find(
             index,
-            0,
             seq_lens_ptr,
             cu_seqlens_q_ptr,
             T,
@@ -109,41 +89,37 @@ def merge_parts_kernel(
         _, tiles = extent(query_start, query_end, seq_len, max_keys, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_N, KEYS)
         item = index - items_before if BY_ITEM else (index * share - first) // tiles
     begin = first + item * tiles
-    first_piece, piece_begin = piece_at(begin, share, PLANNED)
-    last_piece = tl.minimum(piece_at(begin + tiles - 1, share, PLANNED)[0], pieces - 1)
-    if (sequence > B) | (first_piece >= last_piece) | ((first_piece + 1 != index) & (not BY_ITEM)):
-        last_piece = -1
+    first_worker, last_worker = begin // share, tl.minimum((begin + tiles - 1) // share, workers - 1)
+    if (sequence > B) | (first_worker >= last_worker) | ((first_worker + 1 != index) & (not BY_ITEM)):
+        last_worker = -1  # nothing to do
     first_program = (tl.program_id(0) == 0) & (pack == 0) & (tl.program_id(2) == 0)
-    if (last_piece < 0) & (not first_program):
+    if (last_worker < 0) & (not first_program):
         return  # one program is enough to keep the next kernel from starting before the previous one has ended
     tile_start = query_start + item * BLOCK_Q
-    rows = tl.where(last_piece < 0, 0, tl.minimum(query_end - tile_start, BLOCK_Q) * PACK)  # of each head
+    rows = tl.where(last_worker < 0, 0, tl.minimum(query_end - tile_start, BLOCK_Q) * PACK)  # of each head
     n = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     in_head, first_row = n // HEAD_ROWS * BLOCK_M, n % HEAD_ROWS
     d = tl.arange(0, BLOCK_D)[None, None, :]
-    sums_ptr = parts_ptr + 2 * ALL_PACKS * pieces * (HEADS * BLOCK_M) * D
+    sums_ptr = parts_ptr + 2 * ALL_PACKS * workers * (HEADS * BLOCK_M) * D
     wait_for_previous(CHAINED)
     let_next_start(CHAINED)
-    if PLANNED and first_program:
-        counter = tl.arange(0, BLOCK_PACKS)
-        tl.store(plan_ptr + pieces * RECORD + counter, tl.zeros([BLOCK_PACKS], tl.int32), mask=counter < ALL_PACKS)
-    for start in range(0, rows, HEAD_ROWS):
-        m = start + first_row
+    for further_rows in range(0, rows, HEAD_ROWS):
+        m = further_rows + first_row
         token, head, wanted = rows_of(in_head + m, tile_start, query_end, pack, GROUP, PACK, PACKS, HEADS, BLOCK_M)
         wanted = wanted & (m < rows)
         row = in_head + m
         top = tl.full([ROWS], -float("inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        # The first piece's part is in its second slot, if the item begins inside of it.
-        inside = tl.where(begin > piece_begin, HEADS * BLOCK_M, 0)
-        for further in range(first_piece, last_piece + 1, PARTS * STEPS):
+        # The first worker's part is in its second slot, if the item begins inside of its share.
+        inside = tl.where(begin > first_worker * share, HEADS * BLOCK_M, 0)
+        for further in range(first_worker, last_worker + 1, PARTS * STEPS):
             loaded = ()
             for step in tl.static_range(STEPS):
-                piece = further + step * PARTS + tl.arange(0, PARTS)
-                at = (pack * pieces + piece) * (2 * HEADS * BLOCK_M) + tl.where(piece == first_piece, inside, 0)
+                worker = further + step * PARTS + tl.arange(0, PARTS)
+                at = (pack * workers + worker) * (2 * HEADS * BLOCK_M) + tl.where(worker == first_worker, inside, 0)
                 at = at[:, None] + row[None, :]
-                there = (piece <= last_piece)[:, None] & wanted[None, :]  # [PARTS, ROWS]
+                there = (worker <= last_worker)[:, None] & wanted[None, :]  # [PARTS, ROWS]
                 sums = tl.load(sums_ptr + at, mask=there, other=-float("inf"))
                 values = tl.load(
                     parts_ptr + at[:, :, None] * D + d, mask=there[:, :, None] & (d < D), other=0.0
@@ -205,10 +181,9 @@ def merge_parts(
     items = out.shape[0] // (tiles.block_m // pack) + args[0].shape[0] + 1
     head_rows = next_power_of_2(min(tiles.block_m // pack, max(max_seqlen_q, 1)) * pack)
     step = merge_step(items, workers, tiles.heads * head_rows, tiles.block_d)
-    pieces = workers * (1 if plan is None else LEVELS.value)
     launch(
         merge_parts_kernel,
-        (items if step["BY_ITEM"] else max(pieces - 1, 0), packs, tiles.heads * head_rows // step["ROWS"]),
+        (items if step["BY_ITEM"] else max(workers - 1, 0), packs, tiles.heads * head_rows // step["ROWS"]),
         out,
         lse,
         parts,
@@ -220,7 +195,6 @@ def merge_parts(
         **{name: value for name, value in constexprs.items() if name != "SOFTCAP"},
         **blocks,
         **step,
-        BLOCK_PACKS=next_power_of_2(packs),
         HEAD_ROWS=head_rows,
         CHAINED=chains(out.device),
     )

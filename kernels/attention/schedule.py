@@ -74,36 +74,9 @@ def _extents(
     return tl.where(b <= B, items, 0), tl.where(b <= B, tiles, 0)
 
 
-# With a plan, a share of at least so many tiles is cut into so many pieces.
-DIVIDED, LEVELS = tl.constexpr(32), tl.constexpr(4)
-
-
-@triton.jit
-def begin_of(share, level):
-    """Where piece `level` of a share begins: they have 102, 20, 5 and 1 of 128 parts of its tiles."""
-    parts = tl.where(
-        level == 0, 0, tl.where(level == 1, 102, tl.where(level == 2, 122, tl.where(level == 3, 127, 128)))
-    )
-    return share // 128 * parts + share % 128 * parts // 128
-
-
-@triton.jit
-def piece_at(tile, share, PLANNED: tl.constexpr):
-    """The piece that a tile is in, in the order of their tiles, and where it begins."""
-    piece, begin = tile // share, tile // share * share
-    if PLANNED:
-        at = tile - begin
-        level = tl.where(at >= begin_of(share, 1), 1, 0) + tl.where(at >= begin_of(share, 2), 1, 0)
-        level = tl.where(share >= DIVIDED, level + tl.where(at >= begin_of(share, 3), 1, 0), 0)
-        begin += begin_of(share, level)
-        piece = tl.where(share >= DIVIDED, piece * LEVELS + level, piece)
-    return piece, begin
-
-
 @triton.jit
 def find(
     index,
-    level,
     seq_lens_ptr,
     cu_seqlens_q_ptr,
     T,
@@ -120,7 +93,7 @@ def find(
     KEYS: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """Where item `index` is, or piece `level` of share `index` begins.
+    """Where item `index` is, or share `index` begins.
 
     Returns (sequence, the items before it, the tiles before it, tiles of a share, tiles in all).
     """
@@ -132,7 +105,7 @@ def find(
         )
         total += tl.sum(items * tiles, 0)
     share = tl.maximum(tl.cdiv(total, workers), least)
-    at = index if BY_ITEM else index * share + begin_of(share, level)
+    at = index if BY_ITEM else index * share
     sequence, items_before, tiles_before, counted = 0, 0, 0, 0
     for start in range(0, B + 1, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
@@ -148,7 +121,7 @@ def find(
     return sequence, items_before, tiles_before, share, total
 
 
-# The record of a piece in a plan; what `plan_attention` stores is what the decode kernel loads.
+# A worker's record in a plan; what `plan_attention` stores is what the decode kernel loads.
 RECORD = tl.constexpr(8)
 MOST = tl.constexpr(2**30)
 

@@ -3,7 +3,7 @@
 import torch
 
 from octavo.kernels.attention.attention_tiles import Tiles
-from octavo.kernels.attention.schedule import LEVELS, RECORD
+from octavo.kernels.attention.schedule import RECORD
 from octavo.kernels.tiles import cdiv, device_properties
 
 
@@ -20,9 +20,9 @@ def keys_of_group(tiles: Tiles) -> int:
 
 
 def plan_shape(tiles: Tiles, kv_heads: int, group: int, tokens: int, device: torch.device) -> tuple[int, int]:
-    """A record a piece, and rows with a counter for each pack; empty where there are no workers."""
-    workers, packs = share_out(tiles, kv_heads, group, tokens, device)
-    return (workers * LEVELS.value + cdiv(packs, RECORD.value), RECORD.value) if workers else (0, 0)
+    """A record a worker; empty where there are no workers."""
+    workers, _ = share_out(tiles, kv_heads, group, tokens, device)
+    return (workers, RECORD.value) if workers else (0, 0)
 
 
 def check_plan_shape(plan: torch.Tensor, expected: tuple[int, int]) -> None:
