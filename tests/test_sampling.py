@@ -29,13 +29,13 @@ def use_tiles(patch, *tiles):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 8 tokens, two at once, and 16 candidates, so that 40 tokens take every path."""
-    use_tiles(monkeypatch, 8, 2, 2, 16, 8, 4, 4)
+    use_tiles(monkeypatch, 8, 2, 2, 2, 16, 8, 4, 4)
 
 
 @pytest.fixture
 def large_tiles(monkeypatch):
     """Tiles of 16 tokens, all of them at once: what takes many rows goes the short way, as most rows do."""
-    use_tiles(monkeypatch, 16, 4, 4, 64, 64, 4, 4)
+    use_tiles(monkeypatch, 16, 4, 4, 4, 64, 64, 4, 4)
 
 
 def words(allowed):
@@ -308,7 +308,7 @@ def test_kept_tokens(vocab, k, p, min_p, temperature, levels, gap):
     """Vocabularies smaller than k, ties, odd strides: what is drawn is kept by the definitions, and the reference's."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with pytest.MonkeyPatch.context() as patch:
-        use_tiles(patch, 8, 2, 2, 16, 4, 4, 4)
+        use_tiles(patch, 8, 2, 2, 2, 16, 4, 4, 4)
         logits = (torch.randn(2, vocab + gap)[:, :vocab] * levels / 2).round() / levels * 4
         given = dict(
             seeds=torch.tensor([vocab, k]),
@@ -388,7 +388,7 @@ def long_rows():
 
 
 def test_rows_with_more_than_there_is_room_for(device, monkeypatch):
-    use_tiles(monkeypatch, 16, 256, 8, 256, 64, 4, 4)
+    use_tiles(monkeypatch, 16, 256, 8, 16, 256, 64, 4, 4)
     divided, calls = threshold.divided, []
     if INTERPRET:
         monkeypatch.setattr(threshold, "divided", lambda *args: calls.append(args) or divided(*args))
@@ -413,7 +413,7 @@ def test_rows_with_more_than_there_is_room_for(device, monkeypatch):
 
 
 def test_a_filter_that_keeps_all_changes_no_draw(device, monkeypatch):
-    use_tiles(monkeypatch, 16, 32, 4, 64, 64, 4, 4)
+    use_tiles(monkeypatch, 16, 32, 4, 4, 64, 64, 4, 4)
     vocab, rows = 512, 4
     logits = torch.zeros(rows, vocab)
     given = dict(seeds=torch.arange(rows) * 2**33 - 5, positions=torch.arange(rows) * 2**31)

@@ -47,6 +47,7 @@ def choose_kernel(
     stride_allowed_row,
     TILES: tl.constexpr,
     TILE: tl.constexpr,
+    MANY: tl.constexpr,
     ALL_TILES: tl.constexpr,
     CANDIDATES: tl.constexpr,
     SORTED: tl.constexpr,
@@ -86,6 +87,12 @@ def choose_kernel(
     token = tl.full([], -1, tl.int32)
     threshold = tl.full([], LOWEST, tl.float32)
     kept_mass = total
+    # Past the tiles' numbers: a list of tiles, the candidates, their places, and those that are sorted.
+    list_ptr = (row_stats_ptr + PLANES * tiles).to(tl.pointer_type(tl.int32))
+    candidates_ptr = row_stats_ptr + (PLANES + 1) * tiles + MANY
+    # Top-p alone takes no threshold to draw, unless what it keeps may be too little to draw by tiles, or is asked for.
+    MEASURED: tl.constexpr = FILTERS and top_p_ptr is not None and (logprobs_ptr is None or RAW)
+    measured, goal = usable & (row < 0), total
     if usable:
         if FILTERS:
             k = top_k_setting(top_k_ptr, row, V)
@@ -96,14 +103,14 @@ def choose_kernel(
             p = setting(top_p_ptr, row, 1.0)
             p = tl.where(p < 0.0, 0.0, p)
             min_p = setting(min_p_ptr, row, 0.0)
-            if (greedy == 0) & ((k > 0) | (p < 1.0) | (min_p > 0.0)):
+            if MEASURED:
+                measured = (greedy == 0) & (k == 0) & (p > SHARE) & (p < 1.0) & (min_p <= 0.0)
+                goal = p * total
+            if (greedy == 0) & ((k > 0) | (p < 1.0) | (min_p > 0.0)) & (measured == 0):
                 log_min_p = tl.log(tl.minimum(tl.where(min_p > 0.0, min_p, 1.0), 1.0))
                 floor = tl.where(min_p > 0.0, top + log_min_p / scale, LOWEST)
                 low = lower_bound(tile, tile_max, top, total, scale, floor, k, p, V)
-                # Past the tiles' numbers: a list of tiles, the candidates, their places, and those that are sorted.
-                list_ptr = (row_stats_ptr + PLANES * tiles).to(tl.pointer_type(tl.int32))
-                candidates_ptr = row_stats_ptr + (PLANES + 1) * tiles + TILES
-                listed = list_tiles(list_ptr, tile, tile_max, low, tiles, TILES)
+                listed = list_tiles(list_ptr, tile, tile_max >= low, tiles, TILES)
                 listed_mass = tl.sum(tl.where(tile_max >= low, tile_sum * tl.exp((tile_max - top) * scale), 0.0), 0)
                 threshold, found, others, kept_mass = find_threshold(
                     list_ptr,
@@ -164,6 +171,7 @@ def choose_kernel(
         if token < 0:
             token = draw_by_tiles(
                 row_stats_ptr,
+                list_ptr,
                 logits_ptr,
                 row,
                 V,
@@ -173,10 +181,14 @@ def choose_kernel(
                 top,
                 greedy,
                 scale,
-                threshold,
+                tl.where(measured, top, threshold),
+                tl.where(measured, -float("inf"), float("inf")),
+                goal,
                 seeds_ptr,
                 positions_ptr,
+                MEASURED,
                 ALL_TILES,
+                MANY,
                 TILE,
             )
     tl.store(tokens_ptr + row, token.to(tl.int64))

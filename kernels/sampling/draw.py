@@ -12,7 +12,7 @@ once more; logits must be contrived for that.
 import triton
 import triton.language as tl
 
-from octavo.kernels.sampling.gather import first_of_largest
+from octavo.kernels.sampling.gather import first_of_largest, list_tiles, masses_up_to
 from octavo.kernels.sampling.logits import edit, load_raw
 from octavo.kernels.sampling.noise import gumbel, gumbel_of
 from octavo.kernels.sampling.tile_stats import MAX, SUM
@@ -22,8 +22,42 @@ SHARE = tl.constexpr(reference.SHARE)  # of the mass: rows that keep as much dra
 
 
 @triton.jit
+def _draw(
+    tile_max,
+    tile_mass,
+    logits_ptr,
+    row,
+    V,
+    stride_logits_row,
+    edits,
+    top,
+    greedy,
+    scale,
+    seed,
+    position,
+    use,
+    SEEDED: tl.constexpr,
+    ALL_TILES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """A token of all, with the noise of `use` and the next, and its logit; the largest if greedy."""
+    score = tile_max
+    if SEEDED:
+        score = tl.where(greedy, tile_max, tile_mass + gumbel(seed, position, use, 0, ALL_TILES))
+    first = tl.argmax(score, 0) * TILE
+    within = first + tl.arange(0, TILE)
+    x = edit(load_raw(logits_ptr, row, within, V, stride_logits_row), row, within, 0, V, V, edits)
+    score = x
+    if SEEDED:
+        score = tl.where(greedy, x, (x - top) * scale + gumbel(seed, position, use + 1, first, TILE))
+    _, token = first_of_largest(score, within)
+    return token, tl.max(tl.where(within == token, x, -float("inf")), 0)
+
+
+@triton.jit
 def draw_by_tiles(
     row_stats_ptr,
+    list_ptr,
     logits_ptr,
     row,
     V,
@@ -33,36 +67,110 @@ def draw_by_tiles(
     top,
     greedy,
     scale,
-    threshold,
+    inside,
+    outside,
+    goal,
     seeds_ptr,
     positions_ptr,
+    MEASURED: tl.constexpr,
     ALL_TILES: tl.constexpr,
+    MANY: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """A token that reaches the threshold; the largest if greedy, and of equals the first."""
+    """A token that the filters keep; the largest if greedy, and of equals the first.
+
+    Logits from `inside` on are known to be kept, those up to `outside` not to be. A token between them is kept if those
+    above it hold less than `goal`, where MEASURED; else there are none.
+    """
     tile = tl.arange(0, ALL_TILES)
     tile_max = tl.load(row_stats_ptr + MAX * tiles + tile, mask=tile < tiles, other=-float("inf"))
+    tile_sum = tile_max
     tile_mass = tile_max
-    if seeds_ptr is not None:
+    seed, position = row.to(tl.int64), row.to(tl.int64)
+    SEEDED: tl.constexpr = seeds_ptr is not None
+    if SEEDED:
         tile_sum = tl.load(row_stats_ptr + SUM * tiles + tile, mask=tile < tiles, other=0.0)
         tile_mass = (tile_max - top) * scale + tl.log(tile_sum)
         seed, position = tl.load(seeds_ptr + row), tl.load(positions_ptr + row)
     token = tl.full([], -1, tl.int32)
     use = tl.full([], 0, tl.int32)
     while token < 0:
-        score = tile_max
-        if seeds_ptr is not None:
-            score = tl.where(greedy, tile_max, tile_mass + gumbel(seed, position, use, 0, ALL_TILES))
-        first = tl.argmax(score, 0) * TILE
-        within = first + tl.arange(0, TILE)
-        x = edit(load_raw(logits_ptr, row, within, V, stride_logits_row), row, within, 0, V, V, edits)
-        score = x
-        if seeds_ptr is not None:
-            score = tl.where(greedy, x, (x - top) * scale + gumbel(seed, position, use + 1, first, TILE))
-        _, drawn = first_of_largest(score, within)
-        kept = tl.max(tl.where(within == drawn, x, -float("inf")), 0) >= threshold
-        token = tl.where(kept, drawn, token)
+        drawn, x = _draw(
+            tile_max,
+            tile_mass,
+            logits_ptr,
+            row,
+            V,
+            stride_logits_row,
+            edits,
+            top,
+            greedy,
+            scale,
+            seed,
+            position,
+            use,
+            SEEDED,
+            ALL_TILES,
+            TILE,
+        )
         use += 2
+        if MEASURED:
+            if (x > outside) & (x < inside):
+                above = tile_max > x
+                largest = tl.where(above, tl.exp((tile_max - top) * scale), 0.0)
+                # What those tiles may hold besides the tokens above x, if these are to hold less than `goal`: more.
+                spare = tl.sum(tile_sum * largest, 0) - goal
+                y, z = x, x
+                up_to_x, up_to_y, up_to_z = spare * 0.0, spare * 0.0, spare * 0.0
+                # As a rule few tiles hold most of the mass, and their numbers tell.
+                if (spare >= 0.0) & (tl.sum(largest, 0) < goal):
+                    # What would be drawn next is measured along: one pass in place of three.
+                    for i in range(2):
+                        z = y
+                        _, y = _draw(
+                            tile_max,
+                            tile_mass,
+                            logits_ptr,
+                            row,
+                            V,
+                            stride_logits_row,
+                            edits,
+                            top,
+                            greedy,
+                            scale,
+                            seed,
+                            position,
+                            use + 2 * i,
+                            SEEDED,
+                            ALL_TILES,
+                            TILE,
+                        )
+                        y = tl.maximum(x, y)  # one below x matters only if x is kept, and then it doesn't either
+                    listed = list_tiles(list_ptr, tile, above, tiles, MANY)
+                    up_to_x, up_to_y, up_to_z = masses_up_to(
+                        list_ptr,
+                        listed,
+                        x,
+                        y,
+                        z,
+                        spare,
+                        logits_ptr,
+                        row,
+                        V,
+                        stride_logits_row,
+                        edits,
+                        top,
+                        scale,
+                        MANY,
+                        TILE,
+                    )
+                inside = tl.minimum(inside, tl.where(up_to_y > spare, y, inside))
+                inside = tl.minimum(inside, tl.where(up_to_z > spare, z, inside))
+                inside = tl.minimum(inside, tl.where(up_to_x > spare, x, inside))
+                outside = tl.maximum(outside, tl.where(up_to_y > spare, outside, y))
+                outside = tl.maximum(outside, tl.where(up_to_z > spare, outside, z))
+                outside = tl.maximum(outside, tl.where(up_to_x > spare, outside, x))
+        token = tl.where(x >= inside, drawn, token)
     return token
 
 
