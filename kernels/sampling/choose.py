@@ -3,7 +3,13 @@
 import triton
 import triton.language as tl
 
-from octavo.kernels.sampling.draw import SHARE, draw_by_tiles, draw_from_candidates, draw_from_tiles, mass_of_candidates
+from octavo.kernels.sampling.draw import (
+    SHARE,
+    draw_by_tiles,
+    draw_from_candidates,
+    draw_from_tiles,
+    mass_of_candidates,
+)
 from octavo.kernels.sampling.gather import first_of_largest, list_tiles
 from octavo.kernels.sampling.logits import LOWEST, edit, load_raw, setting, temperature_setting, top_k_setting
 from octavo.kernels.sampling.threshold import find_threshold, lower_bound
@@ -87,13 +93,12 @@ def choose_kernel(
     token = tl.full([], -1, tl.int32)
     threshold = tl.full([], LOWEST, tl.float32)
     kept_mass = total
-    # Past the tiles' numbers: a list of tiles, the candidates, their places, and those that are sorted.
-    list_ptr = (row_stats_ptr + PLANES * tiles).to(tl.pointer_type(tl.int32))
-    candidates_ptr = row_stats_ptr + (PLANES + 1) * tiles + MANY
     # Top-p alone takes no threshold to draw, unless what it keeps may be too little to draw by tiles, or is asked for.
     MEASURED: tl.constexpr = FILTERS and top_p_ptr is not None and (logprobs_ptr is None or RAW)
-    measured, goal = usable & (row < 0), total
     if usable:
+        searched = row < 0
+        inside, outside = tl.full([], LOWEST, tl.float32), tl.full([], float("inf"), tl.float32)
+        goal = total
         if FILTERS:
             k = top_k_setting(top_k_ptr, row, V)
             if top_k_ptr is None:
@@ -103,12 +108,19 @@ def choose_kernel(
             p = setting(top_p_ptr, row, 1.0)
             p = tl.where(p < 0.0, 0.0, p)
             min_p = setting(min_p_ptr, row, 0.0)
+            searched = (greedy == 0) & ((k > 0) | (p < 1.0) | (min_p > 0.0))
             if MEASURED:
-                measured = (greedy == 0) & (k == 0) & (p > SHARE) & (p < 1.0) & (min_p <= 0.0)
+                measured = searched & (k == 0) & (min_p <= 0.0) & (p > SHARE)
+                searched = searched & (measured == 0)
+                inside, outside = tl.where(measured, top, inside), tl.where(measured, -float("inf"), outside)
                 goal = p * total
-            if (greedy == 0) & ((k > 0) | (p < 1.0) | (min_p > 0.0)) & (measured == 0):
+        if searched:
+            if FILTERS:
                 log_min_p = tl.log(tl.minimum(tl.where(min_p > 0.0, min_p, 1.0), 1.0))
                 floor = tl.where(min_p > 0.0, top + log_min_p / scale, LOWEST)
+                # Past the tiles' numbers: a list of tiles, the candidates, their places, and those that are sorted.
+                list_ptr = (row_stats_ptr + PLANES * tiles).to(tl.pointer_type(tl.int32))
+                candidates_ptr = row_stats_ptr + (PLANES + 1) * tiles + MANY
                 low = lower_bound(tile, tile_max, top, total, scale, floor, k, p, V)
                 listed = list_tiles(list_ptr, tile, tile_max >= low, tiles, TILES)
                 listed_mass = tl.sum(tl.where(tile_max >= low, tile_sum * tl.exp((tile_max - top) * scale), 0.0), 0)
@@ -168,10 +180,31 @@ def choose_kernel(
                             position,
                             TILE,
                         )
-        if token < 0:
+                else:
+                    token = draw_by_tiles(
+                        row_stats_ptr,
+                        logits_ptr,
+                        row,
+                        V,
+                        tiles,
+                        stride_logits_row,
+                        edits,
+                        top,
+                        greedy,
+                        scale,
+                        threshold,
+                        float("inf"),
+                        total,
+                        seeds_ptr,
+                        positions_ptr,
+                        False,
+                        ALL_TILES,
+                        MANY,
+                        TILE,
+                    )
+        else:
             token = draw_by_tiles(
                 row_stats_ptr,
-                list_ptr,
                 logits_ptr,
                 row,
                 V,
@@ -181,8 +214,8 @@ def choose_kernel(
                 top,
                 greedy,
                 scale,
-                tl.where(measured, top, threshold),
-                tl.where(measured, -float("inf"), float("inf")),
+                inside,
+                outside,
                 goal,
                 seeds_ptr,
                 positions_ptr,

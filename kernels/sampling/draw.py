@@ -15,7 +15,7 @@ import triton.language as tl
 from octavo.kernels.sampling.gather import first_of_largest, list_tiles, masses_up_to
 from octavo.kernels.sampling.logits import edit, load_raw
 from octavo.kernels.sampling.noise import gumbel, gumbel_of
-from octavo.kernels.sampling.tile_stats import MAX, SUM
+from octavo.kernels.sampling.tile_stats import MAX, PLANES, SUM
 from octavo.reference import sampling as reference
 
 SHARE = tl.constexpr(reference.SHARE)  # of the mass: rows that keep as much draw by tiles
@@ -23,11 +23,11 @@ SHARE = tl.constexpr(reference.SHARE)  # of the mass: rows that keep as much dra
 
 @triton.jit
 def _draw(
-    tile_max,
-    tile_mass,
+    row_stats_ptr,
     logits_ptr,
     row,
     V,
+    tiles,
     stride_logits_row,
     edits,
     top,
@@ -40,9 +40,13 @@ def _draw(
     ALL_TILES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """A token of all, with the noise of `use` and the next, and its logit; the largest if greedy."""
+    """A token of the whole row with the noise of `use` and the next one, and its logit; the largest if greedy."""
+    tile = tl.arange(0, ALL_TILES)
+    tile_max = tl.load(row_stats_ptr + MAX * tiles + tile, mask=tile < tiles, other=-float("inf"))
     score = tile_max
     if SEEDED:
+        tile_sum = tl.load(row_stats_ptr + SUM * tiles + tile, mask=tile < tiles, other=0.0)
+        tile_mass = (tile_max - top) * scale + tl.log(tile_sum)
         score = tl.where(greedy, tile_max, tile_mass + gumbel(seed, position, use, 0, ALL_TILES))
     first = tl.argmax(score, 0) * TILE
     within = first + tl.arange(0, TILE)
@@ -57,7 +61,6 @@ def _draw(
 @triton.jit
 def draw_by_tiles(
     row_stats_ptr,
-    list_ptr,
     logits_ptr,
     row,
     V,
@@ -79,28 +82,22 @@ def draw_by_tiles(
 ):
     """A token that the filters keep; the largest if greedy, and of equals the first.
 
-    Logits from `inside` on are known to be kept, those up to `outside` not to be. A token between them is kept if those
-    above it hold less than `goal`, where MEASURED; else there are none.
+    Logits from `inside` on are known to be kept, those up to `outside` not to be. One between them, which there is only
+    where MEASURED, is kept if those above it hold less than `goal`.
     """
-    tile = tl.arange(0, ALL_TILES)
-    tile_max = tl.load(row_stats_ptr + MAX * tiles + tile, mask=tile < tiles, other=-float("inf"))
-    tile_sum = tile_max
-    tile_mass = tile_max
     seed, position = row.to(tl.int64), row.to(tl.int64)
     SEEDED: tl.constexpr = seeds_ptr is not None
     if SEEDED:
-        tile_sum = tl.load(row_stats_ptr + SUM * tiles + tile, mask=tile < tiles, other=0.0)
-        tile_mass = (tile_max - top) * scale + tl.log(tile_sum)
         seed, position = tl.load(seeds_ptr + row), tl.load(positions_ptr + row)
     token = tl.full([], -1, tl.int32)
     use = tl.full([], 0, tl.int32)
     while token < 0:
         drawn, x = _draw(
-            tile_max,
-            tile_mass,
+            row_stats_ptr,
             logits_ptr,
             row,
             V,
+            tiles,
             stride_logits_row,
             edits,
             top,
@@ -116,23 +113,28 @@ def draw_by_tiles(
         use += 2
         if MEASURED:
             if (x > outside) & (x < inside):
+                tile = tl.arange(0, ALL_TILES)
+                tile_max = tl.load(row_stats_ptr + MAX * tiles + tile, mask=tile < tiles, other=-float("inf"))
+                tile_sum = tl.load(row_stats_ptr + SUM * tiles + tile, mask=tile < tiles, other=0.0)
                 above = tile_max > x
                 largest = tl.where(above, tl.exp((tile_max - top) * scale), 0.0)
-                # What those tiles may hold besides the tokens above x, if these are to hold less than `goal`: more.
+                # The tokens above x are all in these tiles. They hold less than `goal` if the others there hold more than
+                # what is to spare.
                 spare = tl.sum(tile_sum * largest, 0) - goal
                 y, z = x, x
                 up_to_x, up_to_y, up_to_z = spare * 0.0, spare * 0.0, spare * 0.0
-                # As a rule few tiles hold most of the mass, and their numbers tell.
+                # Where few tiles hold most of the mass, their numbers tell.
                 if (spare >= 0.0) & (tl.sum(largest, 0) < goal):
-                    # What would be drawn next is measured along: one pass in place of three.
+                    list_ptr = (row_stats_ptr + PLANES * tiles).to(tl.pointer_type(tl.int32))
+                    listed = list_tiles(list_ptr, tile, above, tiles, MANY)
+                    # What would be drawn next is measured along: one pass in place of three. Nothing below x matters.
                     for i in range(2):
-                        z = y
-                        _, y = _draw(
-                            tile_max,
-                            tile_mass,
+                        _, other = _draw(
+                            row_stats_ptr,
                             logits_ptr,
                             row,
                             V,
+                            tiles,
                             stride_logits_row,
                             edits,
                             top,
@@ -145,8 +147,7 @@ def draw_by_tiles(
                             ALL_TILES,
                             TILE,
                         )
-                        y = tl.maximum(x, y)  # one below x matters only if x is kept, and then it doesn't either
-                    listed = list_tiles(list_ptr, tile, above, tiles, MANY)
+                        y, z = tl.maximum(other, x), y
                     up_to_x, up_to_y, up_to_z = masses_up_to(
                         list_ptr,
                         listed,
