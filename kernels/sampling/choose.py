@@ -120,7 +120,7 @@ def choose_kernel(
                 floor = tl.where(min_p > 0.0, top + log_min_p / scale, LOWEST)
                 # Past the tiles' numbers: a list of tiles, the candidates, their places, and those that are sorted.
                 list_ptr = (row_stats_ptr + PLANES * tiles).to(tl.pointer_type(tl.int32))
-                candidates_ptr = row_stats_ptr + (PLANES + 1) * tiles + MANY
+                candidates_ptr = (list_ptr + tiles + MANY).to(tl.pointer_type(tl.float32))
                 low = lower_bound(tile, tile_max, top, total, scale, floor, k, p, V)
                 listed = list_tiles(list_ptr, tile, tile_max >= low, tiles, TILES)
                 listed_mass = tl.sum(tl.where(tile_max >= low, tile_sum * tl.exp((tile_max - top) * scale), 0.0), 0)
@@ -190,7 +190,7 @@ def choose_kernel(
                         stride_logits_row,
                         edits,
                         top,
-                        greedy,
+                        False,
                         scale,
                         threshold,
                         float("inf"),

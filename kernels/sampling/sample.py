@@ -61,7 +61,7 @@ def choose_tiles(vocab: int, edited: bool) -> _Tiles:
         tile,
         (2 if edited else 4) * few,
         few,
-        few if edited else 4 * few,
+        few if edited else 2 * few,
         candidates,
         sorted=1024,
         stats_warps=8,
