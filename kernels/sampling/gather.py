@@ -120,7 +120,7 @@ def masses_up_to(
     up_to_x, up_to_y, up_to_z = top * 0.0, top * 0.0, top * 0.0
     # In quarters, after each of which it may be enough: a loop that is left halfway would not be prefetched.
     quarter = tl.cdiv(listed, 4 * TILES) * TILES
-    first = listed * 0
+    first = tl.minimum(listed, 0)  # a zero that the compiler can't see, so that it keeps no addresses ready for it
     while (first < listed) & (up_to_x <= enough):
         masses_x = tl.zeros([TILES, TILE], tl.float32)
         masses_y = tl.zeros([TILES, TILE], tl.float32)
