@@ -93,10 +93,10 @@ def choose_kernel(
     token = tl.full([], -1, tl.int32)
     threshold = tl.full([], LOWEST, tl.float32)
     kept_mass = total
-    # Top-p alone takes no threshold to draw, unless what it keeps may be too little to draw by tiles, or is asked for.
+    # Top-p alone takes no threshold to draw, unless it may keep too little to draw by tiles, or its mass is wanted.
     MEASURED: tl.constexpr = FILTERS and top_p_ptr is not None and (logprobs_ptr is None or RAW)
     if usable:
-        searched = row < 0
+        searched = row < 0  # no
         inside, outside = tl.full([], LOWEST, tl.float32), tl.full([], float("inf"), tl.float32)
         goal = total
         if FILTERS:
@@ -110,6 +110,7 @@ def choose_kernel(
             min_p = setting(min_p_ptr, row, 0.0)
             searched = (greedy == 0) & ((k > 0) | (p < 1.0) | (min_p > 0.0))
             if MEASURED:
+                # Of the tokens' logits no more is known than that the largest is kept.
                 measured = searched & (k == 0) & (min_p <= 0.0) & (p > SHARE)
                 searched = searched & (measured == 0)
                 inside, outside = tl.where(measured, top, inside), tl.where(measured, -float("inf"), outside)

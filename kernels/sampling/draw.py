@@ -4,6 +4,10 @@ By tiles: a tile is drawn by the mass that the first kernel summed up, then a to
 leave out is drawn again, with other noise. Each time one tile is read. As long as the filters keep a fair share of the
 mass, that takes a few times; noise for all tokens would take longer than reading them.
 
+Where top-p is the only filter, its threshold is not even looked for. A token is kept if those above it hold less than
+top-p's share, for which one pass over the tiles that have such tokens is enough, often a part of it or none: tokens up
+to it that hold more than the rest settle it, and so may the tiles' numbers.
+
 From the candidates: where filters keep less (top-k of a flat distribution), what they keep has been gathered, and the
 largest perturbed logit among that is the draw. Should there have been no room for all of it, the listed tiles are read
 once more; logits must be contrived for that.
@@ -59,6 +63,94 @@ def _draw(
 
 
 @triton.jit
+def _measure(
+    x,
+    inside,
+    outside,
+    goal,
+    row_stats_ptr,
+    logits_ptr,
+    row,
+    V,
+    tiles,
+    stride_logits_row,
+    edits,
+    top,
+    greedy,
+    scale,
+    seed,
+    position,
+    use,
+    SEEDED: tl.constexpr,
+    ALL_TILES: tl.constexpr,
+    MANY: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Moves `inside` and `outside` until x is not between them: it is kept if the tokens above hold less than `goal`.
+
+    The two that would be drawn next, from `use` on, are measured along: one pass in place of up to three.
+    """
+    if (x > outside) & (x < inside):
+        tile = tl.arange(0, ALL_TILES)
+        tile_max = tl.load(row_stats_ptr + MAX * tiles + tile, mask=tile < tiles, other=-float("inf"))
+        tile_sum = tl.load(row_stats_ptr + SUM * tiles + tile, mask=tile < tiles, other=0.0)
+        above = tile_max > x
+        largest = tl.where(above, tl.exp((tile_max - top) * scale), 0.0)
+        # All tokens above x are in these tiles, and hold less than `goal` if what else is there is more than `spare`.
+        spare = tl.sum(tile_sum * largest, 0) - goal
+        y, z = x, x
+        up_to_x, up_to_y, up_to_z = spare * 0.0, spare * 0.0, spare * 0.0
+        # Their numbers tell if all that they hold is less, or the largest of each are enough: so where there are peaks.
+        if (spare >= 0.0) & (tl.sum(largest, 0) < goal):
+            list_ptr = (row_stats_ptr + PLANES * tiles).to(tl.pointer_type(tl.int32))
+            listed = list_tiles(list_ptr, tile, above, tiles, MANY)
+            for i in range(2):
+                _, other = _draw(
+                    row_stats_ptr,
+                    logits_ptr,
+                    row,
+                    V,
+                    tiles,
+                    stride_logits_row,
+                    edits,
+                    top,
+                    greedy,
+                    scale,
+                    seed,
+                    position,
+                    use + 2 * i,
+                    SEEDED,
+                    ALL_TILES,
+                    TILE,
+                )
+                y, z = tl.maximum(other, x), y  # what is below x is left out with it, or not drawn at all
+            up_to_x, up_to_y, up_to_z = masses_up_to(
+                list_ptr,
+                listed,
+                x,
+                y,
+                z,
+                spare,
+                logits_ptr,
+                row,
+                V,
+                stride_logits_row,
+                edits,
+                top,
+                scale,
+                MANY,
+                TILE,
+            )
+        inside = tl.minimum(inside, tl.where(up_to_y > spare, y, inside))
+        inside = tl.minimum(inside, tl.where(up_to_z > spare, z, inside))
+        inside = tl.minimum(inside, tl.where(up_to_x > spare, x, inside))
+        outside = tl.maximum(outside, tl.where(up_to_y > spare, outside, y))
+        outside = tl.maximum(outside, tl.where(up_to_z > spare, outside, z))
+        outside = tl.maximum(outside, tl.where(up_to_x > spare, outside, x))
+    return inside, outside
+
+
+@triton.jit
 def draw_by_tiles(
     row_stats_ptr,
     logits_ptr,
@@ -82,8 +174,7 @@ def draw_by_tiles(
 ):
     """A token that the filters keep; the largest if greedy, and of equals the first.
 
-    Logits from `inside` on are known to be kept, those up to `outside` not to be. One between them, which there is only
-    where MEASURED, is kept if those above it hold less than `goal`.
+    Logits from `inside` on are known to be kept, those up to `outside` not to be. There are others only if MEASURED.
     """
     seed, position = row.to(tl.int64), row.to(tl.int64)
     SEEDED: tl.constexpr = seeds_ptr is not None
@@ -112,65 +203,29 @@ def draw_by_tiles(
         )
         use += 2
         if MEASURED:
-            if (x > outside) & (x < inside):
-                tile = tl.arange(0, ALL_TILES)
-                tile_max = tl.load(row_stats_ptr + MAX * tiles + tile, mask=tile < tiles, other=-float("inf"))
-                tile_sum = tl.load(row_stats_ptr + SUM * tiles + tile, mask=tile < tiles, other=0.0)
-                above = tile_max > x
-                largest = tl.where(above, tl.exp((tile_max - top) * scale), 0.0)
-                # The tokens above x are all in these tiles. They hold less than `goal` if the others there hold more than
-                # what is to spare.
-                spare = tl.sum(tile_sum * largest, 0) - goal
-                y, z = x, x
-                up_to_x, up_to_y, up_to_z = spare * 0.0, spare * 0.0, spare * 0.0
-                # Where few tiles hold most of the mass, their numbers tell.
-                if (spare >= 0.0) & (tl.sum(largest, 0) < goal):
-                    list_ptr = (row_stats_ptr + PLANES * tiles).to(tl.pointer_type(tl.int32))
-                    listed = list_tiles(list_ptr, tile, above, tiles, MANY)
-                    # What would be drawn next is measured along: one pass in place of three. Nothing below x matters.
-                    for i in range(2):
-                        _, other = _draw(
-                            row_stats_ptr,
-                            logits_ptr,
-                            row,
-                            V,
-                            tiles,
-                            stride_logits_row,
-                            edits,
-                            top,
-                            greedy,
-                            scale,
-                            seed,
-                            position,
-                            use + 2 * i,
-                            SEEDED,
-                            ALL_TILES,
-                            TILE,
-                        )
-                        y, z = tl.maximum(other, x), y
-                    up_to_x, up_to_y, up_to_z = masses_up_to(
-                        list_ptr,
-                        listed,
-                        x,
-                        y,
-                        z,
-                        spare,
-                        logits_ptr,
-                        row,
-                        V,
-                        stride_logits_row,
-                        edits,
-                        top,
-                        scale,
-                        MANY,
-                        TILE,
-                    )
-                inside = tl.minimum(inside, tl.where(up_to_y > spare, y, inside))
-                inside = tl.minimum(inside, tl.where(up_to_z > spare, z, inside))
-                inside = tl.minimum(inside, tl.where(up_to_x > spare, x, inside))
-                outside = tl.maximum(outside, tl.where(up_to_y > spare, outside, y))
-                outside = tl.maximum(outside, tl.where(up_to_z > spare, outside, z))
-                outside = tl.maximum(outside, tl.where(up_to_x > spare, outside, x))
+            inside, outside = _measure(
+                x,
+                inside,
+                outside,
+                goal,
+                row_stats_ptr,
+                logits_ptr,
+                row,
+                V,
+                tiles,
+                stride_logits_row,
+                edits,
+                top,
+                greedy,
+                scale,
+                seed,
+                position,
+                use,
+                SEEDED,
+                ALL_TILES,
+                MANY,
+                TILE,
+            )
         token = tl.where(x >= inside, drawn, token)
     return token
 

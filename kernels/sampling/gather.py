@@ -1,4 +1,4 @@
-"""Passes over a row's tokens: how much lies above a value, and the tokens between two values written down."""
+"""Passes over a row's tokens: how much lies above a value, or up to it, and the tokens between two written down."""
 
 import triton
 import triton.language as tl
@@ -116,9 +116,9 @@ def masses_up_to(
     TILES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The masses in the listed tiles of the tokens that are no larger than x, y and z; the first up to `enough`."""
+    """The masses in the listed tiles of the tokens up to x, y and z; of a part, if up to x it is over `enough`."""
     up_to_x, up_to_y, up_to_z = top * 0.0, top * 0.0, top * 0.0
-    # In quarters, after each of which it may be enough: a loop that is left halfway would not be prefetched.
+    # In quarters, after each of which it may be enough: a loop that can be left anywhere is not prefetched.
     quarter = tl.cdiv(listed, 4 * TILES) * TILES
     first = tl.minimum(listed, 0)  # a zero that the compiler can't see, so that it keeps no addresses ready for it
     while (first < listed) & (up_to_x <= enough):

@@ -36,7 +36,7 @@ class _Tiles:
     choose_tiles: int
     """Tiles that a program of the second kernel holds at once."""
     many_tiles: int
-    """As many where it does no more than sum them up."""
+    """As many where it only sums them up: more are on their way at once, and what it sums takes few registers."""
     candidates: int
     """Tokens that it has room for."""
     sorted: int
