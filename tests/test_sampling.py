@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import octavo
 from octavo import reference
 from octavo.kernels.launch import INTERPRET
-from octavo.kernels.sampling import choose, threshold
+from octavo.kernels.sampling import choose, draw, threshold
 from octavo.kernels.sampling import sample as sampling
 from octavo.testing import check_op
 
@@ -29,13 +29,13 @@ def use_tiles(patch, *tiles):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 8 tokens, two at once, and 16 candidates, so that 40 tokens take every path."""
-    use_tiles(monkeypatch, 8, 2, 2, 16, 8, 4, 4)
+    use_tiles(monkeypatch, 8, 2, 2, 2, 16, 8, 4, 4)
 
 
 @pytest.fixture
 def large_tiles(monkeypatch):
     """Tiles of 16 tokens, all of them at once: what takes many rows goes the short way, as most rows do."""
-    use_tiles(monkeypatch, 16, 4, 4, 64, 64, 4, 4)
+    use_tiles(monkeypatch, 16, 4, 4, 4, 64, 64, 4, 4)
 
 
 def words(allowed):
@@ -308,7 +308,7 @@ def test_kept_tokens(vocab, k, p, min_p, temperature, levels, gap):
     """Vocabularies smaller than k, ties, odd strides: what is drawn is kept by the definitions, and the reference's."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with pytest.MonkeyPatch.context() as patch:
-        use_tiles(patch, 8, 2, 2, 16, 4, 4, 4)
+        use_tiles(patch, 8, 2, 2, 2, 16, 4, 4, 4)
         logits = (torch.randn(2, vocab + gap)[:, :vocab] * levels / 2).round() / levels * 4
         given = dict(
             seeds=torch.tensor([vocab, k]),
@@ -388,7 +388,7 @@ def long_rows():
 
 
 def test_rows_with_more_than_there_is_room_for(device, monkeypatch):
-    use_tiles(monkeypatch, 16, 256, 8, 256, 64, 4, 4)
+    use_tiles(monkeypatch, 16, 256, 8, 16, 256, 64, 4, 4)
     divided, calls = threshold.divided, []
     if INTERPRET:
         monkeypatch.setattr(threshold, "divided", lambda *args: calls.append(args) or divided(*args))
@@ -412,8 +412,72 @@ def test_rows_with_more_than_there_is_room_for(device, monkeypatch):
     assert calls or not INTERPRET, "no bracket missed"
 
 
+def measured_rows():
+    """Rows with top-p alone, by name: logits, p. Of flat ones a small p rejects most of what is drawn."""
+    found = {name: (logits, p) for name, (logits, k, p, min_p) in long_rows().items() if k == 0 and min_p == 0.0}
+    flat = torch.randn(3000, generator=torch.Generator().manual_seed(6))
+    steps = flat.round()
+    by_size = torch.sort(flat, descending=True).values
+    return found | {
+        "little more than the share": (flat, 0.1201),
+        "half": (flat, 0.5),
+        "just under all": (flat, 1 - 2**-24),
+        "steps, few kept": (steps, 0.2),
+        "steps, the end within one": (steps, 0.6),
+        "steps, all but the last": (steps, 0.9999),
+        "largest first": (by_size, 0.9),
+        "largest last": (by_size.flip(0), 0.9),
+        "two values": (torch.where(flat > 1.0, 1.0, 0.0), 0.35),
+        "too little to measure": (flat, 0.1),
+    }
+
+
+def test_top_p_alone_without_its_threshold(device, monkeypatch):
+    """The tokens of the reference, by passes that end early, in the end or not at all, or that are too few."""
+    use_tiles(monkeypatch, 16, 256, 8, 16, 256, 64, 4, 4)
+    passes, searched = [], []
+    masses_up_to, find_threshold = draw.masses_up_to, choose.find_threshold
+
+    def measure(*args):
+        result = masses_up_to(*args)
+        row, up_to_x, enough = (value.handle.data.item() for value in (args[7], result[0], args[5]))
+        passes.append((row, up_to_x > enough))
+        return result
+
+    if INTERPRET:
+        monkeypatch.setattr(draw, "masses_up_to", measure)
+        monkeypatch.setattr(choose, "find_threshold", lambda *args: searched.append(args) or find_threshold(*args))
+    rows = [row for row in measured_rows().values() for _ in range(4)]
+    names = [f"{name}, {i}" for name in measured_rows() for i in range(4)]
+    logits = torch.stack([row[0] for row in rows])
+    given = dict(
+        seeds=torch.arange(len(rows)) * 31,
+        positions=torch.arange(len(rows)),
+        top_p=torch.tensor([row[1] for row in rows]),
+        temperature=torch.ones(len(rows)),
+    )
+    given["temperature"][5] = 0.0  # greedy
+    tokens = octavo.sample(logits.to(device), **on(device, given)).cpu()
+    expected = by_reference(logits, **given)[0]
+    assert [name for name, a, b in zip(names, tokens, expected, strict=True) if a != b] == []
+    if INTERPRET:
+        assert len(searched) == sum(p < reference.sampling.SHARE for _, p in rows)
+        count = np.bincount([row for row, _ in passes], minlength=len(rows))
+        assert {0, 1, 2} <= set(count.tolist()) and {True, False} == {kept for _, kept in passes}
+
+
+def test_top_p_alone_draws_from_the_exact_distribution(device, small_tiles):
+    """With ties at its end, and so small a p that the three tokens of a pass are often left out."""
+    rows = 300
+    logits = (logits_of(scale=1.0) * 2).round() / 2
+    given = settings(("temperature",), rows) | dict(top_p=torch.full((rows,), 0.3))
+    tokens = octavo.sample(logits.expand(rows, -1).contiguous().to(device), **on(device, given)).cpu()
+    assert torch.equal(tokens, by_reference(logits.expand(rows, -1), **given)[0])
+    assert chance(tokens, probabilities(logits[0], given)) > LIMIT
+
+
 def test_a_filter_that_keeps_all_changes_no_draw(device, monkeypatch):
-    use_tiles(monkeypatch, 16, 32, 4, 64, 64, 4, 4)
+    use_tiles(monkeypatch, 16, 32, 4, 4, 64, 64, 4, 4)
     vocab, rows = 512, 4
     logits = torch.zeros(rows, vocab)
     given = dict(seeds=torch.arange(rows) * 2**33 - 5, positions=torch.arange(rows) * 2**31)

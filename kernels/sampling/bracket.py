@@ -43,7 +43,9 @@ def estimated(
     weight = tl.where(counting, 1.0, tl.exp((x - top) * scale))
     weight = tl.where((x >= value_of(low_key)) | (measured == 0), weight, 0.0)
     below = tl.cumsum(weight, 0)  # including the token itself
-    squares = tl.cumsum(weight * weight, 0)
+    # Not before the first sum is done, which the compiler can't know to be no condition: both at once take too many
+    # registers.
+    squares = tl.cumsum(tl.where(below >= 0.0, weight * weight, 0.0), 0)
     # Standard deviations of the sum; one term more, four times, because of a few that are no normal distribution.
     error = deviations * tl.sqrt(tl.maximum(squares - below * below * (1.0 / SAMPLE), 0.0) + 4.0 * weight * weight)
     share = left_out * (SAMPLE / population.to(tl.float32))

@@ -3,7 +3,13 @@
 import triton
 import triton.language as tl
 
-from octavo.kernels.sampling.draw import SHARE, draw_by_tiles, draw_from_candidates, draw_from_tiles, mass_of_candidates
+from octavo.kernels.sampling.draw import (
+    SHARE,
+    draw_by_tiles,
+    draw_from_candidates,
+    draw_from_tiles,
+    mass_of_candidates,
+)
 from octavo.kernels.sampling.gather import first_of_largest, list_tiles
 from octavo.kernels.sampling.logits import LOWEST, edit, load_raw, setting, temperature_setting, top_k_setting
 from octavo.kernels.sampling.threshold import find_threshold, lower_bound
@@ -47,6 +53,7 @@ def choose_kernel(
     stride_allowed_row,
     TILES: tl.constexpr,
     TILE: tl.constexpr,
+    MANY: tl.constexpr,
     ALL_TILES: tl.constexpr,
     CANDIDATES: tl.constexpr,
     SORTED: tl.constexpr,
@@ -86,7 +93,12 @@ def choose_kernel(
     token = tl.full([], -1, tl.int32)
     threshold = tl.full([], LOWEST, tl.float32)
     kept_mass = total
+    # Top-p alone takes no threshold to draw, unless it may keep too little to draw by tiles, or its mass is wanted.
+    MEASURED: tl.constexpr = FILTERS and top_p_ptr is not None and (logprobs_ptr is None or RAW)
     if usable:
+        searched = row < 0  # no
+        inside, outside = tl.full([], LOWEST, tl.float32), tl.full([], float("inf"), tl.float32)
+        goal = total
         if FILTERS:
             k = top_k_setting(top_k_ptr, row, V)
             if top_k_ptr is None:
@@ -96,14 +108,22 @@ def choose_kernel(
             p = setting(top_p_ptr, row, 1.0)
             p = tl.where(p < 0.0, 0.0, p)
             min_p = setting(min_p_ptr, row, 0.0)
-            if (greedy == 0) & ((k > 0) | (p < 1.0) | (min_p > 0.0)):
+            searched = (greedy == 0) & ((k > 0) | (p < 1.0) | (min_p > 0.0))
+            if MEASURED:
+                # Of the tokens' logits no more is known than that the largest is kept.
+                measured = searched & (k == 0) & (min_p <= 0.0) & (p > SHARE)
+                searched = searched & (measured == 0)
+                inside, outside = tl.where(measured, top, inside), tl.where(measured, -float("inf"), outside)
+                goal = p * total
+        if searched:
+            if FILTERS:
                 log_min_p = tl.log(tl.minimum(tl.where(min_p > 0.0, min_p, 1.0), 1.0))
                 floor = tl.where(min_p > 0.0, top + log_min_p / scale, LOWEST)
-                low = lower_bound(tile, tile_max, top, total, scale, floor, k, p, V)
                 # Past the tiles' numbers: a list of tiles, the candidates, their places, and those that are sorted.
                 list_ptr = (row_stats_ptr + PLANES * tiles).to(tl.pointer_type(tl.int32))
-                candidates_ptr = row_stats_ptr + (PLANES + 1) * tiles + TILES
-                listed = list_tiles(list_ptr, tile, tile_max, low, tiles, TILES)
+                candidates_ptr = (list_ptr + tiles + MANY).to(tl.pointer_type(tl.float32))
+                low = lower_bound(tile, tile_max, top, total, scale, floor, k, p, V)
+                listed = list_tiles(list_ptr, tile, tile_max >= low, tiles, TILES)
                 listed_mass = tl.sum(tl.where(tile_max >= low, tile_sum * tl.exp((tile_max - top) * scale), 0.0), 0)
                 threshold, found, others, kept_mass = find_threshold(
                     list_ptr,
@@ -161,7 +181,29 @@ def choose_kernel(
                             position,
                             TILE,
                         )
-        if token < 0:
+                else:
+                    token = draw_by_tiles(
+                        row_stats_ptr,
+                        logits_ptr,
+                        row,
+                        V,
+                        tiles,
+                        stride_logits_row,
+                        edits,
+                        top,
+                        False,
+                        scale,
+                        threshold,
+                        float("inf"),
+                        total,
+                        seeds_ptr,
+                        positions_ptr,
+                        False,
+                        ALL_TILES,
+                        MANY,
+                        TILE,
+                    )
+        else:
             token = draw_by_tiles(
                 row_stats_ptr,
                 logits_ptr,
@@ -173,10 +215,14 @@ def choose_kernel(
                 top,
                 greedy,
                 scale,
-                threshold,
+                inside,
+                outside,
+                goal,
                 seeds_ptr,
                 positions_ptr,
+                MEASURED,
                 ALL_TILES,
+                MANY,
                 TILE,
             )
     tl.store(tokens_ptr + row, token.to(tl.int64))

@@ -1,4 +1,4 @@
-"""Passes over a row's tokens: how much lies above a value, and the tokens between two values written down."""
+"""Passes over a row's tokens: how much lies above a value, or up to it, and the tokens between two written down."""
 
 import triton
 import triton.language as tl
@@ -16,9 +16,8 @@ def first_of_largest(score, token):
 
 
 @triton.jit
-def list_tiles(list_ptr, tile, tile_max, low, tiles, TILES: tl.constexpr):
-    """Writes down, in order, which tiles hold a logit of at least `low`, and TILES that are none; returns how many."""
-    needed = tile_max >= low
+def list_tiles(list_ptr, tile, needed, tiles, TILES: tl.constexpr):
+    """Writes down, in order, which tiles are needed, and TILES that are none; returns how many."""
     at = tl.cumsum(needed.to(tl.int32), 0) - 1
     tl.store(list_ptr + at, tile, mask=needed)
     listed = tl.sum(needed.to(tl.int32), 0)
@@ -97,6 +96,48 @@ def gather_from_tiles(
         _join(candidates_ptr, places_ptr, tl.reshape(counts, [TILES * TILE]), deepest, TILES * TILE)
     room = tl.where(deepest <= DEPTH, CANDIDATES, -1)
     return room, tl.sum(counts), tl.sum(masses), tl.sum(counts_above), tl.sum(masses_above)
+
+
+@triton.jit
+def masses_up_to(
+    list_ptr,
+    listed,
+    x,
+    y,
+    z,
+    enough,
+    logits_ptr,
+    row,
+    V,
+    stride_logits_row,
+    edits,
+    top,
+    scale,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The masses in the listed tiles of the tokens up to x, y and z; of a part, if up to x it is over `enough`."""
+    up_to_x, up_to_y, up_to_z = top * 0.0, top * 0.0, top * 0.0
+    # In quarters, after each of which it may be enough: a loop that can be left anywhere is not prefetched.
+    quarter = tl.cdiv(listed, 4 * TILES) * TILES
+    first = tl.minimum(listed, 0)  # a zero that the compiler can't see, so that it keeps no addresses ready for it
+    while (first < listed) & (up_to_x <= enough):
+        masses_x = tl.zeros([TILES, TILE], tl.float32)
+        masses_y = tl.zeros([TILES, TILE], tl.float32)
+        masses_z = tl.zeros([TILES, TILE], tl.float32)
+        for start in tl.range(first, tl.minimum(first + quarter, listed), TILES, num_stages=STAGES):
+            tile = tl.load(list_ptr + start + tl.arange(0, TILES))
+            token = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
+            value = edit(load_raw(logits_ptr, row, token, V, stride_logits_row), row, token, 0, V, V, edits)
+            mass = tl.exp((value - top) * scale)
+            masses_x += tl.where(value <= x, mass, 0.0)
+            masses_y += tl.where(value <= y, mass, 0.0)
+            masses_z += tl.where(value <= z, mass, 0.0)
+        up_to_x += tl.sum(masses_x)
+        up_to_y += tl.sum(masses_y)
+        up_to_z += tl.sum(masses_z)
+        first += quarter
+    return up_to_x, up_to_y, up_to_z
 
 
 @triton.jit

@@ -35,6 +35,8 @@ class _Tiles:
     """Tiles of a program of the first kernel."""
     choose_tiles: int
     """Tiles that a program of the second kernel holds at once."""
+    many_tiles: int
+    """As many where it only sums them up: more are on their way at once, and what it sums takes few registers."""
     candidates: int
     """Tokens that it has room for."""
     sorted: int
@@ -59,6 +61,7 @@ def choose_tiles(vocab: int, edited: bool) -> _Tiles:
         tile,
         (2 if edited else 4) * few,
         few,
+        few if edited else 2 * few,
         candidates,
         sorted=1024,
         stats_warps=8,
@@ -106,7 +109,7 @@ def _sample_cuda(
     # with an end, the candidates, their places, and those that are sorted.
     width = PLANES.value * tiles
     if filters:
-        width += tiles + choice.choose_tiles + 2 * choice.candidates + choice.sorted
+        width += tiles + choice.many_tiles + 2 * choice.candidates + choice.sorted
     workspace = empty((rows, width), torch.float32, device)
     edits = (
         repetition_penalty,
@@ -168,6 +171,7 @@ def _sample_cuda(
         num_warps=choice.choose_warps,
         TILES=choice.choose_tiles,
         TILE=choice.tile,
+        MANY=choice.many_tiles,
         ALL_TILES=max(next_power_of_2(tiles), 4),
         CANDIDATES=choice.candidates,
         SORTED=choice.sorted,

@@ -15,6 +15,8 @@ is the threshold of the filters before it. Both are searched for in the same way
 4. After bad luck, or if [a, b) holds more than there is room for, its ends are known for a smaller interval to search
    in, which is divided in three until there is room. An interval of one value is the answer too, however many tokens
    have it.
+
+Where top-p alone is to be obeyed, drawing mostly does without the threshold (`draw.py`).
 """
 
 import triton
