@@ -62,7 +62,7 @@ def choose_tiles(
         # Of few sequences one program a multiprocessor, since then there are half as many parts to merge; else two, so
         # that one reads while the other begins with a sequence or ends with it. Together they have four tiles in flight
         # (on an H100; an odd number is slower).
-        workers = 1 if tokens <= 8 else 2
+        workers = 1 if tokens <= (2 if quantised else 8) else 2
         held = (properties.shared_memory // workers - 1024 - 128 * block_d) // (256 * block_d)
         stages = 5 if workers == 1 and held >= 4 and not quantised else 3 if held >= 2 else 2
         return Tiles(16, 64 // heads, block_d, 4, stages, workers, 2, heads, by_warps=True)
