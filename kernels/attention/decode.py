@@ -262,11 +262,12 @@ def _decode_kernel(
             )
         else:
             # A worker leaves at most two: of the item in which its share begins, and of that in which it ends.
-            total = tl.where(total == 0.0, 1.0, total)
             part_row = ((pack * workers + worker) * 2 + tl.where(item_begin > begin, 1, 0)) * (HEADS * BLOCK_M) + r
-            tl.store(parts_ptr + part_row[:, None] * D + d, out / total[:, None], mask=wanted[:, None] & (d < D))
-            sums_ptr = parts_ptr + 2 * ALL_PACKS * workers * (HEADS * BLOCK_M) * D
-            tl.store(sums_ptr + part_row, top + tl.log2(total), mask=wanted)
+            tl.store(parts_ptr + part_row[:, None] * D + d, out, mask=wanted[:, None] & (d < D))
+            # Apart, since the rounding of a logarithm would be a factor of the whole part.
+            part_rows = 2 * ALL_PACKS * workers * (HEADS * BLOCK_M)
+            tl.store(parts_ptr + part_rows * D + part_row, top, mask=wanted)
+            tl.store(parts_ptr + part_rows * (D + 1) + part_row, total, mask=wanted)
         at = last
         if at == first + items * tiles:
             first = at
@@ -294,7 +295,7 @@ def decode(
     """
     device = out.device
     workers, packs = share_out(tiles, constexprs["KV_HEADS"], constexprs["GROUP"], out.shape[0], device)
-    parts = empty((2 * packs * workers * tiles.heads * tiles.block_m, out.shape[2] + 1), torch.float32, device)
+    parts = empty((2 * packs * workers * tiles.heads * tiles.block_m, out.shape[2] + 2), torch.float32, device)
     keys = keys_of_group(tiles)
     blocks = dict(
         BLOCK_B=256,

@@ -100,7 +100,8 @@ def merge_parts_kernel(
     n = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     in_head, first_row = n // HEAD_ROWS * BLOCK_M, n % HEAD_ROWS
     d = tl.arange(0, BLOCK_D)[None, None, :]
-    sums_ptr = parts_ptr + 2 * ALL_PACKS * workers * (HEADS * BLOCK_M) * D
+    part_rows = 2 * ALL_PACKS * workers * (HEADS * BLOCK_M)
+    tops_ptr, totals_ptr = parts_ptr + part_rows * D, parts_ptr + part_rows * (D + 1)
     wait_for_previous(CHAINED)
     let_next_start(CHAINED)
     for further_rows in range(0, rows, HEAD_ROWS):
@@ -120,18 +121,19 @@ def merge_parts_kernel(
                 at = (pack * workers + worker) * (2 * HEADS * BLOCK_M) + tl.where(worker == first_worker, inside, 0)
                 at = at[:, None] + row[None, :]
                 there = (worker <= last_worker)[:, None] & wanted[None, :]  # [PARTS, ROWS]
-                sums = tl.load(sums_ptr + at, mask=there, other=-float("inf"))
+                tops = tl.load(tops_ptr + at, mask=there, other=-float("inf"))
+                totals = tl.load(totals_ptr + at, mask=there, other=0.0)
                 values = tl.load(
                     parts_ptr + at[:, :, None] * D + d, mask=there[:, :, None] & (d < D), other=0.0
                 )  # [PARTS, ROWS, D]
-                loaded = loaded + ((sums, values),)  # type: ignore[assignment]  # noqa: RUF005
+                loaded = loaded + ((tops, totals, values),)  # type: ignore[assignment]  # noqa: RUF005
             for step in tl.static_range(STEPS):
-                sums, values = loaded[step]
-                new_top = tl.maximum(top, tl.max(sums, 0))
+                tops, totals, values = loaded[step]
+                new_top = tl.maximum(top, tl.max(tops, 0))
                 shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-                weights = tl.exp2(sums - shift[None, :])
+                weights = tl.exp2(tops - shift[None, :])
                 rescale = tl.exp2(top - shift)
-                total = total * rescale + tl.sum(weights, 0)
+                total = total * rescale + tl.sum(totals * weights, 0)
                 acc = acc * rescale[:, None] + tl.sum(values * weights[:, :, None], 0)
                 top = new_top
         store_result(
