@@ -64,16 +64,30 @@ class Decoder:
         eps = self.config.rms_norm_eps
         residual = embed(self.embedding, token_ids, self.dtype)
         x = octavo.rms_norm(residual, self.layers[0].input_norm, eps)
+        plan = self._plan(x, kv_cache, metadata)
         for index, layer in enumerate(self.layers):
-            x = self._attention(layer, x, kv_cache[index], metadata)
+            x = self._attention(layer, x, kv_cache[index], metadata, plan)
             x = octavo.add_rms_norm(x, residual, layer.post_attention_norm, eps)
             x = layer.down(octavo.silu_and_mul(layer.gate_up(x)))
             following = self.layers[index + 1].input_norm if index + 1 < len(self.layers) else self.norm
             x = octavo.add_rms_norm(x, residual, following, eps)
         return x
 
+    def _plan(self, x: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+        """How all layers of this step share out their keys."""
+        c = self.config
+        return octavo.plan_attention(
+            x.new_empty(x.shape[0], c.num_attention_heads, c.head_dim),  # what its queries will be like
+            kv_cache[0, 0],
+            metadata.block_table,
+            metadata.seq_lens,
+            metadata.cu_seqlens_q,
+            max_seqlen_q=metadata.max_seqlen_q,
+            window_size=c.sliding_window,
+        )
+
     def _attention(
-        self, layer: Layer, x: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata
+        self, layer: Layer, x: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata, plan: torch.Tensor
     ) -> torch.Tensor:
         c = self.config
         key_cache, value_cache = kv_cache.unbind(0)
@@ -92,6 +106,7 @@ class Decoder:
             metadata.cu_seqlens_q,
             max_seqlen_q=metadata.max_seqlen_q,
             window_size=c.sliding_window,
+            plan=plan,
         )
         return layer.o(out.flatten(1))
 

@@ -157,11 +157,10 @@ def merge_step(items: int, workers: int, rows: int, block_d: int) -> dict[str, A
     """What a program of the kernel does: ROWS of an item's `rows`, PARTS of each at once, STEPS of that after another.
 
     It reads 16 to 32 values a thread at once. Few items have many parts, which the program's threads share; the parts
-    of many items are few, and a thread has all of its values, so that threads exchange log-sum-exps alone.
+    of many items are few, and a thread has all of its values, so that threads exchange maxima and sums alone.
     """
     if 4 * items <= workers:
-        parts = min(max(next_power_of_2(workers // items), 16), 64)
-        return dict(BY_ITEM=True, ROWS=1, PARTS=parts, STEPS=1, num_warps=parts // 8)
+        return dict(BY_ITEM=True, ROWS=1, PARTS=64, STEPS=1, num_warps=8)
     return dict(BY_ITEM=False, ROWS=min(max(2048 // block_d, 1), rows), PARTS=1, STEPS=4, num_warps=8)
 
 
@@ -181,7 +180,7 @@ def merge_parts(
     workers, packs = shares
     pack = constexprs["PACK"]
     items = out.shape[0] // (tiles.block_m // pack) + args[0].shape[0] + 1
-    head_rows = next_power_of_2(min(tiles.block_m // pack, max(max_seqlen_q, 1)) * pack)
+    head_rows = next_power_of_2(pack) if max_seqlen_q <= 1 else tiles.block_m  # two variants for any queries
     step = merge_step(items, workers, tiles.heads * head_rows, tiles.block_d)
     launch(
         merge_parts_kernel,
