@@ -24,9 +24,10 @@ def step_calls(
     cache = torch.empty(shape, dtype=kv_cache.dtype, device="meta")
     calls: list[Callable[[], Any]] = []
     for tokens in octavo.token_counts(max_num_batched_tokens):
-        calls.append(partial(_step, model, cache, tokens, 1))
-        if tokens <= max_num_seqs:
-            calls.append(partial(_step, model, cache, tokens, tokens))
+        # One sequence, a token each, and some that fill a tile of attention a little or well.
+        for sequences in {1, tokens, tokens // 4, tokens // 16}:
+            if sequences == 1 or 1 < sequences <= max_num_seqs:
+                calls.append(partial(_step, model, cache, tokens, sequences))
     return calls
 
 
