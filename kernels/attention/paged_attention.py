@@ -43,8 +43,6 @@ def _paged_attention_fake(
     return outputs(query, return_lse)
 
 
-# The kernel counts in the plan and leaves the counters as they were, at 0. So the plan is not declared as mutated: that
-# might cost every layer a copy of it under torch.compile.
 _paged_attention = register(
     "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
     "Tensor cu_seqlens_q, SymInt max_seqlen_q, float scale, bool causal, int? window_size, float softcap, "
@@ -177,9 +175,9 @@ def paged_attention(
             options, kind of cache and kind of GPU. The exception is a value in the cache that is NaN or infinite: it
             may reach earlier tokens of its chunk. Slower, since all batches have one tile choice, and the keys of a
             long sequence are not shared out to several multiprocessors. Without it the bits depend on the batch.
-        plan: what `plan_attention` returned for these lengths and options, which saves a launch where keys are shared
-            out to workers (decoding); None does without. All layers of a step can use one plan, one call after the
-            other on one stream: it holds counters, which each call leaves as they were. Not with batch_invariant.
+        plan: what `plan_attention` returned for these lengths and options, which saves programs the search for their
+            work where keys are shared out to them (decoding); None does without. All layers of a step can use one
+            plan, which stays as it is; the result has the same bits as without. Not with batch_invariant.
         return_lse: also return the log-sum-exp of each row's scores.
 
     Returns:
