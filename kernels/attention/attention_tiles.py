@@ -37,13 +37,13 @@ def choose_tiles(
     plain: bool = True,
     batch_invariant: bool = False,
 ) -> Tiles:
-    """Rows (tokens × query heads of a group) and keys of a tile; as many stages as shared memory holds, up to four.
+    """Rows (tokens × query heads of a group) and keys of a tile; as many stages as shared memory holds, up to five.
 
     A decode token has one tile of 16 rows, a longer chunk 64 or 128. What bounds a tile is registers: before Hopper the
     queries live in them too, so the tile has fewer keys, and is smaller yet where they are converted from a quantised
     cache; above head size 128 a row needs twice the warps. Where one tile holds a sequence's queries, the keys are
-    shared out to workers; of plain caches (not quantised, no ALiBi), four heads at a time: 1 KB of
-    each token.
+    shared out to workers, without ALiBi four heads at a time: 1 KB of each token in a plain cache.
+    (But one for fp16 queries beside a quantised cache, where int8 needs units of the values' scales: `attend`.)
 
     Batch-invariant, there is one choice for any batch, between that for decode and that for prefill, and no workers.
     """

@@ -1,4 +1,4 @@
-"""The online softmax over a tile of several KV heads: what `attend` is for decode tokens of plain 16-bit caches.
+"""The online softmax over a tile of several KV heads: what `attend` is, for decode tokens.
 
 Side by side, the heads of a token are one piece of memory, which is read faster than a head here and there; and warps
 that have a head each exchange nothing inside the loop.

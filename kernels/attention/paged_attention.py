@@ -192,9 +192,10 @@ def paged_attention(
             contradict each other. A GPU kernel leaves out the keys of such pages, since it can't raise without a
             synchronisation.
 
-    Sums, softmax and scores are fp32. Numbers of a quantised cache are multiplied in query's dtype, which holds them
-    exactly; scales are applied to scores, weights and sums in fp32. A query that sees a key whose scale is NaN becomes
-    NaN. The same inputs give the same bits. Safe in a CUDA graph, which may be replayed with other lengths and pages.
+    Sums, softmax and scores are fp32. Numbers of a quantised cache are multiplied in query's dtype, or in fp16, which
+    hold them exactly; scales are applied to scores, weights and sums in fp32. A query that sees a key whose scale is
+    NaN becomes NaN. The same inputs give the same bits. Safe in a CUDA graph, which may be replayed with other lengths
+    and pages.
     https://arxiv.org/abs/2309.06180, https://arxiv.org/abs/2205.14135, https://arxiv.org/abs/2309.17453,
     https://arxiv.org/abs/2108.12409
     """
