@@ -134,8 +134,7 @@ def check_same_launches() -> None:
             with ordinary():
                 expected = run(function, tensors, others)
             # No tokens have a scale too.
-            one = others.get("batch_invariant") or name == "paged_attention with plan"
-            two = function in (octavo.sample, octavo.paged_attention) and not one
+            two = function in (octavo.sample, octavo.paged_attention) and not others.get("batch_invariant")
             started = 2 if name.endswith("by tensor") else (1 + two) * (tokens > 0)
             assert len(expected) == started, (name, expected)
             before = sum(map(len, function.plans.values()))
@@ -347,10 +346,11 @@ def check_hooks_may_call_ops() -> None:
 def check_token_counts() -> None:
     """A new number of tokens compiles nothing beyond the tile choices that depend on it."""
     pretend()
-    # Tile choices for up to 16, up to 64, and more tokens; two kernels; two, one of which differs for many sequences.
-    # With a plan, a tile has one head or, of many tokens, both. Batch-invariant, there is one choice.
-    variants = {"int4_linear": 3, "int8_linear": 3, "sample": 2, "paged_attention": 3, "plan_attention": 2}
-    variants |= {"paged_attention with plan": 2, "paged_attention batch-invariant": 1}
+    # Tile choices for up to 16, up to 64, and more tokens; two kernels; two, of which both or the second differ
+    # for many sequences. Batch-invariant, there is one choice.
+    variants = {"int4_linear": 3, "int8_linear": 3, "sample": 2, "paged_attention": 4}
+    variants |= {f"paged_attention {kind}": 3 for kind in ("of float8", "of int8", "with alibi")}
+    variants |= {"paged_attention batch-invariant": 1}
     for name in cases(1):
         launching._ready.clear()
         before = octavo.compile_count()
