@@ -92,9 +92,6 @@ def merge_parts_kernel(
     first_worker, last_worker = begin // share, tl.minimum((begin + tiles - 1) // share, workers - 1)
     if (sequence > B) | (first_worker >= last_worker) | ((first_worker + 1 != index) & (not BY_ITEM)):
         last_worker = -1  # nothing to do
-    first_program = (tl.program_id(0) == 0) & (pack == 0) & (tl.program_id(2) == 0)
-    if (last_worker < 0) & (not first_program):
-        return  # one program is enough to keep the next kernel from starting before the previous one has ended
     tile_start = query_start + item * BLOCK_Q
     rows = tl.where(last_worker < 0, 0, tl.minimum(query_end - tile_start, BLOCK_Q) * PACK)  # of each head
     n = tl.program_id(2) * ROWS + tl.arange(0, ROWS)

@@ -40,5 +40,5 @@ def registers_of(tiles: Tiles, device: torch.device) -> int:
     Left to itself, it spills a few of these kernels' to save many, though more than `workers` programs never meet.
     """
     hopper = device_properties(device).capability >= (9, 0)
-    told = hopper or tiles.block_d > 128
+    told = hopper or tiles.block_d <= 64 or tiles.block_d > 128
     return min(65536 // (32 * tiles.num_warps * tiles.workers), 255) if told else 0
