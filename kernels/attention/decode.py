@@ -320,7 +320,7 @@ def decode(
         **constexprs,
         **blocks,
         BY_WARPS=tiles.by_warps,
-        REGISTERS=registers_of(tiles, device),
+        REGISTERS=registers_of(tiles),
         CHAINED=chains(device),
     )
     merge_parts(out, lse, parts, plan, merge_args, constexprs, blocks, tiles, (workers, packs), max_seqlen_q)

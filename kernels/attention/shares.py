@@ -34,11 +34,10 @@ def check_plan_shape(plan: torch.Tensor, expected: tuple[int, int]) -> None:
         )
 
 
-def registers_of(tiles: Tiles, device: torch.device) -> int:
-    """How many registers a thread of the decode kernel has, where ptxas is to be told; else 0.
+def registers_of(tiles: Tiles) -> int:
+    """How many registers a thread of the decode kernel has.
 
-    Left to itself, it spills a few of these kernels' to save many, though more than `workers` programs never meet.
+    ptxas is told, because left to itself it spills a few of these kernels' to save many, though more than `workers`
+    programs never meet.
     """
-    hopper = device_properties(device).capability >= (9, 0)
-    told = hopper or tiles.block_d <= 64 or tiles.block_d > 128
-    return min(65536 // (32 * tiles.num_warps * tiles.workers), 255) if told else 0
+    return min(65536 // (32 * tiles.num_warps * max(tiles.workers, 1)), 255)
