@@ -148,10 +148,10 @@ def test_shares_are_those_of_the_lengths(device, many_workers):
         total = max(cdiv(queries, block_q), 1) * max(cdiv(length, tiles.block_n), 1)
         sequences.append((first, first + total, start, start + queries))
         first += total
-    piece = max(cdiv(first, len(rows)), tiles.least)
+    share = max(cdiv(first, len(rows)), tiles.least)
     for worker, row in enumerate(rows):
-        begin, stop = worker * piece, min((worker + 1) * piece, first)
-        assert row[2:5] == [begin, stop, piece]
+        begin, stop = worker * share, min((worker + 1) * share, first)
+        assert row[2:5] == [begin, stop, share]
         if begin < stop:
             b = next(b for b, (_, end, *_) in enumerate(sequences) if begin < end)
             assert row[:2] == [b, sequences[b][0]] and row[5:7] == list(sequences[b][2:])
@@ -412,7 +412,7 @@ def test_graph_capture_and_replay_with_other_lengths(dtype):
 @pytest.mark.parametrize("d", [64, 96, 128, 256])
 @pytest.mark.parametrize("lengths", [[(1, 30000)], [(1, 4000), (1, 513)], [(1, 50)] * 63 + [(1, 9000)]], ids=str)
 def test_large(dtype, d, lengths):
-    """Every run gives the same bits, whoever comes last."""
+    """Every run gives the same bits."""
     args, longest = case(lengths, heads=16, kv_heads=4, d=d, page_size=16, device="cuda", dtype=dtype)
     check(args, longest, function=with_plan)
     plan = plan_of(args, dict(max_seqlen_q=1))

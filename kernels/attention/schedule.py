@@ -1,8 +1,8 @@
 """The attention of few queries a sequence over a paged cache: every multiprocessor reads an equal share of the keys.
 
 All keys that the step reads of a head, or of some heads side by side, stand in one row of tiles, sequence after
-sequence. A fixed number of programs, the workers, take equal pieces of that row (stream-K: Osama et al. 2023,
-https://arxiv.org/abs/2301.03598), whatever the lengths are. A piece begins and ends anywhere: where an item (a query
+sequence. A fixed number of programs, the workers, take equal shares of that row (stream-K: Osama et al. 2023,
+https://arxiv.org/abs/2301.03598), whatever the lengths are. A share begins and ends anywhere: where an item (a query
 tile and KV head) is cut, its workers leave partial results, and a second kernel merges them in order (flash decoding,
 https://pytorch.org/blog/flash-decoding).
 

@@ -40,4 +40,4 @@ def registers_of(tiles: Tiles) -> int:
     ptxas is told, because left to itself it spills a few of these kernels' to save many, though more than `workers`
     programs never meet.
     """
-    return min(65536 // (32 * tiles.num_warps * max(tiles.workers, 1)), 255)
+    return min(65536 // (32 * tiles.num_warps * tiles.workers), 255)

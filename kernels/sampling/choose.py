@@ -95,6 +95,7 @@ def choose_kernel(
     kept_mass = total
     # Top-p alone takes no threshold to draw, unless it may keep too little to draw by tiles, or its mass is wanted.
     MEASURED: tl.constexpr = FILTERS and top_p_ptr is not None and (logprobs_ptr is None or RAW)
+    whole = (row_stats_ptr, logits_ptr, row, V, tiles, stride_logits_row, edits, top, scale)
     if usable:
         searched = row < 0  # no
         inside, outside = tl.full([], LOWEST, tl.float32), tl.full([], float("inf"), tl.float32)
@@ -182,17 +183,10 @@ def choose_kernel(
                             TILE,
                         )
                 else:
+                    # A copy of its own, so that it shares no registers with rows that are not searched.
                     token = draw_by_tiles(
-                        row_stats_ptr,
-                        logits_ptr,
-                        row,
-                        V,
-                        tiles,
-                        stride_logits_row,
-                        edits,
-                        top,
+                        whole,
                         False,
-                        scale,
                         threshold,
                         float("inf"),
                         total,
@@ -205,16 +199,8 @@ def choose_kernel(
                     )
         else:
             token = draw_by_tiles(
-                row_stats_ptr,
-                logits_ptr,
-                row,
-                V,
-                tiles,
-                stride_logits_row,
-                edits,
-                top,
+                whole,
                 greedy,
-                scale,
                 inside,
                 outside,
                 goal,

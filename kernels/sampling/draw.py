@@ -26,25 +26,9 @@ SHARE = tl.constexpr(reference.SHARE)  # of the mass: rows that keep as much dra
 
 
 @triton.jit
-def _draw(
-    row_stats_ptr,
-    logits_ptr,
-    row,
-    V,
-    tiles,
-    stride_logits_row,
-    edits,
-    top,
-    greedy,
-    scale,
-    seed,
-    position,
-    use,
-    SEEDED: tl.constexpr,
-    ALL_TILES: tl.constexpr,
-    TILE: tl.constexpr,
-):
+def _draw(whole, greedy, seed, position, use, SEEDED: tl.constexpr, ALL_TILES: tl.constexpr, TILE: tl.constexpr):
     """A token of the whole row with the noise of `use` and the next one, and its logit; the largest if greedy."""
+    row_stats_ptr, logits_ptr, row, V, tiles, stride_logits_row, edits, top, scale = whole
     tile = tl.arange(0, ALL_TILES)
     tile_max = tl.load(row_stats_ptr + MAX * tiles + tile, mask=tile < tiles, other=-float("inf"))
     score = tile_max
@@ -68,16 +52,8 @@ def _measure(
     inside,
     outside,
     goal,
-    row_stats_ptr,
-    logits_ptr,
-    row,
-    V,
-    tiles,
-    stride_logits_row,
-    edits,
-    top,
+    whole,
     greedy,
-    scale,
     seed,
     position,
     use,
@@ -90,6 +66,7 @@ def _measure(
 
     The two that would be drawn next, from `use` on, are measured along: one pass in place of up to three.
     """
+    row_stats_ptr, logits_ptr, row, V, tiles, stride_logits_row, edits, top, scale = whole
     if (x > outside) & (x < inside):
         tile = tl.arange(0, ALL_TILES)
         tile_max = tl.load(row_stats_ptr + MAX * tiles + tile, mask=tile < tiles, other=-float("inf"))
@@ -105,24 +82,7 @@ def _measure(
             list_ptr = (row_stats_ptr + PLANES * tiles).to(tl.pointer_type(tl.int32))
             listed = list_tiles(list_ptr, tile, above, tiles, MANY)
             for i in range(2):
-                _, other = _draw(
-                    row_stats_ptr,
-                    logits_ptr,
-                    row,
-                    V,
-                    tiles,
-                    stride_logits_row,
-                    edits,
-                    top,
-                    greedy,
-                    scale,
-                    seed,
-                    position,
-                    use + 2 * i,
-                    SEEDED,
-                    ALL_TILES,
-                    TILE,
-                )
+                _, other = _draw(whole, greedy, seed, position, use + 2 * i, SEEDED, ALL_TILES, TILE)
                 y, z = tl.maximum(other, x), y  # what is below x is left out with it, or not drawn at all
             up_to_x, up_to_y, up_to_z = masses_up_to(
                 list_ptr,
@@ -152,16 +112,8 @@ def _measure(
 
 @triton.jit
 def draw_by_tiles(
-    row_stats_ptr,
-    logits_ptr,
-    row,
-    V,
-    tiles,
-    stride_logits_row,
-    edits,
-    top,
+    whole,
     greedy,
-    scale,
     inside,
     outside,
     goal,
@@ -174,8 +126,10 @@ def draw_by_tiles(
 ):
     """A token that the filters keep; the largest if greedy, and of equals the first.
 
+    `whole` is what is known of the row: its tiles' numbers, its logits and how they are edited, the largest, the scale.
     Logits from `inside` on are known to be kept, those up to `outside` not to be. There are others only if MEASURED.
     """
+    row = whole[2]
     seed, position = row.to(tl.int64), row.to(tl.int64)
     SEEDED: tl.constexpr = seeds_ptr is not None
     if SEEDED:
@@ -183,48 +137,11 @@ def draw_by_tiles(
     token = tl.full([], -1, tl.int32)
     use = tl.full([], 0, tl.int32)
     while token < 0:
-        drawn, x = _draw(
-            row_stats_ptr,
-            logits_ptr,
-            row,
-            V,
-            tiles,
-            stride_logits_row,
-            edits,
-            top,
-            greedy,
-            scale,
-            seed,
-            position,
-            use,
-            SEEDED,
-            ALL_TILES,
-            TILE,
-        )
+        drawn, x = _draw(whole, greedy, seed, position, use, SEEDED, ALL_TILES, TILE)
         use += 2
         if MEASURED:
             inside, outside = _measure(
-                x,
-                inside,
-                outside,
-                goal,
-                row_stats_ptr,
-                logits_ptr,
-                row,
-                V,
-                tiles,
-                stride_logits_row,
-                edits,
-                top,
-                greedy,
-                scale,
-                seed,
-                position,
-                use,
-                SEEDED,
-                ALL_TILES,
-                MANY,
-                TILE,
+                x, inside, outside, goal, whole, greedy, seed, position, use, SEEDED, ALL_TILES, MANY, TILE
             )
         token = tl.where(x >= inside, drawn, token)
     return token
