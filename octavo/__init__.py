@@ -16,6 +16,7 @@ from octavo.kernels.attention.paged_attention import paged_attention
 from octavo.kernels.attention.plan_attention import plan_attention
 from octavo.kernels.attention.merge import merge_attention_states
 from octavo.kernels.attention.cascade import cascade_attention
+from octavo.kernels.attention.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from octavo.kernels.quant.packing import int4_pack, int4_unpack
 from octavo.kernels.quant.int4 import int4_linear
 from octavo.kernels.quant.int8 import int8_linear
@@ -45,6 +46,9 @@ __all__ = [
     "plan_attention",
     "merge_attention_states",
     "cascade_attention",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
     "int4_linear",
     "int4_pack",
     "int4_unpack",
