@@ -346,7 +346,10 @@ def _of_batch(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`_attend` for q of `[batch, seqlen_q, heads, head_size]`; the log-sum-exp is `[batch, heads, seqlen_q]`."""
     batch, seqlen_q, heads, head_size = q.shape
-    cu_seqlens_q = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * seqlen_q
+    if seqlen_q:
+        cu_seqlens_q = torch.arange(0, batch * seqlen_q + 1, seqlen_q, dtype=torch.int32, device=q.device)
+    else:
+        cu_seqlens_q = torch.zeros(batch + 1, dtype=torch.int32, device=q.device)
     rows = q.reshape(batch * seqlen_q, heads, head_size)
     out, lse = _attend(rows, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, seqlen_q, *options)
     if lse is not None:

@@ -91,14 +91,17 @@ def table_of(
 
 
 def slots_of(past: torch.Tensor, new: int, block_table: torch.Tensor, page_size: int) -> torch.Tensor:
-    """Where `write_kv` puts `new` tokens a sequence after its `past` [batch]: [batch · new]; -1 past the table."""
-    positions = past[:, None] + torch.arange(new, dtype=torch.int32, device=past.device)
-    page, width = (positions // page_size).long(), block_table.shape[1]
+    """Where `write_kv` puts `new` tokens a sequence after its `past` [batch]: [batch · new]; none past the table."""
+    width = block_table.shape[1]
     if width == 0:
-        return torch.full_like(page, -1).flatten()
-    pages = block_table.gather(1, page.clamp(0, width - 1)).long()
-    wanted = (positions >= 0) & (page < width) & (pages >= 0)
-    return torch.where(wanted, pages * page_size + positions % page_size, -1).flatten()
+        return past.new_full((past.shape[0] * new,), -1)
+    position = past[:, None].long()
+    if new != 1:
+        position = position + torch.arange(new, device=past.device)
+    at = position // page_size
+    page = block_table.gather(1, at.clamp(0, width - 1))
+    slots = torch.add(position, page - at, alpha=page_size)  # page · page_size + position % page_size
+    return torch.where(at < width, slots, -1).flatten()
 
 
 def visible(causal: bool, window_size: tuple[int, int], seqlen_k: int) -> tuple[bool, int | None]:
