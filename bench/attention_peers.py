@@ -1,17 +1,16 @@
-"""The providers of paged attention: torch over gathered K and V, FlashInfer, vLLM's FlashAttention-3 and Triton, conch.
+"""The providers of paged attention: torch over gathered K and V, vLLM's FlashAttention-3 and Triton, conch.
 
-Plans, scheduling metadata and page tables are set-up. All scale scores by `D ** -0.5`, which is every peer's default.
+Scheduling metadata and what is gathered are set-up. All scale scores by `D ** -0.5`, which is every peer's default.
 """
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from octavo.bench.harness import Inputs, LeftOut, Unsupported
-from octavo.bench.providers import flashinfer_workspace, page_tables
+from octavo.bench.harness import Inputs, Unsupported
+from octavo.bench.paged_inputs import apart
 
 Call = Callable[[], torch.Tensor]
 
@@ -50,6 +49,8 @@ def _dense(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query, key and value as SDPA takes them, `[B, heads, tokens, D]`; with a window, the keys in it alone."""
     sequences, context, window = inputs["block_table"].shape[0], inputs["max_seqlen_k"], inputs["window"]
     _require_plain(inputs)
+    if inputs.get("chunks"):
+        raise Unsupported("no mixed batch")
     if inputs["seq_lens"].min() < context:
         raise Unsupported("sequences of one length only")
     first = 0
@@ -76,65 +77,33 @@ def _packed(out: torch.Tensor) -> torch.Tensor:
     return out.transpose(1, 2).reshape(-1, out.shape[1], out.shape[3])
 
 
-def flashinfer(inputs: Inputs) -> Call:
-    """Its decode kernels on tensor cores, its FlashAttention-2 kernels for more than one query."""
-    if inputs["max_seqlen_q"] > 1:
-        return _flashinfer_prefill(inputs, "fa2")
-    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
-
-    if "key_scale_cache" in inputs:
-        raise Unsupported("no int8 cache")
-    query, out = inputs["query"], torch.empty_like(inputs["query"])
-    caches = inputs["key_cache"], inputs["value_cache"]
-    scales = {name: inputs[name].item() for name in ("k_scale", "v_scale") if name in inputs}
-    _, page_size, kv_heads, size = caches[0].shape
-    wrapper = BatchDecodeWithPagedKVCacheWrapper(flashinfer_workspace(query.device), "NHD", use_tensor_cores=True)
-    wrapper.plan(
-        *page_tables(inputs["block_table"], inputs["seq_lens"], page_size),
-        *(query.shape[1], kv_heads, size, page_size),
-        window_left=(inputs["window"] or 0) - 1,
-        q_data_type=query.dtype,
-        kv_data_type=caches[0].dtype,
-    )
-    return lambda: wrapper.run(query, caches, out=out, **scales)
-
-
-def flashinfer_fa3(inputs: Inputs) -> Call:
-    """Its FlashAttention-3 kernels, which take minutes to compile: only where OCTAVO_BENCH_FA3=1 asks for them."""
-    import flashinfer  # noqa: F401  (missing is said before disabled)
-
-    if inputs["max_seqlen_q"] == 1:
-        raise Unsupported("prefill only")
-    if os.environ.get("OCTAVO_BENCH_FA3") != "1":
-        raise LeftOut("takes minutes to compile; set OCTAVO_BENCH_FA3=1")
-    return _flashinfer_prefill(inputs, "fa3")
-
-
-def _flashinfer_prefill(inputs: Inputs, backend: str) -> Call:
-    from flashinfer import BatchPrefillWithPagedKVCacheWrapper
-
-    query, out = inputs["query"], torch.empty_like(inputs["query"])
-    caches = inputs["key_cache"], inputs["value_cache"]
-    _, page_size, kv_heads, size = caches[0].shape
-    wrapper = BatchPrefillWithPagedKVCacheWrapper(flashinfer_workspace(query.device), "NHD", backend=backend)
-    wrapper.plan(
-        inputs["cu_seqlens_q"],
-        *page_tables(inputs["block_table"], inputs["seq_lens"], page_size),
-        *(query.shape[1], kv_heads, size, page_size),
-        causal=True,
-        window_left=(inputs["window"] or 0) - 1,
-        q_data_type=query.dtype,
-        kv_data_type=query.dtype,
-    )
-    return lambda: wrapper.run(query, caches, out=out)
-
-
 def vllm_fa3(inputs: Inputs) -> Call:
+    return _fa3(inputs, torch.empty_like(inputs["query"]))
+
+
+def vllm_fa3_two_calls(inputs: Inputs) -> Call:
+    """A call for the decode tokens of a mixed batch and one for its chunks, each with its own metadata."""
+    import vllm.vllm_flash_attn  # noqa: F401  (missing is said before unsupported)
+
+    decodes, chunks = apart(inputs)
+    out = torch.empty_like(inputs["query"])
+    tokens = decodes["query"].shape[0]
+    first, second = _fa3(decodes, out[:tokens]), _fa3(chunks, out[tokens:])
+
+    def call() -> torch.Tensor:
+        first()
+        second()
+        return out
+
+    return call
+
+
+def _fa3(inputs: Inputs, out: torch.Tensor) -> Call:
     from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
     _require_plain(inputs)
     query, key_cache, value_cache = (inputs[name] for name in ("query", "key_cache", "value_cache"))
-    lengths, starts, out = inputs["seq_lens"], inputs["cu_seqlens_q"], torch.empty_like(query)
+    lengths, starts = inputs["seq_lens"], inputs["cu_seqlens_q"]
     longest_q, longest_k = inputs["max_seqlen_q"], inputs["max_seqlen_k"]
     _, page_size, kv_heads, size = key_cache.shape
     window = [inputs["window"] - 1, 0] if inputs["window"] else [-1, -1]
@@ -169,8 +138,6 @@ def vllm_triton(inputs: Inputs) -> Call:
     """vLLM's Triton backend as its engine calls it: decode over 16 segments up to 128 / kv_heads sequences."""
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
-    if "key_scale_cache" in inputs:
-        raise Unsupported("no int8 cache with a scale for each token and head")
     query, key_cache, value_cache = (inputs[name] for name in ("query", "key_cache", "value_cache"))
     scales = [
         inputs[x].expand(query.shape[0], key_cache.shape[2]) if x in inputs else None for x in ("k_scale", "v_scale")
@@ -187,6 +154,7 @@ def vllm_triton(inputs: Inputs) -> Call:
         softmax_segm_output=torch.empty(*segments, 1 << (size - 1).bit_length(), **partial),
         softmax_segm_max=torch.empty(segments, **partial),
         softmax_segm_expsum=torch.empty(segments, **partial),
+        **_vllm_quantisation(inputs),
     )
 
     def call() -> torch.Tensor:
@@ -200,6 +168,18 @@ def vllm_triton(inputs: Inputs) -> Call:
     return call
 
 
+def _vllm_quantisation(inputs: Inputs) -> dict[str, Any]:
+    """What a quantised cache is said to be: without it the scales are not read."""
+    if inputs["key_cache"].element_size() > 1:
+        return {}
+    from vllm.v1.kv_cache_interface import KVQuantMode
+
+    if "k_scale" in inputs:
+        return {"kv_quant_mode": KVQuantMode.FP8_PER_TENSOR}
+    scales = {f"{name[0]}_scale_cache": inputs[f"{name}_scale_cache"] for name in ("key", "value")}
+    return {"kv_quant_mode": KVQuantMode.INT8_PER_TOKEN_HEAD, **scales}
+
+
 def conch(inputs: Inputs) -> Call:
     """Its decode kernel for one query a sequence, its kernel for varying lengths otherwise."""
     from conch.ops.attention.paged_attention import paged_attention
@@ -208,6 +188,8 @@ def conch(inputs: Inputs) -> Call:
     _require_plain(inputs)
     if inputs["window"]:
         raise Unsupported("no sliding window")
+    if inputs.get("chunks"):
+        raise Unsupported("no mixed batch")
     if 1 < inputs["max_seqlen_q"] < inputs["max_seqlen_k"]:
         raise Unsupported("its causal mask lets query i see keys 0 to i: no chunk after a cached context")
     query, key_cache, value_cache = (inputs[name] for name in ("query", "key_cache", "value_cache"))

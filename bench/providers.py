@@ -102,5 +102,8 @@ def page_tables(
 
 @functools.cache
 def flashinfer_workspace(device: torch.device) -> torch.Tensor:
-    """The buffer for partial results that FlashInfer's wrappers share; calls on one stream do not overlap."""
-    return torch.zeros(256 << 20, dtype=torch.uint8, device=device)
+    """The buffer for partial results that FlashInfer's wrappers share; calls on one stream do not overlap.
+
+    Many heads of many sequences want more than the 128 MB that its documentation asks for.
+    """
+    return torch.zeros(1 << 30, dtype=torch.uint8, device=device)

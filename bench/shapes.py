@@ -1,4 +1,4 @@
-"""The models whose shapes are measured, and what is derived from them; of Falcon-40B its attention alone.
+"""The models whose shapes are measured, and what is derived from them.
 
 Numbers are those of each `config.json`.
 
@@ -46,7 +46,12 @@ MISTRAL_7B = Model("Mistral-7B", 4096, 14336, 32, 32, 8, 128, 32000, window=4096
 MIXTRAL_8X7B = Model("Mixtral-8x7B", 4096, 14336, 32, 32, 8, 128, 32000, experts=8, experts_per_token=2)
 FALCON_7B = Model("Falcon-7B", 4544, 18176, 32, 71, 1, 64, 65024, gated=False, layer_norms=1, tied=True)
 FALCON_40B = Model("Falcon-40B", 8192, 32768, 60, 128, 8, 64, 65024, gated=False, layer_norms=2, tied=True)
+LLAMA_3_2_1B = Model("Llama-3.2-1B", 2048, 8192, 16, 32, 8, 64, 128256, tied=True)
+PHI_3_MINI = Model("Phi-3-mini", 3072, 8192, 32, 32, 32, 96, 32064)
+GEMMA_2_9B = Model("Gemma-2-9B", 3584, 14336, 42, 16, 8, 256, 256000, tied=True)
 MODELS = (LLAMA_3_8B, LLAMA_2_70B, MISTRAL_7B, MIXTRAL_8X7B, FALCON_7B)
+# Of these the attention alone is measured: other heads.
+ATTENTION_ONLY = (FALCON_40B, LLAMA_3_2_1B, PHI_3_MINI, GEMMA_2_9B)
 
 # One decode step of 1 to 1024 sequences, and a prefill; the GEMMs' largest is what a server's token budget allows.
 TOKENS = (1, 16, 64, 256, 1024, 8192)
@@ -124,7 +129,7 @@ def models_of(shape: Mapping[str, int]) -> list[str]:
 
     Token counts, contexts and page sizes belong to no model; a window of 0 fits every model.
     """
-    return [model.name for model in (*MODELS, FALCON_40B) if _fits(model, shape)]
+    return [model.name for model in (*MODELS, *ATTENTION_ONLY) if _fits(model, shape)]
 
 
 def _fits(model: Model, shape: Mapping[str, int]) -> bool:

@@ -72,3 +72,11 @@ def _poison(request: pytest.FixtureRequest):
     else:
         with poisoned_memory():
             yield
+
+
+@pytest.fixture(autouse=True)
+def _memory_given_back():
+    """GPU memory that torch would keep for this process's next test, which the other processes' tests want."""
+    yield
+    if torch.cuda.is_initialized():  # asking for anything else would initialise CUDA
+        torch.cuda.empty_cache()

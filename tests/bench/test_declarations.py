@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import octavo
-from octavo.bench import bench_write_kv, providers, shapes, weight_only
+from octavo.bench import bench_write_kv, paged_inputs, providers, shapes, weight_only
 from octavo.bench.check import difference, tensors
-from octavo.bench.harness import LeftOut, Provider, benchmarks, label, load, parse_label
+from octavo.bench.harness import LeftOut, Provider, Unsupported, benchmarks, label, load, parse_label
 from octavo.testing import OPS, without_interpreter
 
 CPU = torch.device("cpu")
@@ -22,6 +22,8 @@ def quantized(dimension):
     variants = ((0, 256), (1, 256), (0, 128), (0, 0), (1, 0))
     return [{"T": 3, dimension: 256, "int8": int8, "group": group} for int8, group in variants]
 
+
+MIXED = {"chunks": 2, "chunk_q": 5, "chunk_ctx": 21}
 
 # Small enough for a CPU, with odd sizes where the op allows them.
 TINY = {
@@ -56,7 +58,7 @@ TINY = {
     ]
     + [
         {"B": 3, "q": 1, "ctx": 37, "heads": 6, "kv_heads": 2, "D": 16, "page": 16, "window": 0} | more
-        for more in ({"fp8": 1}, {"int8": 1}, {"long": 61})
+        for more in ({"fp8": 1}, {"int8": 1}, {"long": 61}, MIXED)
     ],
     "merge_attention_states": [{"T": 5, "heads": 3, "D": 16}],
     "cascade_attention": [
@@ -206,17 +208,20 @@ def test_attention_counts_visible_pairs():
     module = load("paged_attention")
     for shape in TINY["paged_attention"]:
         pairs, read = 0, 0
-        for length in [shape.get("long", shape["ctx"])] + [shape["ctx"]] * (shape["B"] - 1):
-            at = torch.arange(length - shape["q"], length)[:, None]
+        chunks = [(shape["chunk_q"], shape["chunk_ctx"])] * shape["chunks"] if "chunks" in shape else []
+        alike = [(shape["q"], shape["ctx"])] * (shape["B"] - 1)
+        both = [(shape["q"], shape.get("long", shape["ctx"])), *alike, *chunks]
+        for new, length in both:
+            at = torch.arange(length - new, length)[:, None]
             keys = torch.arange(length)
             seen = (keys <= at) & (keys > at - (shape["window"] or length))
             pairs += int(seen.sum())
             read += int(seen.any(0).sum())
         assert module.visible_pairs(shape) == pairs
-        rows = shape["B"] * shape["q"]
+        rows = sum(new for new, _ in both)
         of_head = shape["D"] if "fp8" in shape else shape["D"] + 4 if "int8" in shape else 2 * shape["D"]
         floor = 4 * rows * shape["heads"] * shape["D"] + 2 * read * shape["kv_heads"] * of_head
-        assert 0 < module.bytes_moved(shape, torch.float16) - floor < 4 * (read + 2 * shape["B"] + 2)
+        assert 0 < module.bytes_moved(shape, torch.float16) - floor < 4 * (read + 2 * len(both) + 2)
 
 
 @pytest.mark.parametrize(("name", "shape"), PAIRS, ids=IDS)
@@ -241,12 +246,42 @@ def test_what_runs_without_peers_is_right(name, shape, dtype):
 
 
 def unsupported(name, shape, provider):
-    """torch's dense attention has one length, no window for more than one query and no quantised cache: it says so."""
+    """torch's dense attention has one length and number of queries, with a window one query, no quantised cache."""
     if name != "paged_attention":
         return False
-    if not {"fp8", "int8", "long"} & set(shape) and (not shape["window"] or shape["q"] == 1):
+    if not {"fp8", "int8", "long", "chunks"} & set(shape) and (not shape["window"] or shape["q"] == 1):
         return False
     return provider is load(name).PROVIDERS["torch (dense K/V)"]
+
+
+def test_what_torch_cannot_compute_it_says():
+    for shape in TINY["paged_attention"]:
+        for name in ("torch (dense K/V)", "torch cuDNN (dense K/V)"):
+            provider = load("paged_attention").PROVIDERS[name]
+            inputs = draw("paged_attention", shape, torch.bfloat16)
+            prefill = shape["q"] == shape["ctx"] and not shape["window"]
+            fits = prefill if "cuDNN" in name else not unsupported("paged_attention", shape, provider)
+            with nullcontext() if fits else pytest.raises(Unsupported):
+                provider.make(inputs)
+
+
+def test_a_mixed_batch_in_two_calls():
+    """The decode tokens and the chunks, each computed alone, are the batch; other batches are not divided."""
+    module = load("paged_attention")
+    shape = {**TINY["paged_attention"][0], "long": 61, **MIXED}
+    inputs = draw("paged_attention", shape)
+    assert inputs["cu_seqlens_q"].tolist() == [0, 1, 2, 3, 8, 13] and inputs["cu_seqlens_q"].dtype == torch.int32
+    assert inputs["seq_lens"].tolist() == [61, 37, 37, 21, 21]
+    assert (inputs["max_seqlen_q"], inputs["max_seqlen_k"]) == (5, 61)
+    decodes, chunks = paged_inputs.apart(inputs)
+    assert (decodes["max_seqlen_q"], decodes["max_seqlen_k"], decodes["cu_seqlens_q"].tolist()) == (1, 61, [0, 1, 2, 3])
+    assert (chunks["max_seqlen_q"], chunks["max_seqlen_k"], chunks["cu_seqlens_q"].tolist()) == (5, 21, [0, 5, 10])
+    for part in (decodes, chunks):
+        assert difference(module.PROVIDERS["octavo"].make(part)(), module.exact(part)) is None
+    torch.testing.assert_close(torch.cat([module.exact(decodes), module.exact(chunks)]), module.exact(inputs))
+    for part in (decodes, draw("paged_attention", TINY["paged_attention"][4])):
+        with pytest.raises(Unsupported, match="mixed batches only"):
+            paged_inputs.apart(part)
 
 
 @pytest.mark.parametrize(("name", "shape"), PAIRS, ids=IDS)
@@ -388,7 +423,7 @@ def test_exact_in_pieces(monkeypatch):
     whole = {name: tensors(load(name).exact(draw(name, tiny[-1]))) for name, tiny in TINY.items()}
     monkeypatch.setattr(providers, "PIECE", 1)
     monkeypatch.setattr(weight_only, "PIECE", 600)
-    monkeypatch.setattr(load("paged_attention"), "SCORES", 256)
+    monkeypatch.setattr(paged_inputs, "SCORES", 256)
     for name, tiny in TINY.items():
         for piecewise, once in zip(tensors(load(name).exact(draw(name, tiny[-1]))), whole[name], strict=True):
             torch.testing.assert_close(piecewise, once, rtol=1e-12, atol=1e-12)
