@@ -6,13 +6,14 @@ arguments to binary, so that what it leaves in Triton's cache is what a launch o
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -73,10 +74,15 @@ class ToLaunchers(TorchDispatchMode):
 
 def without_memory(launch: Launch) -> Launch:
     """The launch with `Pointer`s in place of tensors, aligned as the tensors are in their storage."""
-    args = [
-        Pointer(a.dtype, int(a.storage_offset()) * a.element_size() % 16) if isinstance(a, torch.Tensor) else a
-        for a in launch.args
-    ]
+
+    def without(a: Any) -> Any:
+        if isinstance(a, TensorDescriptor):
+            return replace(a, base=without(a.base))
+        if isinstance(a, torch.Tensor):
+            return Pointer(a.dtype, int(a.storage_offset()) * a.element_size() % 16)
+        return a
+
+    args = map(without, launch.args)
     return Launch(launch.kernel, launch.grid, tuple(args), launch.constexprs, launch.num_warps, launch.num_stages)
 
 

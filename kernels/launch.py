@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from triton import knobs
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 INTERPRET: bool = knobs.runtime.interpret
@@ -185,6 +186,8 @@ def _class_of(value: Any, specialize: bool) -> Any:
     """What of an argument decides which compiled kernel fits."""
     if isinstance(value, (torch.Tensor, Pointer)):
         return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, TensorDescriptor):
+        return value.base.dtype, *value.block_shape, value.layout
     if type(value) is int:
         wide = not -(2**31) <= value < 2**31
         return (wide, value % 16 == 0, value == 1) if specialize else wide
@@ -287,9 +290,11 @@ def launch(
 ) -> None:
     """Starts `kernel` over `grid` on `device`; a grid with no programs starts nothing.
 
-    `args` are the kernel's arguments in order: pointers first (tensors or None), then numbers. Its constexprs, by name,
-    come last in its signature. One named CHAINED says that the kernel waits by itself for the one before it
-    (`octavo.kernels.tiles.chains`); one named REGISTERS limits a thread's registers, where it is not 0.
+    `args` are the kernel's arguments in order: pointers first (tensors or None), then numbers; ahead of both what the
+    copy engine reads, if anything, as Gluon's TensorDescriptor: such a kernel is started by Triton, and its calls are
+    not replayed. Its constexprs, by name, come last in its signature. One named CHAINED says that the kernel waits by
+    itself for the one before it (`octavo.kernels.tiles.chains`); one named REGISTERS limits a thread's registers, where
+    it is not 0.
     """
     recorder = _recorder.get()
     if recorder is not None:
@@ -304,7 +309,8 @@ def launch(
             launch(kernel, grid, *args, device=device, num_warps=num_warps, num_stages=num_stages, **constexprs)
         return
     ready = None
-    if starter is not None and device.type in DEVICES and not hooked():
+    described = any(isinstance(a, TensorDescriptor) for a in args[:1])  # what the C function takes for one differs
+    if starter is not None and device.type in DEVICES and not described and not hooked():
         ready = ready_kernel(kernel, device.index, args, constexprs, num_warps, num_stages)
     if ready is None:
         kernel[grid](*args, **_options(constexprs, num_warps, num_stages))

@@ -21,6 +21,7 @@ from octavo.kernels.attention.attention_tiles import choose_tiles
 from octavo.kernels.attention.decode import decode
 from octavo.kernels.attention.kv_cache import check_supported, scale_stride, strides_of
 from octavo.kernels.attention.online_softmax import attend, find_sequence, of_heads, store_result
+from octavo.kernels.attention.prefill import prefill, takes
 from octavo.kernels.attention.shares import check_plan_shape, plan_shape
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.tiles import cdiv, chains, device_properties, let_next_start, wait_for_previous
@@ -245,6 +246,8 @@ def _paged_attention_cuda(
         check_plan_shape(plan, plan_shape(tiles, kv_heads, group, tokens, query.device))
     pack = min(group, tiles.block_m)
     window = min(window_size or 0, 2**30)  # so that what the kernels add to it stays below 2³¹
+    score_scale = 2 * LOG2_E * scale / softcap if softcap else LOG2_E * scale
+    cap = LOG2_E * softcap
     args = (
         query,
         key_cache,
@@ -263,8 +266,8 @@ def _paged_attention_cuda(
         key_cache.shape[0],
         block_table.shape[1],
         window,
-        2 * LOG2_E * scale / softcap if softcap else LOG2_E * scale,
-        LOG2_E * softcap,
+        score_scale,
+        cap,
         *query.stride()[:2],
         *key_cache.stride()[:3],
         *value_cache.stride()[:3],
@@ -274,18 +277,19 @@ def _paged_attention_cuda(
         *strides_of(key_scale_cache),
         *strides_of(value_scale_cache),
     )
-    constexprs = dict(
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        PACK=pack,
-        D=head_size,
-        PAGE_SIZE=key_cache.shape[1],
+    options = dict(
         CAUSAL=causal,
         WINDOW=window_size is not None,
         ROLLING=rolling,
         SOFTCAP=softcap > 0,
         RETURN_LSE=return_lse,
     )
+    properties = device_properties(query.device)
+    if not tiles.workers and takes(query, key_cache, value_cache, alibi_slopes, scale, batch_invariant, properties):
+        tables, numbers = (block_table, seq_lens, cu_seqlens_q), (window, score_scale, cap)
+        prefill(out, lse, query, key_cache, value_cache, tables, sinks, numbers, options)
+        return out, lse
+    constexprs = dict(KV_HEADS=kv_heads, GROUP=group, PACK=pack, D=head_size, PAGE_SIZE=key_cache.shape[1], **options)
     if tiles.workers:
         merge_args = seq_lens, cu_seqlens_q, sinks, tokens, sequences, block_table.shape[1], window
         decode(out, lse, plan, args, merge_args, constexprs, tiles, max_seqlen_q)

@@ -189,8 +189,8 @@ def paged_attention(
         TypeError: a dtype that is not accepted.
         ValueError: a shape, stride, device or option that does not fit; a scale that is missing or not the cache's; a
             plan of another shape than this call's; on the CPU, a page id outside of the cache or lengths that
-            contradict each other. A GPU kernel leaves out the keys of such pages, since it can't raise without a
-            synchronisation.
+            contradict each other. A GPU kernel, which can't raise without a synchronisation, leaves out the keys of
+            such pages, or on Hopper, with many queries, takes them for zeros.
 
     Sums, softmax and scores are fp32. Numbers of a quantised cache are multiplied in query's dtype, or in fp16, which
     hold them exactly; scales are applied to scores, weights and sums in fp32. A query that sees a key whose scale is

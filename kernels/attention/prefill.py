@@ -1,0 +1,240 @@
+"""Attention of many queries over a paged KV cache on Hopper (sm_90), in Gluon; elsewhere `paged.py`'s kernel does it.
+
+A persistent program on each multiprocessor: a warp finds tiles of queries (`prefill_tiles.py`), two load by TMA
+(`prefill_loads.py`), two warpgroups of 64 rows each compute (`prefill_compute.py`). Rows are PACK query heads of a KV
+head by 128 / PACK tokens, so that the heads share a tile's keys.
+
+Measured on an H100, and not kept: two buffers for the queries (no difference, and twice the code, since a product whose
+first operand's address varies gave wrong results); two warps for the keys, and two for the values (no difference); the
+results by way of shared memory (slower); shares of the tiles fixed beforehand (1.3 times the mean for the last program
+of 8 × 2k); barriers that make the warpgroups take turns (no difference).
+"""
+
+from typing import Any
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from octavo.kernels.attention.prefill_compute import compute
+from octavo.kernels.attention.prefill_loads import load_queries_and_keys, load_values
+from octavo.kernels.attention.prefill_tiles import FIELDS, SLOTS, hand_out
+from octavo.kernels.launch import INTERPRET, empty, launch
+from octavo.kernels.tiles import DeviceProperties, device_properties, next_power_of_2
+
+ROWS = 64
+"""Of a warpgroup."""
+SECTION_BYTES = 16 * 2**20
+"""Keys and values that are read at a time; an H100 has 50 MB of L2 cache, each half of it for half of the programs."""
+
+
+@gluon.jit(do_not_specialize=["T", "B", "num_pages", "table_width", "window", "stride_table_sequence", "slots"])
+def _prefill_kernel(
+    # Bound by the tensor cores. One program a multiprocessor.
+    query_desc,
+    key_desc,
+    value_desc,
+    out_ptr,
+    lse_ptr,
+    sinks_ptr,
+    counter_ptr,
+    block_table_ptr,
+    seq_lens_ptr,
+    cu_seqlens_q_ptr,
+    T,
+    B,
+    num_pages,
+    table_width,
+    window,
+    score_scale,
+    cap,
+    stride_table_sequence,
+    slots,
+    KV_HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
+    PACK: gl.constexpr,
+    D: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
+    BOX: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    WINDOW: gl.constexpr,
+    ROLLING: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+    RETURN_LSE: gl.constexpr,
+    ROWS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr,
+    SECTION: gl.constexpr,
+):
+    dtype: gl.constexpr = query_desc.dtype
+    PARTS: gl.constexpr = BLOCK_D // 64
+    tile_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    queries = gl.allocate_shared_memory(dtype, [2, ROWS, BLOCK_D], tile_layout)
+    keys = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], tile_layout)
+    values = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], tile_layout)
+    # The same memory, as the copy engine writes it: 64 numbers of each row together.
+    query_boxes = queries._reinterpret(dtype, [2 * PARTS, ROWS // PACK, PACK, 64], query_desc.layout)
+    boxes: gl.constexpr = [STAGES * PARTS * (BLOCK_N // BOX), 1, 1, BOX, 64]
+    key_boxes = keys._reinterpret(dtype, boxes, key_desc.layout)
+    value_boxes = values._reinterpret(dtype, boxes, value_desc.layout)
+    entries = gl.allocate_shared_memory(gl.int32, [SLOTS * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    queries_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+    keys_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    values_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    read = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    cut_off = gl.allocate_shared_memory(gl.int64, [1, 1], barrier)
+    ring_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
+    ring_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
+    for i in gl.static_range(2):
+        mbarrier.init(queries_full.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(keys_full.index(i), count=1)
+        mbarrier.init(values_full.index(i), count=1)
+        mbarrier.init(read.index(i), count=2)  # by both warpgroups
+    mbarrier.init(cut_off.index(0), count=1)
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(ring_full.index(i), count=1)
+        mbarrier.init(ring_empty.index(i), count=4)  # by both warpgroups and both warps that load
+    fence_async_shared()
+
+    # fmt: off
+    gl.warp_specialize(
+        [
+            (compute, (
+                0, out_ptr, lse_ptr, sinks_ptr, queries, keys, values, queries_full, keys_full, values_full, read,
+                entries, ring_full, ring_empty, window, score_scale, cap, KV_HEADS * GROUP, PACK, D, CAUSAL, WINDOW,
+                ROLLING, SOFTCAP, RETURN_LSE, ROWS, BLOCK_N, BLOCK_D, STAGES)),
+            (compute, (
+                1, out_ptr, lse_ptr, sinks_ptr, queries, keys, values, queries_full, keys_full, values_full, read,
+                entries, ring_full, ring_empty, window, score_scale, cap, KV_HEADS * GROUP, PACK, D, CAUSAL, WINDOW,
+                ROLLING, SOFTCAP, RETURN_LSE, ROWS, BLOCK_N, BLOCK_D, STAGES)),
+            (hand_out, (
+                entries, ring_full, ring_empty, counter_ptr, cu_seqlens_q_ptr, seq_lens_ptr, T, B, table_width, window,
+                slots, KV_HEADS, GROUP, PACK, PAGE_SIZE, CAUSAL, WINDOW, ROLLING, ROWS, BLOCK_N, SECTION)),
+            (load_queries_and_keys, (
+                query_desc, key_desc, query_boxes, key_boxes, queries_full, keys_full, read, entries, ring_full,
+                ring_empty, block_table_ptr, num_pages, table_width, stride_table_sequence, GROUP, PACK, PAGE_SIZE,
+                BOX, ROLLING, ROWS, BLOCK_N, BLOCK_D, STAGES)),
+            (load_values, (
+                value_desc, value_boxes, values, values_full, read, cut_off, entries, ring_full, ring_empty,
+                block_table_ptr, num_pages, table_width, stride_table_sequence, GROUP, PAGE_SIZE, BOX, ROLLING,
+                BLOCK_N, BLOCK_D, STAGES)),
+        ],
+        [4, 1, 1, 1],
+        [240, 40, 40, 40],
+    )
+    # fmt: on
+
+
+def _box(page_size: int, block_n: int) -> int:
+    """Slots of a page that one copy brings: a power of two that divides it."""
+    return min(page_size & -page_size, block_n)
+
+
+def _for_copies(x: torch.Tensor) -> bool:
+    """Whether the copy engine can read `x` as it lies."""
+    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+
+
+def takes(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    alibi_slopes: torch.Tensor | None,
+    scale: float,
+    batch_invariant: bool,
+    properties: DeviceProperties,
+) -> bool:
+    """Whether this kernel can do a call with so many queries that no keys are shared out."""
+    return (
+        properties.capability[0] == 9
+        and torch.version.hip is None
+        and not INTERPRET
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and key_cache.dtype == query.dtype
+        and 64 <= query.shape[2] <= 256
+        and key_cache.shape[1] % 16 == 0
+        and min(query.shape[0], key_cache.shape[0]) > 0
+        and alibi_slopes is None
+        and not batch_invariant
+        and scale > 0
+        and all(map(_for_copies, (query, key_cache, value_cache)))
+    )
+
+
+def prefill(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    sinks: torch.Tensor | None,
+    numbers: tuple[int, float, float],
+    options: dict[str, Any],
+) -> None:
+    """Launches it.
+
+    Args:
+        tables: block_table, seq_lens and cu_seqlens_q.
+        numbers: window, score_scale and cap, as `paged.py`'s kernel has them.
+        options: that kernel's constexprs for the kind of mask and of output.
+    """
+    tokens, heads, head_size = query.shape
+    pages, page_size, kv_heads, _ = key_cache.shape
+    block_table, seq_lens, cu_seqlens_q = tables
+    sequences, group = seq_lens.shape[0], heads // kv_heads
+    pack = min(group & -group, 16)
+    block_d = max(next_power_of_2(head_size), 64)
+    block_n, stages = (64, 2) if block_d > 128 else (128, 3)
+    box = _box(page_size, block_n)
+
+    def described(x: torch.Tensor, block: list[int], *order: int) -> TensorDescriptor:
+        x = x.permute(*order) if order else x
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(block))
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+
+    # Σ ceil(query length / tokens of a tile) ≤ T // those + B over the sequences, and one more part for the padding.
+    slots = tokens * pack // (2 * ROWS) + sequences + 1
+    counter = empty((1,), torch.int32, query.device)
+    counter.zero_()
+    launch(
+        _prefill_kernel,
+        (min(device_properties(query.device).num_sms, slots * heads // pack),),
+        described(query, [ROWS // pack, pack, 64]),
+        described(key_cache, [1, 1, box, 64], 0, 2, 1, 3),
+        described(value_cache, [1, 1, box, 64], 0, 2, 1, 3),
+        out,
+        lse,
+        sinks,
+        counter,
+        block_table,
+        seq_lens,
+        cu_seqlens_q,
+        tokens,
+        sequences,
+        pages,
+        block_table.shape[1],
+        *numbers,
+        block_table.stride(0),
+        slots,
+        device=query.device,
+        num_warps=4,
+        **options,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        PACK=pack,
+        D=head_size,
+        PAGE_SIZE=page_size,
+        BOX=box,
+        ROWS=ROWS,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        STAGES=stages,
+        SECTION=max(SECTION_BYTES // (4 * kv_heads * head_size), 1),
+    )

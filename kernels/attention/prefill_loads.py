@@ -1,0 +1,244 @@
+"""The warps of the prefill kernel (`prefill.py`) that load queries, keys and values, by TMA.
+
+A box of the copy engine is up to BLOCK_N slots of one page by 64 numbers of a head, which is 128 bytes, as many as its
+widest swizzle takes: a tile of pages of 16 slots takes 16 boxes, one of a large page two. What lies outside of the
+cache comes as zeros, so a page that is not there is given the number after the last.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from octavo.kernels.attention.prefill_tiles import (
+    END,
+    HEAD,
+    HIGH,
+    LOW,
+    SEQUENCE,
+    TILE_START,
+    VALID,
+    field,
+    release_entry,
+    wait_for_entry,
+)
+
+
+@gluon.jit
+def _page_ids(
+    table_ptr,
+    tile,
+    end,
+    num_pages,
+    table_width,
+    PAGE_SIZE: gl.constexpr,
+    BOX: gl.constexpr,
+    ROLLING: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    """The page of each box of a tile."""
+    ids = ()
+    for n in gl.static_range(BLOCK_N // BOX):
+        key = tile * BLOCK_N + n * BOX
+        entry = key // PAGE_SIZE
+        if ROLLING:
+            entry = entry % table_width
+        page = gl.load(table_ptr + entry, mask=key < end, other=-1)
+        ids = ids + (gl.where((page >= 0) & (page < num_pages), page, num_pages),)  # noqa: RUF005
+    return ids
+
+
+@gluon.jit
+def _load_tile(
+    desc,
+    boxes,
+    full,
+    stage,
+    tile,
+    kv_head,
+    ids,
+    PAGE_SIZE: gl.constexpr,
+    BOX: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+):
+    COUNT: gl.constexpr = BLOCK_N // BOX
+    PARTS: gl.constexpr = BLOCK_D // 64
+    mbarrier.expect(full, BLOCK_N * BLOCK_D * 2)
+    for n in gl.static_range(COUNT):
+        for part in gl.static_range(PARTS):
+            tma.async_copy_global_to_shared(
+                desc,
+                [ids[n], kv_head, (tile * BLOCK_N + n * BOX) % PAGE_SIZE, part * 64],
+                full,
+                boxes.index(stage * PARTS * COUNT + part * COUNT + n),
+            )
+
+
+@gluon.jit
+def _zero_from(values, stage, first, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr):
+    """Zeroes the values of a tile from row `first` on, 16 rows by 64 numbers at a time: a warp has registers for those.
+
+    What no sequence has written may be NaN, and a weight of zero would not silence it.
+    """
+    dtype: gl.constexpr = values.dtype
+    COUNT: gl.constexpr = BLOCK_N // 16
+    PARTS: gl.constexpr = BLOCK_D // 64
+    shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    pieces = values._reinterpret(dtype, [values.shape[0] * PARTS * COUNT, 16, 64], shared)
+    row = gl.arange(0, 16, layout=gl.SliceLayout(1, layout))
+    for n in range(first // 16, COUNT):
+        keep = gl.expand_dims(n * 16 + row < first, 1)
+        for part in gl.static_range(PARTS):
+            piece = pieces.index(stage * PARTS * COUNT + part * COUNT + n)
+            piece.store(gl.where(keep, piece.load(layout), gl.zeros([16, 64], dtype, layout)))
+
+
+@gluon.jit
+def load_queries_and_keys(
+    query_desc,
+    key_desc,
+    query_boxes,
+    key_boxes,
+    queries_full,
+    keys_full,
+    read,
+    entries,
+    ring_full,
+    ring_empty,
+    block_table_ptr,
+    num_pages,
+    table_width,
+    stride_table_sequence,
+    GROUP: gl.constexpr,
+    PACK: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
+    BOX: gl.constexpr,
+    ROLLING: gl.constexpr,
+    ROWS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """What the warp does that loads queries and keys, the latter from the last tile to the first."""
+    PARTS: gl.constexpr = BLOCK_D // 64
+    done = 0  # tiles of queries
+    step = 0  # tiles of keys
+    valid = 1
+    while valid == 1:
+        wait_for_entry(ring_full, done)
+        tile_start = field(entries, done, TILE_START, 1)
+        head = field(entries, done, HEAD, 1)
+        low = field(entries, done, LOW, 1)
+        high = field(entries, done, HIGH, 1)
+        end = field(entries, done, END, 1)
+        sequence = field(entries, done, SEQUENCE, 1)
+        valid = field(entries, done, VALID, 1)
+        release_entry(ring_empty, done)
+        table_ptr = block_table_ptr + sequence.to(gl.int64) * stride_table_sequence
+        for back in range(1, high - low + 1):
+            tile = high - back
+            stage = step % STAGES
+            ids = _page_ids(table_ptr, tile, end, num_pages, table_width, PAGE_SIZE, BOX, ROLLING, BLOCK_N)
+            mbarrier.wait(read.index(stage), step // STAGES & 1 ^ 1)
+            _load_tile(
+                key_desc,
+                key_boxes,
+                keys_full.index(stage),
+                stage,
+                tile,
+                head // GROUP,
+                ids,
+                PAGE_SIZE,
+                BOX,
+                BLOCK_N,
+                BLOCK_D,
+            )
+            if back == 1:
+                if step > 0:
+                    # The queries before are read in the step before.
+                    mbarrier.wait(read.index((step - 1) % STAGES), (step - 1) // STAGES & 1)
+                for group in gl.static_range(2):
+                    mbarrier.expect(queries_full.index(group), ROWS * BLOCK_D * 2)
+                    for part in gl.static_range(PARTS):
+                        tma.async_copy_global_to_shared(
+                            query_desc,
+                            [tile_start + group * (ROWS // PACK), head, part * 64],
+                            queries_full.index(group),
+                            query_boxes.index(group * PARTS + part),
+                        )
+            step += 1
+        done += 1
+
+
+@gluon.jit
+def load_values(
+    value_desc,
+    value_boxes,
+    values,
+    values_full,
+    read,
+    cut_off,
+    entries,
+    ring_full,
+    ring_empty,
+    block_table_ptr,
+    num_pages,
+    table_width,
+    stride_table_sequence,
+    GROUP: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
+    BOX: gl.constexpr,
+    ROLLING: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """What the warp does that loads values."""
+    done = 0
+    step = 0
+    cuts = 0
+    wait_for_entry(ring_full, 0)
+    valid = field(entries, 0, VALID, 1)
+    while valid == 1:
+        head = field(entries, done, HEAD, 1)
+        low = field(entries, done, LOW, 1)
+        high = field(entries, done, HIGH, 1)
+        end = field(entries, done, END, 1)
+        sequence = field(entries, done, SEQUENCE, 1)
+        release_entry(ring_empty, done)
+        table_ptr = block_table_ptr + sequence.to(gl.int64) * stride_table_sequence
+        for back in range(1, high - low + 1):
+            tile = high - back
+            stage = step % STAGES
+            ids = _page_ids(table_ptr, tile, end, num_pages, table_width, PAGE_SIZE, BOX, ROLLING, BLOCK_N)
+            # Values are read in the step after the one that reads the keys beside them.
+            mbarrier.wait(read.index((step + 1) % STAGES), (step + 1) // STAGES & 1 ^ 1)
+            if (tile + 1) * BLOCK_N > end:
+                full = cut_off.index(0)
+                _load_tile(
+                    value_desc, value_boxes, full, stage, tile, head // GROUP, ids, PAGE_SIZE, BOX, BLOCK_N, BLOCK_D
+                )
+                mbarrier.wait(full, cuts & 1)
+                cuts += 1
+                _zero_from(values, stage, gl.maximum(end - tile * BLOCK_N, 0), BLOCK_N, BLOCK_D)
+                fence_async_shared()
+                mbarrier.arrive(values_full.index(stage), count=1)
+            else:
+                _load_tile(
+                    value_desc,
+                    value_boxes,
+                    values_full.index(stage),
+                    stage,
+                    tile,
+                    head // GROUP,
+                    ids,
+                    PAGE_SIZE,
+                    BOX,
+                    BLOCK_N,
+                    BLOCK_D,
+                )
+            step += 1
+        done += 1
+        wait_for_entry(ring_full, done)
+        valid = field(entries, done, VALID, 1)

@@ -1,0 +1,228 @@
+"""The prefill kernel of Hopper, which no interpreter runs: on a GPU as defined, elsewhere which calls it takes."""
+
+import random
+from itertools import accumulate
+
+import pytest
+import torch
+from attention_args import op_args
+from hypothesis import given
+from hypothesis import strategies as st
+from test_paged_attention import check, dense
+
+import octavo
+from octavo import reference
+from octavo.kernels.attention import prefill
+from octavo.kernels.launch import Recorder, recording
+from octavo.kernels.tiles import KNOWN_DEVICES
+from octavo.testing import assert_accurate
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+on_hopper = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an sm_90 GPU")]
+
+
+def case(lengths, *, heads=8, kv_heads=2, d=128, page_size=16, padding=0, dtype=torch.bfloat16, factor=1.0, spare=3):
+    """Arguments for sequences of `(queries, keys)`; what no sequence has written is NaN, or no page id at all."""
+    counts = [-(-keys // page_size) for _, keys in lengths]
+    on = dict(device="cuda", dtype=dtype)
+    caches = torch.full((sum(counts) + spare, 2, page_size, kv_heads, d), torch.nan, **on).unbind(1)
+    order = torch.randperm(sum(counts) + spare, device="cuda").int()
+    table = torch.full((len(lengths), max(counts, default=0) + 2), 2**31 - 1, device="cuda", dtype=torch.int32)
+    for row, pages, (_, keys) in zip(table, order.split([*counts, spare])[:-1], lengths, strict=True):
+        row[: len(pages)] = pages
+        for cache in caches:
+            values = torch.full((len(pages) * page_size, kv_heads, d), torch.nan, **on)
+            values[:keys] = torch.randn(keys, kv_heads, d, **on) * factor
+            cache[pages.long()] = values.view(-1, page_size, kv_heads, d)
+    starts = list(accumulate((queries for queries, _ in lengths), initial=0))
+    args = dict(
+        query=torch.randn(starts[-1] + padding, heads + 3, d, **on)[:, 2 : 2 + heads],
+        key_cache=caches[0],
+        value_cache=caches[1],
+        block_table=table,
+        seq_lens=torch.tensor([keys for _, keys in lengths], device="cuda", dtype=torch.int32),
+        cu_seqlens_q=torch.tensor(starts, device="cuda", dtype=torch.int32),
+    )
+    return args, max(1000, *(queries for queries, _ in lengths))  # so that this kernel is chosen
+
+
+def launched(args, longest, **options):
+    """The kernels of a call."""
+    with recording(Recorder()) as recorder:
+        octavo.paged_attention(**args, max_seqlen_q=longest, **options)
+    return [launch.kernel.__name__ for launch in recorder.launches]
+
+
+LENGTHS = [(77, 77), (1, 300), (200, 1000), (5, 5), (0, 0), (0, 30), (3, 0), (129, 640)]
+OPTIONS = [
+    dict(),
+    dict(causal=False),
+    dict(window_size=100),
+    dict(window_size=1),
+    dict(softcap=3.0),
+    dict(scale=0.3),
+    dict(causal=False, window_size=40, softcap=2.0),
+]
+CHANGES = {
+    "a plain call": (dict(), True),
+    "fp32": (dict(dtype=torch.float32), False),
+    "heads of 40": (dict(d=40), False),
+    "heads of 80": (dict(d=80), True),
+    "heads of 256": (dict(d=256), True),
+    "pages of 8": (dict(page_size=8), False),
+    "pages of 48": (dict(page_size=48), True),
+    "no tokens": (dict(tokens=0), False),
+    "ALiBi": (dict(alibi_slopes=torch.empty(8)), False),
+    "batch-invariant": (dict(batch_invariant=True), False),
+    "a negative scale": (dict(scale=-1.0), False),
+    "an A100": (dict(properties=KNOWN_DEVICES[80]), False),
+    "a float8 cache": (dict(cache=torch.float8_e4m3fn), False),
+}
+
+
+@pytest.mark.parametrize(("change", "expected"), CHANGES.values(), ids=list(CHANGES))
+def test_what_it_takes(monkeypatch, change, expected):
+    monkeypatch.setattr(prefill, "INTERPRET", False)
+    change = dict(dtype=torch.bfloat16, d=128, page_size=16, tokens=500, cache=None) | change
+    dtype = change["dtype"]
+    query = torch.empty(change["tokens"], 8, change["d"], device="meta", dtype=dtype)
+    cache = torch.empty(9, change["page_size"], 2, change["d"], device="meta", dtype=change["cache"] or dtype)
+    others = (change.get(n, v) for n, v in dict(alibi_slopes=None, scale=1.0, batch_invariant=False).items())
+    assert prefill.takes(query, cache, cache, *others, change.get("properties", KNOWN_DEVICES[90])) == expected
+
+
+def test_rows_that_the_copy_engine_cannot_read(monkeypatch):
+    monkeypatch.setattr(prefill, "INTERPRET", False)
+    query, cache = (torch.empty(*shape, device="meta", dtype=torch.float16) for shape in ((500, 8, 64), (9, 16, 2, 68)))
+    assert not prefill.takes(query, cache[..., :64], cache[..., :64], None, 1.0, False, KNOWN_DEVICES[90])
+    cache = torch.empty(9, 16, 2, 72, device="meta", dtype=torch.float16)
+    assert prefill.takes(query, cache[..., :64], cache[..., :64], None, 1.0, False, KNOWN_DEVICES[90])
+
+
+class TestOnHopper:
+    pytestmark = on_hopper
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("options", OPTIONS, ids=str)
+    def test_options(self, dtype, options):
+        args, longest = case(LENGTHS, padding=90, dtype=dtype)
+        assert launched(args, longest, **options) == ["_prefill_kernel"]
+        check(args, longest, **options)
+
+    @pytest.mark.parametrize("d", [64, 72, 80, 96, 128, 192, 256])
+    def test_head_sizes(self, d):
+        check(*case(LENGTHS, d=d))
+        check(*case(LENGTHS, d=d), window_size=70)
+
+    @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 1), (7, 1), (12, 2), (32, 1), (71, 1)])
+    def test_groups(self, heads, kv_heads):
+        check(*case([(200, 300), (40, 700)], heads=heads, kv_heads=kv_heads, d=64))
+
+    @pytest.mark.parametrize("page_size", [16, 32, 48, 64, 80, 128, 256, 544])
+    def test_page_sizes(self, page_size):
+        check(*case(LENGTHS, page_size=page_size))
+
+    @given(
+        lengths=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 700)), min_size=1, max_size=6),
+        kv_heads=st.integers(1, 3),
+        group=st.integers(1, 6),
+        d=st.sampled_from([64, 96, 128, 256]),
+        page_size=st.sampled_from([16, 32, 48]),
+        padding=st.integers(0, 200),
+        causal=st.booleans(),
+        window_size=st.one_of(st.none(), st.integers(1, 400)),
+        softcap=st.sampled_from([0.0, 2.0]),
+    )
+    def test_any_mix(self, lengths, kv_heads, group, d, page_size, padding, causal, window_size, softcap):
+        lengths = [(queries, queries + history) for queries, history in lengths]
+        shape = dict(heads=group * kv_heads, kv_heads=kv_heads, d=d, page_size=page_size, padding=padding)
+        check(*case(lengths, **shape), causal=causal, window_size=window_size, softcap=softcap)
+
+    def test_large_scores(self):
+        """Weights that are all but one or zero, and scores far beyond what half precision holds."""
+        args, longest = case([(300, 900)], factor=30.0, dtype=torch.bfloat16)
+        check(args, longest, scale=1.0)
+
+    def test_long(self):
+        """Sections of heads, and more tiles than programs."""
+        args, longest = case([(150, 32768), (700, 9000)], heads=8, kv_heads=8)
+        check(args, longest)
+
+    def test_more_queries_than_keys_leaves_the_first_without_any(self):
+        out = check(*case([(300, 200), (5, 3)]))
+        assert out[:100].eq(0).all()
+
+    def test_nothing_before_the_window_is_read(self):
+        args, longest = case([(130, 900)])
+        options = dict(max_seqlen_q=longest, window_size=60)
+        expected = octavo.paged_attention(**args, **options)
+        page, offset = divmod(900 - 130 - 59, 16)
+        for name in ("key_cache", "value_cache"):
+            args[name][args["block_table"][0, page], :offset] = 1e4
+        args["block_table"][0, : page // 8 * 8] = 2**31 - 1
+        assert torch.equal(octavo.paged_attention(**args, **options), expected)
+
+    def test_pages_that_are_none_do_no_harm(self):
+        args, longest = case([(130, 900), (200, 200)])
+        expected = octavo.paged_attention(**args, max_seqlen_q=longest)
+        args["block_table"][0, 7] = random.choice([-1, 10**6, -(2**31)])
+        out = octavo.paged_attention(**args, max_seqlen_q=longest)
+        assert out.isfinite().all() and torch.equal(out[130:], expected[130:])
+
+    def test_heads_first_and_views(self):
+        args, longest = case(LENGTHS, d=64)
+        expected = octavo.paged_attention(**args, max_seqlen_q=longest)
+        for name in ("key_cache", "value_cache"):
+            args[name] = args[name].transpose(1, 2).contiguous().transpose(1, 2)
+        assert launched(args, longest) == ["_prefill_kernel"]
+        assert torch.equal(octavo.paged_attention(**args, max_seqlen_q=longest), expected)
+
+    def test_sinks(self):
+        args, longest = case([(200, 300), (3, 0)], padding=4)
+        sinks = torch.randn(8, device="cuda")
+        out, lse = octavo.paged_attention(**args, max_seqlen_q=longest, sinks=sinks, return_lse=True)
+        plain, log = dense(args, torch.float64)
+        share = 1 / (1 + (sinks.double() - log).exp())
+        low, low_log = dense(args, torch.bfloat16)
+        assert_accurate(out, plain * share[..., None], low * share[..., None].bfloat16())
+        assert_accurate(lse, torch.logaddexp(log, sinks.double().expand_as(log)), low_log.float().logaddexp(sinks))
+
+    def test_rings(self):
+        """A ring holds what a window needs: the result is that of the full cache."""
+        args, _ = case([(100, 500), (60, 60), (33, 1000)])
+        for name in ("key_cache", "value_cache"):
+            args[name] = args[name].clone()
+        options = dict(max_seqlen_q=100, window_size=50)
+        width = 10  # of 16 slots, for 149 keys
+        ring = args | {name: torch.full_like(args[name], torch.nan) for name in ("key_cache", "value_cache")}
+        ring["block_table"] = torch.arange(3 * width, device="cuda", dtype=torch.int32).view(3, width)
+        for b, keys in enumerate((500, 60, 1000)):
+            j = torch.arange(max(0, keys - width * 16), keys, device="cuda")
+            for name in ("key_cache", "value_cache"):
+                page = ring["block_table"][b, j // 16 % width].long()
+                ring[name][page, j % 16] = args[name][args["block_table"][b, j // 16].long(), j % 16]
+        out = octavo.paged_attention(**ring, **options, rolling=True)
+        assert torch.equal(out, octavo.paged_attention(**args, **options))
+
+    def test_same_bits_and_graphs(self):
+        """Whichever program takes a tile; and a graph is replayed with other lengths."""
+        args, longest = case([(400, 400), (300, 1500), (20, 20)])
+        first = octavo.paged_attention(**args, max_seqlen_q=longest)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = octavo.paged_attention(**args, max_seqlen_q=longest)
+        for _ in range(5):
+            graph.replay()
+            assert torch.equal(out, first)
+        args["seq_lens"].copy_(torch.tensor([350, 900, 20]))
+        args["cu_seqlens_q"].copy_(torch.tensor([0, 350, 500, 520]))
+        graph.replay()
+        assert torch.equal(out, octavo.paged_attention(**args, max_seqlen_q=longest))
+        assert out[520:].eq(0).all()
+
+    def test_the_reference_agrees(self):
+        args, longest = case([(70, 200)], d=64, dtype=torch.float16)
+        out, _ = reference.attention.paged_attention(*op_args(args, longest))
+        assert_accurate(
+            octavo.paged_attention(**args, max_seqlen_q=longest), *(x[0] for x in (dense(args, torch.float64), (out,)))
+        )
