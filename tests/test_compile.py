@@ -29,7 +29,7 @@ def test_compiles_everywhere(module):
     for row in rows:
         assert row["shared"] <= row["shared_limit"], row
         # The warps that load have 40 registers, and a page's number may wait in memory.
-        spilled = 40 if row["kernel"] == "_prefill_kernel" else 0
+        spilled = 16 if row["kernel"] == "_prefill_kernel" else 0
         assert row["stack"] <= spilled and row["local"] == 0, row
         chained = "CHAINED" in row["constexprs"] and row["device"] == "H100"
         assert row["chained"] == chained and row["waits"] == chained, "a chained kernel waits for the one before it"

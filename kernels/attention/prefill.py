@@ -90,6 +90,7 @@ def _prefill_kernel(
     cut_off = gl.allocate_shared_memory(gl.int64, [1, 1], barrier)
     ring_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
     ring_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
+    wanted = gl.allocate_shared_memory(gl.int64, [1, 1], barrier)
     for i in gl.static_range(2):
         mbarrier.init(queries_full.index(i), count=1)
     for i in gl.static_range(STAGES):
@@ -97,6 +98,7 @@ def _prefill_kernel(
         mbarrier.init(values_full.index(i), count=1)
         mbarrier.init(read.index(i), count=2)  # by both warpgroups
     mbarrier.init(cut_off.index(0), count=1)
+    mbarrier.init(wanted.index(0), count=1)
     for i in gl.static_range(SLOTS):
         mbarrier.init(ring_full.index(i), count=1)
         mbarrier.init(ring_empty.index(i), count=4)  # by both warpgroups and both warps that load
@@ -114,12 +116,12 @@ def _prefill_kernel(
                 entries, ring_full, ring_empty, window, score_scale, cap, KV_HEADS * GROUP, PACK, D, CAUSAL, WINDOW,
                 ROLLING, SOFTCAP, RETURN_LSE, ROWS, BLOCK_N, BLOCK_D, STAGES)),
             (hand_out, (
-                entries, ring_full, ring_empty, counter_ptr, cu_seqlens_q_ptr, seq_lens_ptr, T, B, table_width, window,
-                slots, KV_HEADS, GROUP, PACK, PAGE_SIZE, CAUSAL, WINDOW, ROLLING, ROWS, BLOCK_N, SECTION)),
+                entries, ring_full, ring_empty, wanted, counter_ptr, cu_seqlens_q_ptr, seq_lens_ptr, T, B, table_width,
+                window, slots, KV_HEADS, GROUP, PACK, PAGE_SIZE, CAUSAL, WINDOW, ROLLING, ROWS, BLOCK_N, SECTION)),
             (load_queries_and_keys, (
                 query_desc, key_desc, query_boxes, key_boxes, queries_full, keys_full, read, entries, ring_full,
-                ring_empty, block_table_ptr, num_pages, table_width, stride_table_sequence, GROUP, PACK, PAGE_SIZE,
-                BOX, ROLLING, ROWS, BLOCK_N, BLOCK_D, STAGES)),
+                ring_empty, wanted, block_table_ptr, num_pages, table_width, stride_table_sequence, GROUP, PACK,
+                PAGE_SIZE, BOX, ROLLING, ROWS, BLOCK_N, BLOCK_D, STAGES)),
             (load_values, (
                 value_desc, value_boxes, values, values_full, read, cut_off, entries, ring_full, ring_empty,
                 block_table_ptr, num_pages, table_width, stride_table_sequence, GROUP, PAGE_SIZE, BOX, ROLLING,

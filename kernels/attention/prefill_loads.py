@@ -15,6 +15,7 @@ from octavo.kernels.attention.prefill_tiles import (
     HIGH,
     LOW,
     SEQUENCE,
+    START,
     TILE_START,
     VALID,
     field,
@@ -27,6 +28,7 @@ from octavo.kernels.attention.prefill_tiles import (
 def _page_ids(
     table_ptr,
     tile,
+    start,
     end,
     num_pages,
     table_width,
@@ -35,14 +37,14 @@ def _page_ids(
     ROLLING: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):
-    """The page of each box of a tile."""
+    """The page of each box of a tile; that after the last for boxes of no key that is there."""
     ids = ()
     for n in gl.static_range(BLOCK_N // BOX):
         key = tile * BLOCK_N + n * BOX
         entry = key // PAGE_SIZE
         if ROLLING:
             entry = entry % table_width
-        page = gl.load(table_ptr + entry, mask=key < end, other=-1)
+        page = gl.load(table_ptr + entry, mask=(key < end) & (key + BOX > start), other=-1)
         ids = ids + (gl.where((page >= 0) & (page < num_pages), page, num_pages),)  # noqa: RUF005
     return ids
 
@@ -106,6 +108,7 @@ def load_queries_and_keys(
     entries,
     ring_full,
     ring_empty,
+    wanted,
     block_table_ptr,
     num_pages,
     table_width,
@@ -131,6 +134,7 @@ def load_queries_and_keys(
         head = field(entries, done, HEAD, 1)
         low = field(entries, done, LOW, 1)
         high = field(entries, done, HIGH, 1)
+        start = field(entries, done, START, 1)
         end = field(entries, done, END, 1)
         sequence = field(entries, done, SEQUENCE, 1)
         valid = field(entries, done, VALID, 1)
@@ -139,7 +143,7 @@ def load_queries_and_keys(
         for back in range(1, high - low + 1):
             tile = high - back
             stage = step % STAGES
-            ids = _page_ids(table_ptr, tile, end, num_pages, table_width, PAGE_SIZE, BOX, ROLLING, BLOCK_N)
+            ids = _page_ids(table_ptr, tile, start, end, num_pages, table_width, PAGE_SIZE, BOX, ROLLING, BLOCK_N)
             mbarrier.wait(read.index(stage), step // STAGES & 1 ^ 1)
             _load_tile(
                 key_desc,
@@ -168,6 +172,8 @@ def load_queries_and_keys(
                             query_boxes.index(group * PARTS + part),
                         )
             step += 1
+            if back == gl.maximum(high - low - 2, 1):
+                mbarrier.arrive(wanted.index(0), count=1)  # three tiles are time enough to find the next queries
         done += 1
 
 
@@ -204,6 +210,7 @@ def load_values(
         head = field(entries, done, HEAD, 1)
         low = field(entries, done, LOW, 1)
         high = field(entries, done, HIGH, 1)
+        start = field(entries, done, START, 1)
         end = field(entries, done, END, 1)
         sequence = field(entries, done, SEQUENCE, 1)
         release_entry(ring_empty, done)
@@ -211,7 +218,7 @@ def load_values(
         for back in range(1, high - low + 1):
             tile = high - back
             stage = step % STAGES
-            ids = _page_ids(table_ptr, tile, end, num_pages, table_width, PAGE_SIZE, BOX, ROLLING, BLOCK_N)
+            ids = _page_ids(table_ptr, tile, start, end, num_pages, table_width, PAGE_SIZE, BOX, ROLLING, BLOCK_N)
             # Values are read in the step after the one that reads the keys beside them.
             mbarrier.wait(read.index((step + 1) % STAGES), (step + 1) // STAGES & 1 ^ 1)
             if (tile + 1) * BLOCK_N > end:
