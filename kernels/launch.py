@@ -75,7 +75,7 @@ class Launch:
 
     @property
     def pointers(self) -> int:
-        """How many of the arguments are pointers; they come first."""
+        """How many of the arguments are pointers; they come first, where the copy engine reads nothing."""
         for count, value in enumerate(self.args):
             if value is not None and not isinstance(value, torch.Tensor):
                 return count
@@ -313,6 +313,7 @@ def launch(
     if starter is not None and device.type in DEVICES and not described and not hooked():
         ready = ready_kernel(kernel, device.index, args, constexprs, num_warps, num_stages)
     if ready is None:
+        _settle(kernel)
         kernel[grid](*args, **_options(constexprs, num_warps, num_stages))
     else:
         values = *(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args), *[None] * len(constexprs)

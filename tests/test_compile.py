@@ -28,8 +28,8 @@ def test_compiles_everywhere(module):
     assert {row["device"] for row in rows} == {"A100", "L40S", "H100"}
     for row in rows:
         assert row["shared"] <= row["shared_limit"], row
-        # The warps that load have 40 registers, and a page's number may wait in memory.
-        spilled = 16 if row["kernel"] == "_prefill_kernel" else 0
+        # The warps that load have 40 registers, and pages may wait in memory; those that compute do not spill.
+        spilled = 40 if row["kernel"] == "_prefill_kernel" else 0
         assert row["stack"] <= spilled and row["local"] == 0, row
         chained = "CHAINED" in row["constexprs"] and row["device"] == "H100"
         assert row["chained"] == chained and row["waits"] == chained, "a chained kernel waits for the one before it"

@@ -75,6 +75,7 @@ CHANGES = {
     "ALiBi": (dict(alibi_slopes=torch.empty(8)), False),
     "batch-invariant": (dict(batch_invariant=True), False),
     "a negative scale": (dict(scale=-1.0), False),
+    "a scale that is 0 in fp32": (dict(scale=1e-50), False),
     "an A100": (dict(properties=KNOWN_DEVICES[80]), False),
     "a float8 cache": (dict(cache=torch.float8_e4m3fn), False),
 }
@@ -97,6 +98,11 @@ def test_rows_that_the_copy_engine_cannot_read(monkeypatch):
     assert not prefill.takes(query, cache[..., :64], cache[..., :64], None, 1.0, False, KNOWN_DEVICES[90])
     cache = torch.empty(9, 16, 2, 72, device="meta", dtype=torch.float16)
     assert prefill.takes(query, cache[..., :64], cache[..., :64], None, 1.0, False, KNOWN_DEVICES[90])
+    cache = torch.empty(9, 16, 1, 64, device="meta", dtype=torch.float16)
+    assert not prefill.takes(query, cache.expand(9, 16, 8, 64), cache, None, 1.0, False, KNOWN_DEVICES[90])
+    odd = cache.as_strided(cache.shape, (1024, 64, 131, 1))  # no stride leads anywhere in a dimension of one
+    assert prefill.takes(query, odd, odd, None, 1.0, False, KNOWN_DEVICES[90])
+    assert prefill._described(odd, (0, 2, 1, 3), [1, 1, 16, 64]).strides == [1024, 8, 64, 1]
 
 
 class TestOnHopper:
@@ -106,7 +112,7 @@ class TestOnHopper:
     @pytest.mark.parametrize("options", OPTIONS, ids=str)
     def test_options(self, dtype, options):
         args, longest = case(LENGTHS, padding=90, dtype=dtype)
-        assert launched(args, longest, **options) == ["_prefill_kernel"]
+        assert launched(args, longest, **options) == ["_reset_kernel", "_prefill_kernel"]
         check(args, longest, **options)
 
     @pytest.mark.parametrize("d", [64, 72, 80, 96, 128, 192, 256])
@@ -158,7 +164,7 @@ class TestOnHopper:
         expected = octavo.paged_attention(**args, **options)
         page, offset = divmod(900 - 130 - 59, 16)
         for name in ("key_cache", "value_cache"):
-            args[name][args["block_table"][0, page], :offset] = 1e4
+            args[name][args["block_table"][0, page], :offset] = torch.nan
         args["block_table"][0, : page // 8 * 8] = 2**31 - 1
         assert torch.equal(octavo.paged_attention(**args, **options), expected)
 
@@ -169,12 +175,33 @@ class TestOnHopper:
         out = octavo.paged_attention(**args, max_seqlen_q=longest)
         assert out.isfinite().all() and torch.equal(out[130:], expected[130:])
 
+    def test_one_head_with_a_stride_that_leads_nowhere(self):
+        args, longest = case([(200, 300)], heads=4, kv_heads=1, d=64)
+        expected = octavo.paged_attention(**args, max_seqlen_q=longest)
+        for name in ("key_cache", "value_cache"):
+            cache = args[name]
+            args[name] = cache.as_strided(cache.shape, (*cache.stride()[:2], 131, 1), cache.storage_offset())
+        assert torch.equal(octavo.paged_attention(**args, max_seqlen_q=longest), expected)
+
+    def test_warmed_up_it_compiles_nothing_more(self):
+        args, longest = case([(200, 300)], d=80, page_size=80, heads=4)
+
+        def call():
+            octavo.paged_attention(**{n: x.to("meta") for n, x in args.items()}, max_seqlen_q=longest)
+
+        octavo.warmup([call])
+        before = octavo.compile_count()
+        octavo.paged_attention(**args, max_seqlen_q=longest)
+        args, longest = case([(99, 99), (400, 800)], d=80, page_size=80, heads=4)
+        octavo.paged_attention(**args, max_seqlen_q=longest)
+        assert octavo.compile_count() == before
+
     def test_heads_first_and_views(self):
         args, longest = case(LENGTHS, d=64)
         expected = octavo.paged_attention(**args, max_seqlen_q=longest)
         for name in ("key_cache", "value_cache"):
             args[name] = args[name].transpose(1, 2).contiguous().transpose(1, 2)
-        assert launched(args, longest) == ["_prefill_kernel"]
+        assert launched(args, longest) == ["_reset_kernel", "_prefill_kernel"]
         assert torch.equal(octavo.paged_attention(**args, max_seqlen_q=longest), expected)
 
     def test_sinks(self):

@@ -13,6 +13,8 @@ of 8 × 2k); barriers that make the warpgroups take turns (no difference).
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
@@ -22,12 +24,27 @@ from octavo.kernels.attention.prefill_compute import compute
 from octavo.kernels.attention.prefill_loads import load_queries_and_keys, load_values
 from octavo.kernels.attention.prefill_tiles import FIELDS, SLOTS, hand_out
 from octavo.kernels.launch import INTERPRET, empty, launch
-from octavo.kernels.tiles import DeviceProperties, device_properties, next_power_of_2
+from octavo.kernels.tiles import (
+    DeviceProperties,
+    chains,
+    device_properties,
+    let_next_start,
+    next_power_of_2,
+    wait_for_previous,
+)
 
 ROWS = 64
 """Of a warpgroup."""
 SECTION_BYTES = 16 * 2**20
 """Keys and values that are read at a time; an H100 has 50 MB of L2 cache, each half of it for half of the programs."""
+
+
+@triton.jit
+def _reset_kernel(counter_ptr, CHAINED: tl.constexpr):
+    # Bound by its launch.
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
+    tl.store(counter_ptr, 0)
 
 
 @gluon.jit(do_not_specialize=["T", "B", "num_pages", "table_width", "window", "stride_table_sequence", "slots"])
@@ -139,8 +156,18 @@ def _box(page_size: int, block_n: int) -> int:
 
 
 def _for_copies(x: torch.Tensor) -> bool:
-    """Whether the copy engine can read `x` as it lies."""
-    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+    """Whether the copy engine can read `x` as it lies; the stride of a dimension of size 1 is never used."""
+    rows = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    fits = all(size == 1 or (stride > 0 and stride * x.element_size() % 16 == 0) for size, stride in rows)
+    return x.data_ptr() % 16 == 0 and fits
+
+
+def _described(x: torch.Tensor, dims: tuple[int, ...], block: list[int]) -> TensorDescriptor:
+    """`x` with its dimensions in that order, for copies of `block`."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(block))
+    shape = [x.shape[i] for i in dims]
+    strides = [x.stride(i) if x.shape[i] > 1 else 16 // x.element_size() for i in dims[:-1]]
+    return TensorDescriptor(x, shape, [*strides, 1], block, layout)
 
 
 def takes(
@@ -164,7 +191,7 @@ def takes(
         and min(query.shape[0], key_cache.shape[0]) > 0
         and alibi_slopes is None
         and not batch_invariant
-        and scale > 0
+        and scale >= 1e-30  # smaller ones may be 0 in fp32
         and all(map(_for_copies, (query, key_cache, value_cache)))
     )
 
@@ -196,21 +223,16 @@ def prefill(
     block_n, stages = (64, 2) if block_d > 128 else (128, 3)
     box = _box(page_size, block_n)
 
-    def described(x: torch.Tensor, block: list[int], *order: int) -> TensorDescriptor:
-        x = x.permute(*order) if order else x
-        layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(block))
-        return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
-
     # Σ ceil(query length / tokens of a tile) ≤ T // those + B over the sequences, and one more part for the padding.
     slots = tokens * pack // (2 * ROWS) + sequences + 1
-    counter = empty((1,), torch.int32, query.device)
-    counter.zero_()
+    counter, chained = empty((1,), torch.int32, query.device), chains(query.device)
+    launch(_reset_kernel, (1,), counter, device=query.device, num_warps=1, CHAINED=chained)
     launch(
         _prefill_kernel,
         (min(device_properties(query.device).num_sms, slots * heads // pack),),
-        described(query, [ROWS // pack, pack, 64]),
-        described(key_cache, [1, 1, box, 64], 0, 2, 1, 3),
-        described(value_cache, [1, 1, box, 64], 0, 2, 1, 3),
+        _described(query, (0, 1, 2), [ROWS // pack, pack, 64]),
+        _described(key_cache, (0, 2, 1, 3), [1, 1, box, 64]),
+        _described(value_cache, (0, 2, 1, 3), [1, 1, box, 64]),
         out,
         lse,
         sinks,

@@ -77,8 +77,8 @@ def _load_tile(
 
 
 @gluon.jit
-def _zero_from(values, stage, first, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr):
-    """Zeroes the values of a tile from row `first` on, 16 rows by 64 numbers at a time: a warp has registers for those.
+def _zero_outside(values, stage, first, last, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr):
+    """Zeroes the values of a tile but for rows `first` to `last`, 16 by 64 at a time: a warp has registers for those.
 
     What no sequence has written may be NaN, and a weight of zero would not silence it.
     """
@@ -88,12 +88,13 @@ def _zero_from(values, stage, first, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexp
     shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     pieces = values._reinterpret(dtype, [values.shape[0] * PARTS * COUNT, 16, 64], shared)
-    row = gl.arange(0, 16, layout=gl.SliceLayout(1, layout))
-    for n in range(first // 16, COUNT):
-        keep = gl.expand_dims(n * 16 + row < first, 1)
-        for part in gl.static_range(PARTS):
-            piece = pieces.index(stage * PARTS * COUNT + part * COUNT + n)
-            piece.store(gl.where(keep, piece.load(layout), gl.zeros([16, 64], dtype, layout)))
+    for n in range(COUNT):
+        if (n * 16 < first) | (n * 16 + 16 > last):
+            row = n * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, layout))
+            keep = gl.expand_dims((row >= first) & (row < last), 1)
+            for part in gl.static_range(PARTS):
+                piece = pieces.index(stage * PARTS * COUNT + part * COUNT + n)
+                piece.store(gl.where(keep, piece.load(layout), gl.zeros([16, 64], dtype, layout)))
 
 
 @gluon.jit
@@ -221,14 +222,14 @@ def load_values(
             ids = _page_ids(table_ptr, tile, start, end, num_pages, table_width, PAGE_SIZE, BOX, ROLLING, BLOCK_N)
             # Values are read in the step after the one that reads the keys beside them.
             mbarrier.wait(read.index((step + 1) % STAGES), (step + 1) // STAGES & 1 ^ 1)
-            if (tile + 1) * BLOCK_N > end:
+            if ((tile + 1) * BLOCK_N > end) | (tile * BLOCK_N < start):
                 full = cut_off.index(0)
                 _load_tile(
                     value_desc, value_boxes, full, stage, tile, head // GROUP, ids, PAGE_SIZE, BOX, BLOCK_N, BLOCK_D
                 )
                 mbarrier.wait(full, cuts & 1)
                 cuts += 1
-                _zero_from(values, stage, gl.maximum(end - tile * BLOCK_N, 0), BLOCK_N, BLOCK_D)
+                _zero_outside(values, stage, start - tile * BLOCK_N, end - tile * BLOCK_N, BLOCK_N, BLOCK_D)
                 fence_async_shared()
                 mbarrier.arrive(values_full.index(stage), count=1)
             else:

@@ -108,9 +108,10 @@ def _next_tile(
         first_slot = query_start // BLOCK_Q + sequence
         its_slots = gl.where(sequence < B, next_start // BLOCK_Q + sequence + 1, slots) - first_slot
         # Packs whose keys and values fit into the cache together, all tiles of them before the next.
-        together = PACKS
-        while (together > PACKS // KV_HEADS) & (together % 2 == 0) & (seq_len // SECTION * together > PACKS):
-            together = together // 2
+        kv_heads = KV_HEADS
+        while (kv_heads % 2 == 0) & (seq_len // SECTION * kv_heads > KV_HEADS):
+            kv_heads = kv_heads // 2
+        together = kv_heads * (PACKS // KV_HEADS)
         local = i - first_slot * PACKS
         section = local // (its_slots * together)
         local -= section * (its_slots * together)
