@@ -45,7 +45,8 @@ def _page_ids(
         if ROLLING:
             entry = entry % table_width
         page = gl.load(table_ptr + entry, mask=(key < end) & (key + BOX > start), other=-1)
-        ids = ids + (gl.where((page >= 0) & (page < num_pages), page, num_pages),)  # noqa: RUF005
+        page = gl.where((page >= 0) & (page < num_pages), page, num_pages)
+        ids = ids + (page,)  # type: ignore[assignment]  # noqa: RUF005  (no star in a kernel)
     return ids
 
 
