@@ -25,6 +25,9 @@ from octavo.kernels.attention.prefill_tiles import (
     wait_for_entry,
 )
 
+# Lists of arguments, one a line, would be longer than the code between them.
+# fmt: off
+
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 
@@ -37,22 +40,8 @@ def _along(x, layout: gl.constexpr):
 
 @gluon.jit
 def _softmax(
-    scores,
-    top,
-    total,
-    tile,
-    position,
-    start,
-    end,
-    window,
-    score_scale,
-    cap,
-    EDGE: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    WINDOW: gl.constexpr,
-    FROM: gl.constexpr,
-    SOFTCAP: gl.constexpr,
-    BLOCK_N: gl.constexpr,
+    scores, top, total, tile, position, start, end, window, score_scale, cap, EDGE: gl.constexpr, CAUSAL: gl.constexpr,
+    WINDOW: gl.constexpr, FROM: gl.constexpr, SOFTCAP: gl.constexpr, BLOCK_N: gl.constexpr,
 ):
     """Weights of a tile, in base 2, and by what the sums so far are to be multiplied.
 
@@ -86,32 +75,9 @@ def _softmax(
 
 @gluon.jit
 def _step(
-    acc,
-    weights,
-    top,
-    total,
-    query,
-    keys,
-    values,
-    keys_full,
-    values_full,
-    read,
-    step,
-    tile,
-    position,
-    start,
-    end,
-    window,
-    score_scale,
-    cap,
-    EDGE: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    WINDOW: gl.constexpr,
-    FROM: gl.constexpr,
-    SOFTCAP: gl.constexpr,
-    ROWS: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
+    acc, weights, top, total, query, keys, values, keys_full, values_full, read, step, tile, position, start, end,
+    window, score_scale, cap, EDGE: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, FROM: gl.constexpr,
+    SOFTCAP: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):
     """Adds the values of the step before, and returns the weights of `tile`, to go with `top` and `total`."""
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -125,21 +91,7 @@ def _step(
     acc = warpgroup_mma(weights, values.index(before), acc, is_async=True)
     scores = warpgroup_mma_wait(1, deps=[scores])
     new, top, total, rescale = _softmax(
-        scores,
-        top,
-        total,
-        tile,
-        position,
-        start,
-        end,
-        window,
-        score_scale,
-        cap,
-        EDGE,
-        CAUSAL,
-        WINDOW,
-        FROM,
-        SOFTCAP,
+        scores, top, total, tile, position, start, end, window, score_scale, cap, EDGE, CAUSAL, WINDOW, FROM, SOFTCAP,
         BLOCK_N,
     )
     new = gl.convert_layout(new.to(values.dtype), weights.type.layout)
@@ -152,21 +104,8 @@ def _step(
 
 @gluon.jit
 def _store(
-    acc,
-    top,
-    total,
-    out_ptr,
-    lse_ptr,
-    sinks_ptr,
-    tile_start,
-    query_end,
-    first_head,
-    row,
-    HEADS: gl.constexpr,
-    PACK: gl.constexpr,
-    D: gl.constexpr,
-    BLOCK_D: gl.constexpr,
-    RETURN_LSE: gl.constexpr,
+    acc, top, total, out_ptr, lse_ptr, sinks_ptr, tile_start, query_end, first_head, row, HEADS: gl.constexpr, PACK:
+    gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr, RETURN_LSE: gl.constexpr,
 ):
     """Writes what a warpgroup has computed, from the registers that it is in: by way of shared memory took longer."""
     layout: gl.constexpr = acc.type.layout
@@ -194,35 +133,10 @@ def _store(
 
 @gluon.jit
 def compute(
-    group: gl.constexpr,
-    out_ptr,
-    lse_ptr,
-    sinks_ptr,
-    queries,
-    keys,
-    values,
-    queries_full,
-    keys_full,
-    values_full,
-    read,
-    entries,
-    ring_full,
-    ring_empty,
-    window,
-    score_scale,
-    cap,
-    HEADS: gl.constexpr,
-    PACK: gl.constexpr,
-    D: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    WINDOW: gl.constexpr,
-    ROLLING: gl.constexpr,
-    SOFTCAP: gl.constexpr,
-    RETURN_LSE: gl.constexpr,
-    ROWS: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr,
+    group: gl.constexpr, out_ptr, lse_ptr, sinks_ptr, queries, keys, values, queries_full, keys_full, values_full, read,
+    entries, ring_full, ring_empty, window, score_scale, cap, HEADS: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr,
+    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, ROLLING: gl.constexpr, SOFTCAP: gl.constexpr, RETURN_LSE: gl.constexpr,
+    ROWS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):
     """What warpgroup number `group` does."""
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -253,22 +167,8 @@ def compute(
     scores = warpgroup_mma_wait(0, deps=[scores])
     mbarrier.arrive(read.index(0), count=1)
     weights, top, total, rescale = _softmax(
-        scores,
-        none,
-        zero,
-        high - 1,
-        position,
-        start,
-        end,
-        window,
-        score_scale,
-        cap,
-        True,
-        CAUSAL,
-        WINDOW,
-        FROM,
-        SOFTCAP,
-        BLOCK_N,
+        scores, none, zero, high - 1, position, start, end, window, score_scale, cap, True, CAUSAL, WINDOW, FROM,
+        SOFTCAP, BLOCK_N,
     )
     weights = gl.convert_layout(weights.to(values.dtype), weights_layout)
     acc = nothing
@@ -289,64 +189,16 @@ def compute(
         tile = high - 2
         for _ in range(gl.maximum(tile + 1 - right, 0)):
             acc, weights, top, total, rescale = _step(
-                acc,
-                weights,
-                top,
-                total,
-                query,
-                keys,
-                values,
-                keys_full,
-                values_full,
-                read,
-                step,
-                tile,
-                position,
-                start,
-                end,
-                window,
-                score_scale,
-                cap,
-                True,
-                CAUSAL,
-                WINDOW,
-                FROM,
-                SOFTCAP,
-                ROWS,
-                BLOCK_N,
-                STAGES,
+                acc, weights, top, total, query, keys, values, keys_full, values_full, read, step, tile, position,
+                start, end, window, score_scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS, BLOCK_N, STAGES,
             )
             acc = acc * _along(rescale, out_layout)
             step += 1
             tile -= 1
         for _ in range(gl.maximum(tile + 1 - left, 0)):
             acc, weights, top, total, rescale = _step(
-                acc,
-                weights,
-                top,
-                total,
-                query,
-                keys,
-                values,
-                keys_full,
-                values_full,
-                read,
-                step,
-                tile,
-                position,
-                start,
-                end,
-                window,
-                score_scale,
-                cap,
-                False,
-                CAUSAL,
-                WINDOW,
-                FROM,
-                SOFTCAP,
-                ROWS,
-                BLOCK_N,
-                STAGES,
+                acc, weights, top, total, query, keys, values, keys_full, values_full, read, step, tile, position,
+                start, end, window, score_scale, cap, False, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS, BLOCK_N, STAGES,
             )
             acc = acc * _along(rescale, out_layout)
             step += 1
@@ -354,32 +206,8 @@ def compute(
         if FROM:
             for _ in range(gl.maximum(tile + 1 - low, 0)):
                 acc, weights, top, total, rescale = _step(
-                    acc,
-                    weights,
-                    top,
-                    total,
-                    query,
-                    keys,
-                    values,
-                    keys_full,
-                    values_full,
-                    read,
-                    step,
-                    tile,
-                    position,
-                    start,
-                    end,
-                    window,
-                    score_scale,
-                    cap,
-                    True,
-                    CAUSAL,
-                    WINDOW,
-                    FROM,
-                    SOFTCAP,
-                    ROWS,
-                    BLOCK_N,
-                    STAGES,
+                    acc, weights, top, total, query, keys, values, keys_full, values_full, read, step, tile, position,
+                    start, end, window, score_scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS, BLOCK_N, STAGES,
                 )
                 acc = acc * _along(rescale, out_layout)
                 step += 1
@@ -398,32 +226,8 @@ def compute(
         position = first_position + row // PACK
         mbarrier.wait(queries_full.index(group), done & 1)
         acc, weights, next_top, next_total, rescale = _step(
-            acc,
-            weights,
-            none,
-            zero,
-            query,
-            keys,
-            values,
-            keys_full,
-            values_full,
-            read,
-            step,
-            high - 1,
-            position,
-            start,
-            end,
-            window,
-            score_scale,
-            cap,
-            True,
-            CAUSAL,
-            WINDOW,
-            FROM,
-            SOFTCAP,
-            ROWS,
-            BLOCK_N,
-            STAGES,
+            acc, weights, none, zero, query, keys, values, keys_full, values_full, read, step, high - 1, position,
+            start, end, window, score_scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS, BLOCK_N, STAGES,
         )
         step += 1
         tile_start = field(entries, done - 1, TILE_START, 4)
@@ -431,21 +235,8 @@ def compute(
         first_head = field(entries, done - 1, HEAD, 4)
         release_entry(ring_empty, done - 1)
         _store(
-            acc,
-            top,
-            total,
-            out_ptr,
-            lse_ptr,
-            sinks_ptr,
-            tile_start,
-            query_end,
-            first_head,
-            row,
-            HEADS,
-            PACK,
-            D,
-            BLOCK_D,
-            RETURN_LSE,
+            acc, top, total, out_ptr, lse_ptr, sinks_ptr, tile_start, query_end, first_head, row, HEADS, PACK, D,
+            BLOCK_D, RETURN_LSE,
         )
         acc = nothing
         top = next_top

@@ -23,19 +23,14 @@ from octavo.kernels.attention.prefill_tiles import (
     wait_for_entry,
 )
 
+# Lists of arguments, one a line, would be longer than the code between them.
+# fmt: off
+
 
 @gluon.jit
 def _page_ids(
-    table_ptr,
-    tile,
-    start,
-    end,
-    num_pages,
-    table_width,
-    PAGE_SIZE: gl.constexpr,
-    BOX: gl.constexpr,
-    ROLLING: gl.constexpr,
-    BLOCK_N: gl.constexpr,
+    table_ptr, tile, start, end, num_pages, table_width, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr, ROLLING:
+    gl.constexpr, BLOCK_N: gl.constexpr,
 ):
     """The page of each box of a tile; that after the last for boxes of no key that is there."""
     ids = ()
@@ -52,16 +47,7 @@ def _page_ids(
 
 @gluon.jit
 def _load_tile(
-    desc,
-    boxes,
-    full,
-    stage,
-    tile,
-    kv_head,
-    ids,
-    PAGE_SIZE: gl.constexpr,
-    BOX: gl.constexpr,
-    BLOCK_N: gl.constexpr,
+    desc, boxes, full, stage, tile, kv_head, ids, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
 ):
     COUNT: gl.constexpr = BLOCK_N // BOX
@@ -70,10 +56,8 @@ def _load_tile(
     for n in gl.static_range(COUNT):
         for part in gl.static_range(PARTS):
             tma.async_copy_global_to_shared(
-                desc,
-                [ids[n], kv_head, (tile * BLOCK_N + n * BOX) % PAGE_SIZE, part * 64],
-                full,
-                boxes.index(stage * PARTS * COUNT + part * COUNT + n),
+                desc, [ids[n], kv_head, (tile * BLOCK_N + n * BOX) % PAGE_SIZE, part * 64], full, boxes.index(stage *
+                PARTS * COUNT + part * COUNT + n),
             )
 
 
@@ -100,30 +84,10 @@ def _zero_outside(values, stage, first, last, BLOCK_N: gl.constexpr, BLOCK_D: gl
 
 @gluon.jit
 def load_queries_and_keys(
-    query_desc,
-    key_desc,
-    query_boxes,
-    key_boxes,
-    queries_full,
-    keys_full,
-    read,
-    entries,
-    ring_full,
-    ring_empty,
-    wanted,
-    block_table_ptr,
-    num_pages,
-    table_width,
-    stride_table_sequence,
-    GROUP: gl.constexpr,
-    PACK: gl.constexpr,
-    PAGE_SIZE: gl.constexpr,
-    BOX: gl.constexpr,
-    ROLLING: gl.constexpr,
-    ROWS: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr,
+    query_desc, key_desc, query_boxes, key_boxes, queries_full, keys_full, read, entries, ring_full, ring_empty, wanted,
+    block_table_ptr, num_pages, table_width, stride_table_sequence, GROUP: gl.constexpr, PACK: gl.constexpr, PAGE_SIZE:
+    gl.constexpr, BOX: gl.constexpr, ROLLING: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D:
+    gl.constexpr, STAGES: gl.constexpr,
 ):
     """What the warp does that loads queries and keys, the latter from the last tile to the first."""
     PARTS: gl.constexpr = BLOCK_D // 64
@@ -148,16 +112,7 @@ def load_queries_and_keys(
             ids = _page_ids(table_ptr, tile, start, end, num_pages, table_width, PAGE_SIZE, BOX, ROLLING, BLOCK_N)
             mbarrier.wait(read.index(stage), step // STAGES & 1 ^ 1)
             _load_tile(
-                key_desc,
-                key_boxes,
-                keys_full.index(stage),
-                stage,
-                tile,
-                head // GROUP,
-                ids,
-                PAGE_SIZE,
-                BOX,
-                BLOCK_N,
+                key_desc, key_boxes, keys_full.index(stage), stage, tile, head // GROUP, ids, PAGE_SIZE, BOX, BLOCK_N,
                 BLOCK_D,
             )
             if back == 1:
@@ -168,10 +123,8 @@ def load_queries_and_keys(
                     mbarrier.expect(queries_full.index(group), ROWS * BLOCK_D * 2)
                     for part in gl.static_range(PARTS):
                         tma.async_copy_global_to_shared(
-                            query_desc,
-                            [tile_start + group * (ROWS // PACK), head, part * 64],
-                            queries_full.index(group),
-                            query_boxes.index(group * PARTS + part),
+                            query_desc, [tile_start + group * (ROWS // PACK), head, part * 64],
+                            queries_full.index(group), query_boxes.index(group * PARTS + part),
                         )
             step += 1
             if back == gl.maximum(high - low - 2, 1):
@@ -181,26 +134,9 @@ def load_queries_and_keys(
 
 @gluon.jit
 def load_values(
-    value_desc,
-    value_boxes,
-    values,
-    values_full,
-    read,
-    cut_off,
-    entries,
-    ring_full,
-    ring_empty,
-    block_table_ptr,
-    num_pages,
-    table_width,
-    stride_table_sequence,
-    GROUP: gl.constexpr,
-    PAGE_SIZE: gl.constexpr,
-    BOX: gl.constexpr,
-    ROLLING: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr,
+    value_desc, value_boxes, values, values_full, read, cut_off, entries, ring_full, ring_empty, block_table_ptr,
+    num_pages, table_width, stride_table_sequence, GROUP: gl.constexpr, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr,
+    ROLLING: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):
     """What the warp does that loads values."""
     done = 0
@@ -235,17 +171,8 @@ def load_values(
                 mbarrier.arrive(values_full.index(stage), count=1)
             else:
                 _load_tile(
-                    value_desc,
-                    value_boxes,
-                    values_full.index(stage),
-                    stage,
-                    tile,
-                    head // GROUP,
-                    ids,
-                    PAGE_SIZE,
-                    BOX,
-                    BLOCK_N,
-                    BLOCK_D,
+                    value_desc, value_boxes, values_full.index(stage), stage, tile, head // GROUP, ids, PAGE_SIZE, BOX,
+                    BLOCK_N, BLOCK_D,
                 )
             step += 1
         done += 1

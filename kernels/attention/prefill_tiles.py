@@ -15,6 +15,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+# Lists of arguments, one a line, would be longer than the code between them.
+# fmt: off
+
 SLOTS = gl.constexpr(4)
 """Entries of the ring."""
 FIELDS = gl.constexpr(16)
@@ -76,17 +79,8 @@ def _find_sequence(cu_seqlens_q_ptr, slot, B, BLOCK_Q: gl.constexpr):
 
 @gluon.jit
 def _next_tile(
-    i,
-    counter_ptr,
-    cu_seqlens_q_ptr,
-    seq_lens_ptr,
-    T,
-    B,
-    slots,
-    KV_HEADS: gl.constexpr,
-    PACKS: gl.constexpr,
-    BLOCK_Q: gl.constexpr,
-    SECTION: gl.constexpr,
+    i, counter_ptr, cu_seqlens_q_ptr, seq_lens_ptr, T, B, slots, KV_HEADS: gl.constexpr, PACKS: gl.constexpr, BLOCK_Q:
+    gl.constexpr, SECTION: gl.constexpr,
 ):
     """The first tile with queries of number `i` and those that the counter gives out after it.
 
@@ -126,28 +120,10 @@ def _next_tile(
 
 @gluon.jit
 def hand_out(
-    entries,
-    ring_full,
-    ring_empty,
-    wanted,
-    counter_ptr,
-    cu_seqlens_q_ptr,
-    seq_lens_ptr,
-    T,
-    B,
-    table_width,
-    window,
-    slots,
-    KV_HEADS: gl.constexpr,
-    GROUP: gl.constexpr,
-    PACK: gl.constexpr,
-    PAGE_SIZE: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    WINDOW: gl.constexpr,
-    ROLLING: gl.constexpr,
-    ROWS: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    SECTION: gl.constexpr,
+    entries, ring_full, ring_empty, wanted, counter_ptr, cu_seqlens_q_ptr, seq_lens_ptr, T, B, table_width, window,
+    slots, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, PAGE_SIZE: gl.constexpr, CAUSAL:
+    gl.constexpr, WINDOW: gl.constexpr, ROLLING: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, SECTION:
+    gl.constexpr,
 ):
     """What the warp does that finds tiles."""
     BLOCK_Q: gl.constexpr = 2 * ROWS // PACK
