@@ -15,7 +15,7 @@ from octavo import reference
 from octavo.kernels.attention import prefill
 from octavo.kernels.launch import Recorder, recording
 from octavo.kernels.tiles import KNOWN_DEVICES
-from octavo.testing import assert_accurate
+from octavo.testing import assert_accurate, check_op
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 on_hopper = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an sm_90 GPU")]
@@ -253,3 +253,7 @@ class TestOnHopper:
         assert_accurate(
             octavo.paged_attention(**args, max_seqlen_q=longest), *(x[0] for x in (dense(args, torch.float64), (out,)))
         )
+
+    def test_check_op(self):
+        args, longest = case([(200, 300), (7, 7)], d=64, heads=4)
+        check_op("paged_attention", octavo.paged_attention, op_args(args, longest), **args, max_seqlen_q=longest)
