@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import octavo
-from octavo.testing import assert_accurate, without_interpreter
+from octavo.testing import INTERPRET, assert_accurate, without_interpreter
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's NaNs are meant
 
@@ -516,6 +516,30 @@ ERRORS = [
         r"rotary_cos: shape \(4, 4\); expected at least 5 rows",
     ),
 ]
+
+
+@pytest.mark.parametrize(("kind", "change", "error", "message"), ERRORS)
+def test_errors(kind, change, error, message):
+    function, args = {
+        "func": (octavo.flash_attn_func, dict(q=Q, k=K, v=K)),
+        "varlen": (octavo.flash_attn_varlen_func, VARLEN),
+        "cache": (octavo.flash_attn_with_kvcache, dict(q=Q, k_cache=K, v_cache=K)),
+    }[kind]
+    with pytest.raises(error, match=message):
+        function(**args | change)
+
+
+def test_padding_beyond_the_keys_writes_nowhere_else(device):
+    """On a GPU, where it is no error: a slot before a row's first is in no page."""
+    caches = torch.zeros(2, 3, 8, 2, 16, device=device)
+    new = torch.ones(3, 1, 2, 16, device=device)
+    lengths, padding = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([1, 2, 0], [2, 5, 0]))
+    if torch.device(device).type == "cpu" and not INTERPRET:
+        pytest.skip("an error on the CPU")
+    q = torch.randn(3, 1, 4, 16, device=device)
+    octavo.flash_attn_with_kvcache(q, *caches, new, new, cache_seqlens=lengths, cache_leftpad=padding)
+    written = caches.ne(0).flatten(3).any(3)
+    assert written.sum() == 2 and written[:, 2, 0].all()
 
 
 @pytest.mark.parametrize(("kind", "change", "error", "message"), ERRORS)

@@ -91,7 +91,7 @@ def table_of(
 
 
 def slots_of(past: torch.Tensor, new: int, block_table: torch.Tensor, page_size: int) -> torch.Tensor:
-    """Where `write_kv` puts `new` tokens a sequence after its `past` [batch]: [batch · new]; none past the table."""
+    """Where `write_kv` puts `new` tokens a sequence after its `past` [batch]: [batch · new]; none outside the table."""
     width = block_table.shape[1]
     if width == 0:
         return past.new_full((past.shape[0] * new,), -1)
@@ -101,7 +101,7 @@ def slots_of(past: torch.Tensor, new: int, block_table: torch.Tensor, page_size:
     at = position // page_size
     page = block_table.gather(1, at.clamp(0, width - 1))
     slots = torch.add(position, page - at, alpha=page_size)  # page · page_size + position % page_size
-    return torch.where(at < width, slots, -1).flatten()
+    return torch.where((at >= 0) & (at < width), slots, -1).flatten()
 
 
 def visible(causal: bool, window_size: tuple[int, int], seqlen_k: int) -> tuple[bool, int | None]:
