@@ -14,12 +14,16 @@ import torch
 
 from octavo.kernels.attention.flash_views import (
     as_pages,
+    check_cache_lengths,
     check_dropout,
     check_keys,
     check_numbers,
+    check_packed_keys,
     check_query,
+    check_rows,
     check_table,
     check_tables_of_angles,
+    length_of,
     slots_of,
     table_of,
     turned,
@@ -167,6 +171,8 @@ def flash_attn_varlen_func(
     check_dtype("cu_seqlens_q", cu_seqlens_q, (torch.int32,))
     check_ndim("cu_seqlens_q", cu_seqlens_q, 1, "[batch + 1]")
     batch = cu_seqlens_q.shape[0] - 1
+    if batch < 0:
+        raise ValueError("cu_seqlens_q: shape (0,); expected [batch + 1], which starts with 0: at least one number")
     if block_table is None:
         check_keys(q, k, v, 3, "[total_k, kv_heads, head_size]")
     else:
@@ -178,7 +184,8 @@ def flash_attn_varlen_func(
         raise ValueError("cu_seqlens_k: None; expected [batch + 1] int32, unless there are block_table and seqused_k")
     if seqused_k is not None:
         check_numbers("seqused_k", seqused_k, q, batch, "[batch], one less than cu_seqlens_q has")
-    max_seqlen_q, max_seqlen_k = (n.item() if isinstance(n, torch.Tensor) else n for n in (max_seqlen_q, max_seqlen_k))
+    max_seqlen_q, max_seqlen_k = length_of("max_seqlen_q", max_seqlen_q), length_of("max_seqlen_k", max_seqlen_k)
+    check_packed_keys(cu_seqlens_k, seqused_k, k.shape[0] if block_table is None else None, max_seqlen_k)
     masks = visible(causal, window_size, max_seqlen_k)
     seq_lens = seqused_k
     if seq_lens is None:
@@ -274,6 +281,8 @@ def flash_attn_with_kvcache(
     if k is not None and v is not None:
         check_keys(q, k, v, 4, "[batch, seqlen_new, kv_heads, head_size]")
         check_shape("k", k, (batch, k.shape[1], *k_cache.shape[2:]), "[batch, seqlen_new, kv_heads, head_size]")
+    if k is not None and past is None:
+        raise ValueError("cache_seqlens: None with k; expected how many keys each row has so far")
     if block_table is None:
         capacity = k_cache.shape[1]
         k_cache, v_cache, block_table = _as_paged(q, k_cache, v_cache, cache_batch_idx, cache_leftpad, k is not None)
@@ -284,9 +293,8 @@ def flash_attn_with_kvcache(
             if x is not None:
                 raise ValueError(f"{name}: given with block_table; expected None, as pages say where keys lie")
     masks = visible(causal, window_size, capacity)
+    check_cache_lengths(q, past, cache_leftpad, capacity, 0 if k is None else k.shape[1])
     if not isinstance(past, torch.Tensor):
-        if past is None and k is not None:
-            raise ValueError("cache_seqlens: None with k; expected how many keys each row has so far")
         past = torch.full((batch,), capacity if past is None else past, dtype=torch.int32, device=q.device)
     if cache_leftpad is not None:
         past = past - cache_leftpad  # from here on, positions are those in the table
@@ -320,7 +328,9 @@ def _as_paged(
     for name, x in (("cache_batch_idx", rows), ("cache_leftpad", leftpad)):
         if x is not None:
             check_numbers(name, x, q, batch, "[batch], as q")
-    if rows is None and k_cache.shape[0] < batch:
+    if rows is not None:
+        check_rows("cache_batch_idx", rows, k_cache.shape[0])
+    elif k_cache.shape[0] < batch:
         raise ValueError(f"k_cache: {k_cache.shape[0]} rows; expected at least {batch}, as q has")
     pages = as_pages(k_cache, v_cache) if leftpad is None else as_pages(k_cache, v_cache, (1,))
     if leftpad is not None and pages.of_row != k_cache.shape[1] and not written:

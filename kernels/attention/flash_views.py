@@ -1,8 +1,11 @@
 """FlashAttention's tensors as `paged_attention` takes them: views of dense keys and values as pages, masks, checks."""
 
+import itertools
+import operator
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from octavo.kernels.attention.paged_check import MAX_HEAD_SIZE
 from octavo.kernels.checks import (
@@ -13,6 +16,7 @@ from octavo.kernels.checks import (
     check_ndim,
     check_shape,
 )
+from octavo.kernels.registry import OPS
 from octavo.kernels.rope import rotary_embedding
 
 PAGE_SIZES = 128, 16, 1
@@ -108,8 +112,11 @@ def visible(causal: bool, window_size: tuple[int, int], seqlen_k: int) -> tuple[
     """FlashAttention's masks as `paged_attention`'s: whether it is causal, and the window.
 
     Raises:
+        TypeError: a window that is not two numbers.
         ValueError: a window that ends between a query's position and the last key.
     """
+    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
+        raise TypeError(f"window_size: {window_size!r}; expected (left, right), two numbers; (-1, -1) for no window")
     left, right = window_size
     if causal:
         right = 0
@@ -172,6 +179,89 @@ def check_table(block_table: torch.Tensor, q: torch.Tensor, batch: int) -> None:
     check_shape("block_table", block_table, (batch, block_table.shape[1]), "[batch, max_pages]")
     check_device("block_table", block_table, "q", q)
     check_last_dim_contiguous("block_table", block_table)
+
+
+def length_of(name: str, number: int | torch.Tensor) -> int:
+    """`number`, which may be in a tensor. Raises TypeError or ValueError unless it is one and not negative."""
+    if isinstance(number, torch.Tensor):
+        check_shape(name, number, (1,) * number.dim(), "a number, or a tensor of one element")
+        number = number.item()  # type: ignore[assignment]
+    if not isinstance(number, int | torch.SymInt):
+        try:
+            number = operator.index(number)
+        except TypeError:
+            raise TypeError(f"{name}: {number!r}; expected a whole number, or a tensor of one element") from None
+    if number < 0:
+        raise ValueError(f"{name}: {number}; expected at least 0")
+    return number
+
+
+def _is_readable(x: torch.Tensor) -> bool:
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or x.device.type != "cpu":
+        return False
+    return OPS["paged_attention"].backend("cpu") != "triton (interpreter)"  # which stands for a GPU
+
+
+def _values(x: torch.Tensor | None) -> list[int] | None:
+    """The numbers in `x` where they can be read without a synchronisation, on the CPU, else None.
+
+    There paged_attention raises for wrong ones too, but by the names that arguments have there.
+    """
+    return x.tolist() if x is not None and _is_readable(x) else None
+
+
+def check_packed_keys(
+    cu_seqlens_k: torch.Tensor | None, seqused_k: torch.Tensor | None, rows: int | None, max_seqlen_k: int
+) -> None:
+    """Raises ValueError where lengths that lie on the CPU contradict each other, or k's `rows` where it is packed."""
+    starts, used = _values(cu_seqlens_k), _values(seqused_k)
+    lengths = used or []
+    if starts is not None:
+        counts = [end - start for start, end in itertools.pairwise(starts)]
+        if any(n < 0 for n in counts) or (rows is not None and not 0 <= starts[0] <= starts[-1] <= rows):
+            most = "" if rows is None else f", from 0 up to {rows}, the rows of k"
+            raise ValueError(f"cu_seqlens_k: {starts}; expected no number less than the one before{most}")
+        lengths = counts if seqused_k is None else lengths
+        if rows is not None and used is not None and any(n > m for n, m in zip(used, counts, strict=True)):
+            raise ValueError(f"seqused_k: {used}; expected at most {counts}, the keys of each by cu_seqlens_k")
+    if used is not None and any(n < 0 for n in used):
+        raise ValueError(f"seqused_k: {used}; expected at least 0")
+    if rows is not None and max(lengths, default=0) > max_seqlen_k:
+        raise ValueError(f"max_seqlen_k: {max_seqlen_k}; expected at least {max(lengths)}, the most keys of a sequence")
+
+
+def check_rows(name: str, numbers: torch.Tensor, rows: int) -> None:
+    """Raises ValueError where `numbers`, which lie on the CPU, are not all rows of k_cache, which has `rows`."""
+    values = _values(numbers)
+    if values is not None and any(not 0 <= n < rows for n in values):
+        raise ValueError(f"{name}: {values}; expected 0 to {rows - 1}, the rows of k_cache")
+
+
+def check_cache_lengths(
+    q: torch.Tensor,
+    cache_seqlens: int | torch.Tensor | None,
+    cache_leftpad: torch.Tensor | None,
+    capacity: int,
+    new: int,
+) -> None:
+    """Raises ValueError for keys outside a cache, where that is seen without a synchronisation: on the CPU.
+
+    One length for all is seen anywhere; but on a GPU `new` keys that don't fit are left out, and no error.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if isinstance(cache_seqlens, torch.Tensor):
+        past = _values(cache_seqlens)
+    else:
+        past = [capacity if cache_seqlens is None else cache_seqlens] * q.shape[0]
+        new = new if _is_readable(q) else 0
+    if past is not None and any(not 0 <= n <= capacity - new for n in past):
+        value = past if isinstance(cache_seqlens, torch.Tensor) else cache_seqlens
+        added = f", less {new} of k" if new else ""
+        raise ValueError(f"cache_seqlens: {value}; expected 0 to {capacity - new}: the capacity {capacity}{added}")
+    skipped = _values(cache_leftpad)
+    if past is not None and skipped is not None and any(not 0 <= s <= n for s, n in zip(skipped, past, strict=True)):
+        raise ValueError(f"cache_leftpad: {skipped}; expected 0 to cache_seqlens, {past}")
 
 
 def check_tables_of_angles(q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, capacity: int) -> None:
