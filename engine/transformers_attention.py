@@ -4,8 +4,8 @@ transformers asks twice: once in a forward pass for a mask, which every layer is
 attention. What a mask says is found out at the first, which costs a few synchronisations with the host, so that layers
 need none: see `_mask`. Keys and values are attended to where they lie if they are all used, or padding is on the left,
 or a static cache is not full, or what has no causal order (an encoder, cross-attention) has padding on the right. They
-are copied by every layer for other padding, and under torch.compile for padding on the left or caches whose rows do not
-lie side by side.
+are copied by every layer for other padding; without a cache, where a model lays out keys otherwise than values; and
+under torch.compile for batches of more than one, but for a static cache that is not full and has no padding.
 """
 
 from collections.abc import Callable, Iterator
@@ -193,9 +193,7 @@ def _of_padded(
     padding = (~mask).sum(1, dtype=torch.int32)
     if not options["causal"]:
         return flash_attn_with_kvcache(q, k, v, cache_leftpad=padding, **options)
-    of_queries = torch.nn.functional.pad(
-        mask, (q.shape[1] - keys, 0)
-    )  # cuts, or adds queries that stand before all keys
+    of_queries = torch.nn.functional.pad(mask, (q.shape[1] - keys, 0))  # the mask's last, or more than it has
     order_of_queries = of_queries.byte().argsort(stable=True, dim=1)
     out = flash_attn_with_kvcache(sorted_by(q, order_of_queries), k, v, cache_leftpad=padding, **options)
     return sorted_by(out, order_of_queries.argsort(1))

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import octavo
+from octavo.kernels.attention.flash_views import as_pages
 from octavo.testing import INTERPRET, assert_accurate, without_interpreter
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's NaNs are meant
@@ -159,6 +160,26 @@ def test_layouts(device, which, batch, m):
     _, k, v = list(layouts(batch, m, 2, 16, device))[which]
     q = torch.randn(batch, 4, 3, 16, device=device).transpose(1, 2)
     check_dense(q, k, v, causal=True)
+
+
+MIXED = {"each its own", "rows apart by half a token"}
+
+
+@pytest.mark.parametrize("which", range(9))
+@pytest.mark.parametrize("m", [7, 48, 128])
+def test_the_length_is_no_page_size(which, m):
+    """It is compiled into kernels. What has no common page numbers, or under torch.compile may have none, is copied."""
+    name, k, v = list(layouts(2, m, 2, 16, "cpu"))[which]
+    pages = as_pages(k, v, copies=True)
+    size = {7: 1, 48: 16, 128: 128}[m]
+    expected = 1 if name == "static cache" else size  # whose rows lie m + 5 tokens apart
+    assert pages.key.shape[1] == pages.value.shape[1] == expected
+    copied = [page.data_ptr() != x.data_ptr() for page, x in zip(pages, (k, v), strict=False)]
+    assert copied == [name in MIXED and not x.is_contiguous() for x in (k, v)]
+    torch.compiler.reset()
+    compiled = torch.compile(lambda k, v: as_pages(k, v, copies=True)[:2], fullgraph=True, backend="aot_eager")
+    assert {page.shape[1] for page in compiled(k, v)} == {size}
+    assert as_pages(k, v).key.shape[1] == (m if name in MIXED else expected)
 
 
 @given(

@@ -37,8 +37,14 @@ class Pages(NamedTuple):
     step: int
 
 
-def as_pages(key: torch.Tensor, value: torch.Tensor, page_sizes: tuple[int, ...] = PAGE_SIZES) -> Pages:
-    """Views of `key` and `value`, of one shape and any strides. Where no other page serves both, a row is one."""
+def as_pages(
+    key: torch.Tensor, value: torch.Tensor, page_sizes: tuple[int, ...] = PAGE_SIZES, copies: bool = False
+) -> Pages:
+    """Views of `key` and `value`, of one shape and any strides.
+
+    Where no page of these sizes serves both, with `copies` of what is not contiguous; else a row is one page, and each
+    seqlen compiles kernels of its own: that is for caches, whose capacity is always the same.
+    """
     batch, seqlen = key.shape[:2]
     for page_size in page_sizes:
         if seqlen % page_size == 0:
@@ -50,6 +56,8 @@ def as_pages(key: torch.Tensor, value: torch.Tensor, page_sizes: tuple[int, ...]
                 if pages < 2**31:
                     key, value = (_cut(x, page_size, pages, row, step) for x in (key, value))
                     return Pages(key, value, of_row, row, step)
+    if copies:
+        return as_pages(key.contiguous(), value.contiguous(), page_sizes)
     return Pages(key, value, 1, 1, 1)
 
 
@@ -230,11 +238,13 @@ def check_packed_keys(
         raise ValueError(f"max_seqlen_k: {max_seqlen_k}; expected at least {max(lengths)}, the most keys of a sequence")
 
 
-def check_rows(name: str, numbers: torch.Tensor, rows: int) -> None:
-    """Raises ValueError where `numbers`, which lie on the CPU, are not all rows of k_cache, which has `rows`."""
-    values = _values(numbers)
-    if values is not None and any(not 0 <= n < rows for n in values):
-        raise ValueError(f"{name}: {values}; expected 0 to {rows - 1}, the rows of k_cache")
+def check_rows(cache_batch_idx: torch.Tensor | None, batch: int, rows: int) -> None:
+    """Raises ValueError unless k_cache has enough `rows`, or those in `cache_batch_idx` if it lies on the CPU."""
+    if cache_batch_idx is None and rows < batch:
+        raise ValueError(f"k_cache: {rows} rows; expected at least {batch}, as q has")
+    wanted = _values(cache_batch_idx)
+    if wanted is not None and any(not 0 <= row < rows for row in wanted):
+        raise ValueError(f"cache_batch_idx: {wanted}; expected 0 to {rows - 1}, the rows of k_cache")
 
 
 def check_cache_lengths(
