@@ -1,8 +1,11 @@
 """octavo's attention in the models of transformers: `attn_implementation="octavo"`.
 
 transformers asks twice: once in a forward pass for a mask, which every layer is given then, and in each layer for the
-attention. What a mask says is found out at the first, which costs a synchronisation with the host, so that layers need
-none and copy nothing: see `_mask`.
+attention. What a mask says is found out at the first, which costs a few synchronisations with the host, so that layers
+need none: see `_mask`. Keys and values are attended to where they lie if they are all used, or padding is on the left,
+or a static cache is not full, or what has no causal order (an encoder, cross-attention) has padding on the right. They
+are copied by every layer for other padding; without a cache, where a model lays out keys otherwise than values; and
+under torch.compile for batches of more than one, but for a static cache that is not full and has no padding.
 """
 
 from collections.abc import Callable, Iterator
@@ -66,7 +69,11 @@ def _mask(
         None: nothing.
         `[batch]` int32: how many keys of padding each row begins with.
         `[1, sequences + 1]` int32: where packed sequences begin, cu_seqlens.
+        `[1, 1, batch]` int32: how many keys each row has, where there is room for more; `[2, 1, batch]`: and with how
+            many of padding it begins.
         `[batch, keys]` bool: which keys are none of padding; there may be fewer than the cache has room for.
+
+    A model may be given what this returned (generation makes masks for a static cache beforehand), and asks again then.
     """
     parts = dict(_parts(mask_function))
     if not parts.keys() <= PATTERNS:
@@ -81,17 +88,25 @@ def _mask(
                 raise ValueError(f"position_ids: packed sequences in a batch of {batch_size}; expected a batch of 1")
             starts = torch.nn.functional.pad(begins[0].nonzero()[:, 0] + 1, (1, 0))
             return torch.nn.functional.pad(starts, (0, 1), value=q_length).int()[None]
+    causal = mask_function is None or "causal_mask_function" in parts
+    # A cache may have room for more; what is attended to without an order, such as an encoder's states, is all there.
+    keys = min(int(q_offset) + q_length - kv_offset, kv_length) if causal else kv_length
+    lengths = None
+    if keys < kv_length:
+        lengths = torch.full((1, 1, batch_size), keys, dtype=torch.int32, device=device)
     if attention_mask is None:
-        written = int(q_offset) + q_length - kv_offset
-        return torch.ones(batch_size, written, dtype=torch.bool, device=device) if written < kv_length else None
-    if attention_mask.dim() == 1:  # it was made before the forward pass, as for a static cache
+        return lengths
+    if attention_mask.dim() != 2:
         return attention_mask
-    mask = attention_mask[:, -kv_length:].bool()
-    if mask.shape[1] == kv_length:
-        if mask.all():
-            return None
-        if (mask[:, 1:] >= mask[:, :-1]).all():
-            return (~mask).sum(1, dtype=torch.int32)
+    mask = attention_mask[:, : kv_offset + keys].bool()
+    mask = torch.nn.functional.pad(mask[:, max(mask.shape[1] - keys, 0) :], (0, max(keys - mask.shape[1], 0)))
+    if mask.all():
+        return lengths
+    if (mask[:, 1:] >= mask[:, :-1]).all():
+        padding = (~mask).sum(1, dtype=torch.int32)
+        return padding if lengths is None else torch.cat((lengths, padding[None, None]))
+    if not causal and (mask[:, 1:] <= mask[:, :-1]).all():
+        return mask.sum(1, dtype=torch.int32)[None, None]
     return mask
 
 
@@ -150,6 +165,9 @@ def _attention(
         out = flash_attn_func(q, k, v, **options)
     elif attention_mask.dim() == 1:
         out = flash_attn_with_kvcache(q, k, v, cache_leftpad=attention_mask, **options)
+    elif attention_mask.dim() == 3 and attention_mask.dtype == torch.int32:
+        padding = attention_mask[1, 0] if attention_mask.shape[0] == 2 else None
+        out = flash_attn_with_kvcache(q, k, v, cache_seqlens=attention_mask[0, 0], cache_leftpad=padding, **options)
     elif attention_mask.dim() == 2:
         out = _of_padded(q, k, v, attention_mask.bool(), options)
     else:
@@ -160,17 +178,22 @@ def _attention(
 def _of_padded(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, options: dict[str, Any]
 ) -> torch.Tensor:
-    """Attention where padding is anywhere, or a static cache is not full: all padding is brought to the beginning.
+    """Attention where padding is anywhere: all of it is brought to the beginning.
 
-    That copies, but needs no synchronisation with the host, as leaving the padding out would.
+    That copies, but needs no synchronisation with the host, as leaving the padding out would. Queries are moved too
+    where they have an order: they are the last of the keys.
     """
     keys = mask.shape[1]
 
     def sorted_by(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         return x.take_along_dim(order[:, :, None, None], 1)
 
-    order, order_of_queries = (m.byte().argsort(stable=True, dim=1) for m in (mask, mask[:, keys - q.shape[1] :]))
+    order = mask.byte().argsort(stable=True, dim=1)
     k, v = sorted_by(k[:, :keys], order), sorted_by(v[:, :keys], order)
     padding = (~mask).sum(1, dtype=torch.int32)
+    if not options["causal"]:
+        return flash_attn_with_kvcache(q, k, v, cache_leftpad=padding, **options)
+    of_queries = torch.nn.functional.pad(mask, (q.shape[1] - keys, 0))  # the mask's last, or more than it has
+    order_of_queries = of_queries.byte().argsort(stable=True, dim=1)
     out = flash_attn_with_kvcache(sorted_by(q, order_of_queries), k, v, cache_leftpad=padding, **options)
     return sorted_by(out, order_of_queries.argsort(1))

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import octavo
-from octavo.testing import assert_accurate, without_interpreter
+from octavo.kernels.attention.flash_views import as_pages
+from octavo.testing import INTERPRET, assert_accurate, without_interpreter
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's NaNs are meant
 
@@ -159,6 +160,26 @@ def test_layouts(device, which, batch, m):
     _, k, v = list(layouts(batch, m, 2, 16, device))[which]
     q = torch.randn(batch, 4, 3, 16, device=device).transpose(1, 2)
     check_dense(q, k, v, causal=True)
+
+
+MIXED = {"each its own", "rows apart by half a token"}
+
+
+@pytest.mark.parametrize("which", range(9))
+@pytest.mark.parametrize("m", [7, 48, 128])
+def test_the_length_is_no_page_size(which, m):
+    """It is compiled into kernels. What has no common page numbers, or under torch.compile may have none, is copied."""
+    name, k, v = list(layouts(2, m, 2, 16, "cpu"))[which]
+    pages = as_pages(k, v, copies=True)
+    size = {7: 1, 48: 16, 128: 128}[m]
+    expected = 1 if name == "static cache" else size  # whose rows lie m + 5 tokens apart
+    assert pages.key.shape[1] == pages.value.shape[1] == expected
+    copied = [page.data_ptr() != x.data_ptr() for page, x in zip(pages, (k, v), strict=False)]
+    assert copied == [name in MIXED and not x.is_contiguous() for x in (k, v)]
+    torch.compiler.reset()
+    compiled = torch.compile(lambda k, v: as_pages(k, v, copies=True)[:2], fullgraph=True, backend="aot_eager")
+    assert {page.shape[1] for page in compiled(k, v)} == {size}
+    assert as_pages(k, v).key.shape[1] == (m if name in MIXED else expected)
 
 
 @given(
@@ -372,7 +393,7 @@ def test_what_is_past_the_capacity_is_not_written(device):
     args, _ = cache("dense", 18, 1, 3, device=device)
     before = args["k_cache"].clone()
     if torch.device(device).type == "cpu":
-        with without_interpreter(), pytest.raises(ValueError, match="too few"):
+        with without_interpreter(), pytest.raises(ValueError, match=r"cache_seqlens: \[9, 0, 17\]; expected 0 to 15"):
             octavo.flash_attn_with_kvcache(**args)
         args["k_cache"].copy_(before)
     octavo.flash_attn_with_kvcache(**args)
@@ -515,7 +536,68 @@ ERRORS = [
         ValueError,
         r"rotary_cos: shape \(4, 4\); expected at least 5 rows",
     ),
+    ("func", dict(window_size=None), TypeError, r"window_size: None; expected \(left, right\)"),
+    ("func", dict(window_size=(1, 2, 3)), TypeError, r"window_size: \(1, 2, 3\); expected \(left, right\)"),
+    ("varlen", dict(window_size=None), TypeError, "window_size: None"),
+    ("varlen", dict(max_seqlen_q=None), TypeError, "max_seqlen_q: None; expected a whole number"),
+    ("varlen", dict(max_seqlen_k=None), TypeError, "max_seqlen_k: None; expected a whole number"),
+    ("varlen", dict(max_seqlen_k=torch.tensor(2.5)), TypeError, "max_seqlen_k: 2.5; expected a whole number"),
+    ("varlen", dict(max_seqlen_k=-1), ValueError, "max_seqlen_k: -1; expected at least 0"),
+    ("varlen", dict(max_seqlen_q=ONES), ValueError, r"max_seqlen_q: shape \(2,\); expected \(1,\)"),
+    ("varlen", dict(cu_seqlens_q=STARTS[:0]), ValueError, r"cu_seqlens_q: shape \(0,\); expected \[batch \+ 1\]"),
+    ("cache", dict(window_size=None), TypeError, "window_size: None"),
+    ("cache", dict(cache_seqlens=6), ValueError, "cache_seqlens: 6; expected 0 to 5: the capacity 5"),
+    ("cache", dict(cache_seqlens=-1), ValueError, "cache_seqlens: -1; expected 0 to 5"),
 ]
+
+
+def numbers(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+TWO = dict(cu_seqlens_q=numbers(0, 1, 3))
+# What needs a tensor's values is an error on the CPU only: on a GPU reading them would be a synchronisation.
+ERRORS_OF_VALUES = [
+    ("varlen", dict(cu_seqlens_k=numbers(0, 9), max_seqlen_k=9), r"cu_seqlens_k: \[0, 9\]; .* up to 5, the rows of k"),
+    ("varlen", TWO | dict(cu_seqlens_k=numbers(0, 4, 2)), r"cu_seqlens_k: \[0, 4, 2\]; expected no number less"),
+    (
+        "varlen",
+        TWO | dict(k=K, v=K, cu_seqlens_k=numbers(0, 4, 2)) | PAGED,
+        r"cu_seqlens_k: \[0, 4, 2\]; expected no number less than the one before",
+    ),
+    ("varlen", dict(cu_seqlens_k=numbers(0, 5), max_seqlen_k=4), "max_seqlen_k: 4; expected at least 5, the most keys"),
+    ("varlen", dict(seqused_k=numbers(2)), r"seqused_k: \[2\]; expected at most \[1\], the keys of each"),
+    ("varlen", dict(seqused_k=numbers(-1)), r"seqused_k: \[-1\]; expected at least 0"),
+    ("cache", dict(cache_seqlens=numbers(3, 6)), r"cache_seqlens: \[3, 6\]; expected 0 to 5: the capacity 5"),
+    ("cache", dict(cache_seqlens=numbers(3, 6)) | PAGED, r"cache_seqlens: \[3, 6\]; expected 0 to 5: the capacity 5"),
+    ("cache", dict(k=K[:, :2], v=K[:, :2], cache_seqlens=4), "cache_seqlens: 4; expected 0 to 3: .* less 2 of k"),
+    ("cache", dict(cache_leftpad=numbers(0, 6)), r"cache_leftpad: \[0, 6\]; expected 0 to cache_seqlens, \[5, 5\]"),
+    (
+        "cache",
+        dict(k=K[:, :1], v=K[:, :1], cache_seqlens=numbers(1, 2), cache_leftpad=numbers(2, 0)),
+        r"cache_leftpad: \[2, 0\]; expected 0 to cache_seqlens, \[1, 2\]",
+    ),
+    ("cache", dict(cache_batch_idx=numbers(0, 2)), r"cache_batch_idx: \[0, 2\]; expected 0 to 1, the rows of k_cache"),
+]
+
+
+@pytest.mark.parametrize(("kind", "change", "message"), ERRORS_OF_VALUES)
+def test_errors_of_values(kind, change, message):
+    with without_interpreter():
+        test_errors(kind, change, ValueError, message)
+
+
+def test_padding_beyond_the_keys_writes_nowhere_else(device):
+    """On a GPU, where it is no error: a slot before a row's first is in no page."""
+    caches = torch.zeros(2, 3, 8, 2, 16, device=device)
+    new = torch.ones(3, 1, 2, 16, device=device)
+    lengths, padding = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([1, 2, 0], [2, 5, 0]))
+    if torch.device(device).type == "cpu" and not INTERPRET:
+        pytest.skip("an error on the CPU")
+    q = torch.randn(3, 1, 4, 16, device=device)
+    octavo.flash_attn_with_kvcache(q, *caches, new, new, cache_seqlens=lengths, cache_leftpad=padding)
+    written = caches.ne(0).flatten(3).any(3)
+    assert written.sum() == 2 and written[:, 2, 0].all()
 
 
 @pytest.mark.parametrize(("kind", "change", "error", "message"), ERRORS)

@@ -3,9 +3,10 @@
     from octavo import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 
 Names, arguments, layouts and meanings are those of flash-attn 2 (https://github.com/Dao-AILab/flash-attention, Dao
-2023, https://arxiv.org/abs/2307.08691). Composed of the public ops: keys and values are not copied, but seen as a cache
-of pages (`flash_views.py`), for which `paged_attention` takes any strides. Dense rows are cut into pages where they
-lie; packed sequences, which begin anywhere, into pages of one token.
+2023, https://arxiv.org/abs/2307.08691). Composed of the public ops: keys and values are seen as a cache of pages
+(`flash_views.py`), for which `paged_attention` takes any strides, and not copied but where a docstring says so. Dense
+rows are cut where they lie into pages of 128, 16 or 1 tokens, the first that divides seqlen_k and the way from row to
+row. Hopper's kernel for prefill needs a multiple of 16; packed sequences, as pages of one token, never reach it.
 """
 
 from typing import Any
@@ -14,12 +15,16 @@ import torch
 
 from octavo.kernels.attention.flash_views import (
     as_pages,
+    check_cache_lengths,
     check_dropout,
     check_keys,
     check_numbers,
+    check_packed_keys,
     check_query,
+    check_rows,
     check_table,
     check_tables_of_angles,
+    length_of,
     slots_of,
     table_of,
     turned,
@@ -56,7 +61,9 @@ def flash_attn_func(
         q: `[batch, seqlen_q, heads, head_size]`, fp16, bf16 or fp32; last dimension contiguous, head_size a multiple of
             8 up to 256. It is copied if batch and seqlen_q can't be made one dimension.
         k: `[batch, seqlen_k, kv_heads, head_size]` in q's dtype; last dimension contiguous, the others of any stride.
-            heads is a multiple of kv_heads; heads `h·group` to `(h+1)·group` use KV head h.
+            heads is a multiple of kv_heads; heads `h·group` to `(h+1)·group` use KV head h. Fastest where seqlen_k is
+            a multiple of 16. k and v are copied, if not contiguous, where batch is more than 1 and rows lie no whole
+            number of tokens apart, or not as many in both, or under torch.compile not side by side.
         v: as k; its strides may differ.
         dropout_p: 0.0.
         softmax_scale: of the scores; `head_size ** -0.5` if None.
@@ -64,7 +71,7 @@ def flash_attn_func(
         window_size: `(left, right)`: how many keys before its position a query sees, and how many after it; -1 for no
             limit. The right is 0 or -1, or as much as there are keys; with causal it is 0 whatever is given.
         softcap: in units of the scores; 0.0 for none.
-        alibi_slopes: `[heads]` fp32, or None: `slope · |distance|` is subtracted from each score.
+        alibi_slopes: `[heads]` fp32 (not `[batch, heads]`), or None: `slope · |distance|` is subtracted from scores.
         deterministic: taken, and makes no difference: the same inputs give the same bits.
         return_attn_probs: also return the log-sum-exp, and an empty tensor where flash-attn has the pattern of dropout.
         s_aux: `[heads]`, fp32 or q's dtype, or None: attention sinks, as FlashAttention 3 and vLLM name them.
@@ -85,7 +92,7 @@ def flash_attn_func(
     check_keys(q, k, v, 4, "[batch, seqlen_k, kv_heads, head_size]")
     batch, seqlen_k = k.shape[:2]
     check_shape("k", k, (q.shape[0], *k.shape[1:]), "[batch, seqlen_k, kv_heads, head_size], batch as in q")
-    pages = as_pages(k, v)
+    pages = as_pages(k, v, copies=True)
     out, lse = _of_batch(
         q,
         pages.key,
@@ -167,6 +174,8 @@ def flash_attn_varlen_func(
     check_dtype("cu_seqlens_q", cu_seqlens_q, (torch.int32,))
     check_ndim("cu_seqlens_q", cu_seqlens_q, 1, "[batch + 1]")
     batch = cu_seqlens_q.shape[0] - 1
+    if batch < 0:
+        raise ValueError("cu_seqlens_q: shape (0,); expected [batch + 1], which starts with 0: at least one number")
     if block_table is None:
         check_keys(q, k, v, 3, "[total_k, kv_heads, head_size]")
     else:
@@ -178,7 +187,8 @@ def flash_attn_varlen_func(
         raise ValueError("cu_seqlens_k: None; expected [batch + 1] int32, unless there are block_table and seqused_k")
     if seqused_k is not None:
         check_numbers("seqused_k", seqused_k, q, batch, "[batch], one less than cu_seqlens_q has")
-    max_seqlen_q, max_seqlen_k = (n.item() if isinstance(n, torch.Tensor) else n for n in (max_seqlen_q, max_seqlen_k))
+    max_seqlen_q, max_seqlen_k = length_of("max_seqlen_q", max_seqlen_q), length_of("max_seqlen_k", max_seqlen_k)
+    check_packed_keys(cu_seqlens_k, seqused_k, k.shape[0] if block_table is None else None, max_seqlen_k)
     masks = visible(causal, window_size, max_seqlen_k)
     seq_lens = seqused_k
     if seq_lens is None:
@@ -226,6 +236,7 @@ def flash_attn_with_kvcache(
         q: `[batch, seqlen_q, heads, head_size]`, as for `flash_attn_func`.
         k_cache: `[rows, capacity, kv_heads, head_size]`, or with block_table `[pages, page_size, kv_heads, head_size]`,
             in q's dtype, **written in place** where k is given; last dimension contiguous, the others of any stride.
+            Rows as `flash_attn_func` copies them are not copied, but one page each: each capacity compiles kernels.
         v_cache: as k_cache, **written in place**; its strides may differ.
         k: `[batch, seqlen_new, kv_heads, head_size]`, or None: what is appended. Copied if batch and seqlen_new can't
             be made one dimension. What would lie past the capacity is not written.
@@ -258,7 +269,8 @@ def flash_attn_with_kvcache(
     Raises:
         TypeError: a dtype that is not accepted.
         ValueError: as `flash_attn_func`; k without v or cache_seqlens; arguments that exclude each other; caches to be
-            written whose rows lie so that cache_leftpad would copy them; on the CPU, lengths beyond the capacity.
+            written whose rows lie so that cache_leftpad would copy them; lengths beyond the capacity, which are seen
+            on the CPU, or anywhere in a number for all.
 
     fp32 sums and softmax; safe in a CUDA graph, which may be replayed with other lengths and pages in the tensors.
     https://arxiv.org/abs/2307.08691
@@ -274,6 +286,8 @@ def flash_attn_with_kvcache(
     if k is not None and v is not None:
         check_keys(q, k, v, 4, "[batch, seqlen_new, kv_heads, head_size]")
         check_shape("k", k, (batch, k.shape[1], *k_cache.shape[2:]), "[batch, seqlen_new, kv_heads, head_size]")
+    if k is not None and past is None:
+        raise ValueError("cache_seqlens: None with k; expected how many keys each row has so far")
     if block_table is None:
         capacity = k_cache.shape[1]
         k_cache, v_cache, block_table = _as_paged(q, k_cache, v_cache, cache_batch_idx, cache_leftpad, k is not None)
@@ -284,9 +298,8 @@ def flash_attn_with_kvcache(
             if x is not None:
                 raise ValueError(f"{name}: given with block_table; expected None, as pages say where keys lie")
     masks = visible(causal, window_size, capacity)
+    check_cache_lengths(q, past, cache_leftpad, capacity, 0 if k is None else k.shape[1])
     if not isinstance(past, torch.Tensor):
-        if past is None and k is not None:
-            raise ValueError("cache_seqlens: None with k; expected how many keys each row has so far")
         past = torch.full((batch,), capacity if past is None else past, dtype=torch.int32, device=q.device)
     if cache_leftpad is not None:
         past = past - cache_leftpad  # from here on, positions are those in the table
@@ -320,8 +333,7 @@ def _as_paged(
     for name, x in (("cache_batch_idx", rows), ("cache_leftpad", leftpad)):
         if x is not None:
             check_numbers(name, x, q, batch, "[batch], as q")
-    if rows is None and k_cache.shape[0] < batch:
-        raise ValueError(f"k_cache: {k_cache.shape[0]} rows; expected at least {batch}, as q has")
+    check_rows(rows, batch, k_cache.shape[0])
     pages = as_pages(k_cache, v_cache) if leftpad is None else as_pages(k_cache, v_cache, (1,))
     if leftpad is not None and pages.of_row != k_cache.shape[1] and not written:
         pages = as_pages(k_cache.contiguous(), v_cache.contiguous(), (1,))

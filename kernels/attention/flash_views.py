@@ -1,8 +1,11 @@
 """FlashAttention's tensors as `paged_attention` takes them: views of dense keys and values as pages, masks, checks."""
 
+import itertools
+import operator
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from octavo.kernels.attention.paged_check import MAX_HEAD_SIZE
 from octavo.kernels.checks import (
@@ -13,6 +16,7 @@ from octavo.kernels.checks import (
     check_ndim,
     check_shape,
 )
+from octavo.kernels.registry import OPS
 from octavo.kernels.rope import rotary_embedding
 
 PAGE_SIZES = 128, 16, 1
@@ -33,8 +37,14 @@ class Pages(NamedTuple):
     step: int
 
 
-def as_pages(key: torch.Tensor, value: torch.Tensor, page_sizes: tuple[int, ...] = PAGE_SIZES) -> Pages:
-    """Views of `key` and `value`, of one shape and any strides. Where no other page serves both, a row is one."""
+def as_pages(
+    key: torch.Tensor, value: torch.Tensor, page_sizes: tuple[int, ...] = PAGE_SIZES, copies: bool = False
+) -> Pages:
+    """Views of `key` and `value`, of one shape and any strides.
+
+    Where no page of these sizes serves both, with `copies` of what is not contiguous; else a row is one page, and each
+    seqlen compiles kernels of its own: that is for caches, whose capacity is always the same.
+    """
     batch, seqlen = key.shape[:2]
     for page_size in page_sizes:
         if seqlen % page_size == 0:
@@ -46,6 +56,8 @@ def as_pages(key: torch.Tensor, value: torch.Tensor, page_sizes: tuple[int, ...]
                 if pages < 2**31:
                     key, value = (_cut(x, page_size, pages, row, step) for x in (key, value))
                     return Pages(key, value, of_row, row, step)
+    if copies:
+        return as_pages(key.contiguous(), value.contiguous(), page_sizes)
     return Pages(key, value, 1, 1, 1)
 
 
@@ -91,7 +103,7 @@ def table_of(
 
 
 def slots_of(past: torch.Tensor, new: int, block_table: torch.Tensor, page_size: int) -> torch.Tensor:
-    """Where `write_kv` puts `new` tokens a sequence after its `past` [batch]: [batch · new]; none past the table."""
+    """Where `write_kv` puts `new` tokens a sequence after its `past` [batch]: [batch · new]; none outside the table."""
     width = block_table.shape[1]
     if width == 0:
         return past.new_full((past.shape[0] * new,), -1)
@@ -101,15 +113,18 @@ def slots_of(past: torch.Tensor, new: int, block_table: torch.Tensor, page_size:
     at = position // page_size
     page = block_table.gather(1, at.clamp(0, width - 1))
     slots = torch.add(position, page - at, alpha=page_size)  # page · page_size + position % page_size
-    return torch.where(at < width, slots, -1).flatten()
+    return torch.where((at >= 0) & (at < width), slots, -1).flatten()
 
 
 def visible(causal: bool, window_size: tuple[int, int], seqlen_k: int) -> tuple[bool, int | None]:
     """FlashAttention's masks as `paged_attention`'s: whether it is causal, and the window.
 
     Raises:
+        TypeError: a window that is not two numbers.
         ValueError: a window that ends between a query's position and the last key.
     """
+    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
+        raise TypeError(f"window_size: {window_size!r}; expected (left, right), two numbers; (-1, -1) for no window")
     left, right = window_size
     if causal:
         right = 0
@@ -172,6 +187,91 @@ def check_table(block_table: torch.Tensor, q: torch.Tensor, batch: int) -> None:
     check_shape("block_table", block_table, (batch, block_table.shape[1]), "[batch, max_pages]")
     check_device("block_table", block_table, "q", q)
     check_last_dim_contiguous("block_table", block_table)
+
+
+def length_of(name: str, number: int | torch.Tensor) -> int:
+    """`number`, which may be in a tensor. Raises TypeError or ValueError unless it is one and not negative."""
+    if isinstance(number, torch.Tensor):
+        check_shape(name, number, (1,) * number.dim(), "a number, or a tensor of one element")
+        number = number.item()  # type: ignore[assignment]
+    if not isinstance(number, int | torch.SymInt):
+        try:
+            number = operator.index(number)
+        except TypeError:
+            raise TypeError(f"{name}: {number!r}; expected a whole number, or a tensor of one element") from None
+    if number < 0:
+        raise ValueError(f"{name}: {number}; expected at least 0")
+    return number
+
+
+def _is_readable(x: torch.Tensor) -> bool:
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or x.device.type != "cpu":
+        return False
+    return OPS["paged_attention"].backend("cpu") != "triton (interpreter)"  # which stands for a GPU
+
+
+def _values(x: torch.Tensor | None) -> list[int] | None:
+    """The numbers in `x` where they can be read without a synchronisation, on the CPU, else None.
+
+    There paged_attention raises for wrong ones too, but by the names that arguments have there.
+    """
+    return x.tolist() if x is not None and _is_readable(x) else None
+
+
+def check_packed_keys(
+    cu_seqlens_k: torch.Tensor | None, seqused_k: torch.Tensor | None, rows: int | None, max_seqlen_k: int
+) -> None:
+    """Raises ValueError where lengths that lie on the CPU contradict each other, or k's `rows` where it is packed."""
+    starts, used = _values(cu_seqlens_k), _values(seqused_k)
+    lengths = used or []
+    if starts is not None:
+        counts = [end - start for start, end in itertools.pairwise(starts)]
+        if any(n < 0 for n in counts) or (rows is not None and not 0 <= starts[0] <= starts[-1] <= rows):
+            most = "" if rows is None else f", from 0 up to {rows}, the rows of k"
+            raise ValueError(f"cu_seqlens_k: {starts}; expected no number less than the one before{most}")
+        lengths = counts if seqused_k is None else lengths
+        if rows is not None and used is not None and any(n > m for n, m in zip(used, counts, strict=True)):
+            raise ValueError(f"seqused_k: {used}; expected at most {counts}, the keys of each by cu_seqlens_k")
+    if used is not None and any(n < 0 for n in used):
+        raise ValueError(f"seqused_k: {used}; expected at least 0")
+    if rows is not None and max(lengths, default=0) > max_seqlen_k:
+        raise ValueError(f"max_seqlen_k: {max_seqlen_k}; expected at least {max(lengths)}, the most keys of a sequence")
+
+
+def check_rows(cache_batch_idx: torch.Tensor | None, batch: int, rows: int) -> None:
+    """Raises ValueError unless k_cache has enough `rows`, or those in `cache_batch_idx` if it lies on the CPU."""
+    if cache_batch_idx is None and rows < batch:
+        raise ValueError(f"k_cache: {rows} rows; expected at least {batch}, as q has")
+    wanted = _values(cache_batch_idx)
+    if wanted is not None and any(not 0 <= row < rows for row in wanted):
+        raise ValueError(f"cache_batch_idx: {wanted}; expected 0 to {rows - 1}, the rows of k_cache")
+
+
+def check_cache_lengths(
+    q: torch.Tensor,
+    cache_seqlens: int | torch.Tensor | None,
+    cache_leftpad: torch.Tensor | None,
+    capacity: int,
+    new: int,
+) -> None:
+    """Raises ValueError for keys outside a cache, where that is seen without a synchronisation: on the CPU.
+
+    One length for all is seen anywhere; but on a GPU `new` keys that don't fit are left out, and no error.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if isinstance(cache_seqlens, torch.Tensor):
+        past = _values(cache_seqlens)
+    else:
+        past = [capacity if cache_seqlens is None else cache_seqlens] * q.shape[0]
+        new = new if _is_readable(q) else 0
+    if past is not None and any(not 0 <= n <= capacity - new for n in past):
+        value = past if isinstance(cache_seqlens, torch.Tensor) else cache_seqlens
+        added = f", less {new} of k" if new else ""
+        raise ValueError(f"cache_seqlens: {value}; expected 0 to {capacity - new}: the capacity {capacity}{added}")
+    skipped = _values(cache_leftpad)
+    if past is not None and skipped is not None and any(not 0 <= s <= n for s, n in zip(skipped, past, strict=True)):
+        raise ValueError(f"cache_leftpad: {skipped}; expected 0 to cache_seqlens, {past}")
 
 
 def check_tables_of_angles(q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, capacity: int) -> None:

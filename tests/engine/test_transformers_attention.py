@@ -171,6 +171,46 @@ def test_a_static_cache_without_a_mask():
     )
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values`:FutureWarning")
+@pytest.mark.parametrize("side", ["left", "right", "holes"])
+def test_a_static_cache_and_a_mask_as_wide_as_it(side):
+    """Also of tokens that are not there yet, as some callers make it once for all steps."""
+    args = ids_and_mask([12, 7], side)
+    wide = torch.nn.functional.pad(args["attention_mask"], (0, 18), value=1)
+    cache = transformers.StaticCache(config=TINY["llama"], max_cache_len=30)
+    kept = args["attention_mask"].bool()
+    positions = (args["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    steps = zip(args["input_ids"].split((7, 5), 1), positions.split((7, 5), 1), strict=True)
+    model = model_of("llama", "octavo")
+    with torch.inference_mode():
+        outs = [model(x, attention_mask=wide, position_ids=p, past_key_values=cache).logits for x, p in steps]
+    sequences = [ids[row][None] for ids, row in zip(args["input_ids"], kept, strict=True)]
+    exact, plain = (logits_of("llama", sequences, d) for d in (torch.float64, torch.float32))
+    assert_accurate(torch.cat(outs, 1)[kept], exact, plain)
+
+
+@pytest.mark.parametrize("side", ["none", "left"])
+def test_a_static_cache_is_not_copied(monkeypatch, side):
+    from octavo.engine import transformers_attention
+
+    places = []
+
+    def noted(q, k, v, **options):
+        places.append((k.data_ptr(), k.shape[1], options.get("cache_seqlens"), options.get("cache_leftpad")))
+        return octavo.flash_attn_with_kvcache(q, k, v, **options)
+
+    monkeypatch.setattr(transformers_attention, "flash_attn_with_kvcache", noted)
+    args = dict(input_ids=ids_of(2, 14)) if side == "none" else ids_and_mask([14, 9], side)
+    generated(model_of("llama", "octavo"), args, cache_implementation="static", disable_compile=True)
+    layers = TINY["llama"].num_hidden_layers
+    capacity = places[0][1]
+    assert capacity > 14 and len({place for place, *_ in places}) == layers  # the same memory in every step
+    for i, (_, width, lengths, padding) in enumerate(places):
+        written = 14 + i // layers
+        assert width == capacity and ([capacity] * 2 if lengths is None else lengths.tolist()) == [written] * 2
+        assert (padding is None) == (side == "none") and (padding is None or padding.tolist() == [0, 5])
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_smollm2_generates_the_same_tokens(device):
     path = resolve("smollm2")
@@ -203,6 +243,46 @@ def test_an_encoder():
         plain = model(**args).last_hidden_state[kept]
         exact = model.double()(**args).last_hidden_state[kept]
     assert_accurate(out, exact, plain)
+
+
+def bart(implementation="octavo"):
+    torch.manual_seed(5)
+    config = transformers.BartConfig(
+        vocab_size=97,
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=96,
+        decoder_ffn_dim=96,
+        max_position_embeddings=64,
+        init_std=0.3,
+        forced_eos_token_id=None,
+    )
+    return transformers.BartForConditionalGeneration._from_config(config, attn_implementation=implementation).eval()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("side", ["none", "left", "right", "holes"])
+@pytest.mark.parametrize("n", [1, 5, 9, 12])
+def test_an_encoder_and_a_decoder(device, side, n):
+    """Of 9 tokens and of n: queries fewer and more than the keys of cross-attention, which has no order."""
+    args = dict(input_ids=ids_of(2, 9)) if side == "none" else ids_and_mask([9, 6], side)
+    args = {name: x.to(device) for name, x in args.items()} | dict(decoder_input_ids=ids_of(2, n, device))
+    with torch.inference_mode():
+        logits = bart().to(device)(**args).logits.cpu()
+        plain = bart("eager").to(device)(**args).logits.cpu()
+        exact = bart("eager").to(device).double()(**args).logits.cpu()
+    assert_accurate(logits, exact, plain)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("side", ["none", "right"])
+def test_an_encoder_and_a_decoder_generate_the_same_tokens(cache, side):
+    args = dict(input_ids=ids_of(2, 9)) if side == "none" else ids_and_mask([9, 6], side)
+    options = dict(cache_implementation=cache, disable_compile=True) if cache else {}
+    assert torch.equal(generated(bart(), args, **options), generated(bart("eager"), args, **options))
 
 
 def test_it_is_octavo_that_attends(monkeypatch):
