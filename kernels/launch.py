@@ -309,7 +309,7 @@ def launch(
             launch(kernel, grid, *args, device=device, num_warps=num_warps, num_stages=num_stages, **constexprs)
         return
     ready = None
-    described = any(isinstance(a, TensorDescriptor) for a in args[:1])  # what the C function takes for one differs
+    described = isinstance(args[0], TensorDescriptor) if args else False  # the C function takes more for one
     if starter is not None and device.type in DEVICES and not described and not hooked():
         ready = ready_kernel(kernel, device.index, args, constexprs, num_warps, num_stages)
     if ready is None:
