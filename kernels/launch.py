@@ -222,7 +222,7 @@ def _settle(kernel: Any) -> None:
     Else a key depends on which kernels were looked at before: Triton notes a callee's constexpr globals in it only if
     the callee's own key is known already. Then two processes would not find each other's kernels in the cache.
     """
-    if id(kernel) in _settled:
+    if id(kernel) in _settled or not isinstance(kernel, JITFunction):  # the interpreter's have no key
         return
     _settled.add(id(kernel))
     for name in kernel.fn.__code__.co_names:
