@@ -103,6 +103,25 @@ def _step(
 
 
 @gluon.jit
+def _sweep(
+    until, acc, weights, top, total, query, keys, values, keys_full, values_full, read, step, tile, position, start,
+    end, window, score_scale, cap, EDGE: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, FROM: gl.constexpr,
+    SOFTCAP: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):
+    """Steps from `tile` down to `until`, none if it lies above; returns the next step and tile too."""
+    layout: gl.constexpr = acc.type.layout
+    for _ in range(gl.maximum(tile + 1 - until, 0)):
+        acc, weights, top, total, rescale = _step(
+            acc, weights, top, total, query, keys, values, keys_full, values_full, read, step, tile, position, start,
+            end, window, score_scale, cap, EDGE, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS, BLOCK_N, STAGES,
+        )
+        acc = acc * _along(rescale, layout)
+        step += 1
+        tile -= 1
+    return acc, weights, top, total, step, tile
+
+
+@gluon.jit
 def _store(
     acc, top, total, out_ptr, lse_ptr, sinks_ptr, tile_start, query_end, first_head, row, HEADS: gl.constexpr, PACK:
     gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr, RETURN_LSE: gl.constexpr,
@@ -166,7 +185,7 @@ def compute(
     scores = warpgroup_mma(query, keys.index(0).permute((1, 0)), scores, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
     mbarrier.arrive(read.index(0), count=1)
-    weights, top, total, rescale = _softmax(
+    weights, top, total, _ = _softmax(
         scores, none, zero, high - 1, position, start, end, window, score_scale, cap, True, CAUSAL, WINDOW, FROM,
         SOFTCAP, BLOCK_N,
     )
@@ -187,31 +206,19 @@ def compute(
                 left = gl.maximum(left, (first_position + BLOCK_Q - window + BLOCK_N - 1) // BLOCK_N)
             left = gl.minimum(gl.maximum(left, low), right)
         tile = high - 2
-        for _ in range(gl.maximum(tile + 1 - right, 0)):
-            acc, weights, top, total, rescale = _step(
-                acc, weights, top, total, query, keys, values, keys_full, values_full, read, step, tile, position,
+        acc, weights, top, total, step, tile = _sweep(
+            right, acc, weights, top, total, query, keys, values, keys_full, values_full, read, step, tile, position,
+            start, end, window, score_scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS, BLOCK_N, STAGES,
+        )
+        acc, weights, top, total, step, tile = _sweep(
+            left, acc, weights, top, total, query, keys, values, keys_full, values_full, read, step, tile, position,
+            start, end, window, score_scale, cap, False, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS, BLOCK_N, STAGES,
+        )
+        if FROM:
+            acc, weights, top, total, step, tile = _sweep(
+                low, acc, weights, top, total, query, keys, values, keys_full, values_full, read, step, tile, position,
                 start, end, window, score_scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS, BLOCK_N, STAGES,
             )
-            acc = acc * _along(rescale, out_layout)
-            step += 1
-            tile -= 1
-        for _ in range(gl.maximum(tile + 1 - left, 0)):
-            acc, weights, top, total, rescale = _step(
-                acc, weights, top, total, query, keys, values, keys_full, values_full, read, step, tile, position,
-                start, end, window, score_scale, cap, False, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS, BLOCK_N, STAGES,
-            )
-            acc = acc * _along(rescale, out_layout)
-            step += 1
-            tile -= 1
-        if FROM:
-            for _ in range(gl.maximum(tile + 1 - low, 0)):
-                acc, weights, top, total, rescale = _step(
-                    acc, weights, top, total, query, keys, values, keys_full, values_full, read, step, tile, position,
-                    start, end, window, score_scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS, BLOCK_N, STAGES,
-                )
-                acc = acc * _along(rescale, out_layout)
-                step += 1
-                tile -= 1
 
         # The next tile's first scores, beside the last of this one's values.
         done += 1
@@ -225,7 +232,7 @@ def compute(
         valid = field(entries, done, VALID, 4)
         position = first_position + row // PACK
         mbarrier.wait(queries_full.index(group), done & 1)
-        acc, weights, next_top, next_total, rescale = _step(
+        acc, weights, next_top, next_total, _ = _step(
             acc, weights, none, zero, query, keys, values, keys_full, values_full, read, step, high - 1, position,
             start, end, window, score_scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS, BLOCK_N, STAGES,
         )

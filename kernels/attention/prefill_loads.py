@@ -28,6 +28,18 @@ from octavo.kernels.attention.prefill_tiles import (
 
 
 @gluon.jit
+def _keys_of(entries, done, block_table_ptr, stride_table_sequence):
+    """Which keys an entry wants: its first head, tiles, first key and the one after the last, its sequence's pages."""
+    head = field(entries, done, HEAD, 1)
+    low = field(entries, done, LOW, 1)
+    high = field(entries, done, HIGH, 1)
+    start = field(entries, done, START, 1)
+    end = field(entries, done, END, 1)
+    sequence = field(entries, done, SEQUENCE, 1)
+    return head, low, high, start, end, block_table_ptr + sequence.to(gl.int64) * stride_table_sequence
+
+
+@gluon.jit
 def _page_ids(
     table_ptr, tile, start, end, num_pages, table_width, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr, ROLLING:
     gl.constexpr, BLOCK_N: gl.constexpr,
@@ -97,15 +109,9 @@ def load_queries_and_keys(
     while valid == 1:
         wait_for_entry(ring_full, done)
         tile_start = field(entries, done, TILE_START, 1)
-        head = field(entries, done, HEAD, 1)
-        low = field(entries, done, LOW, 1)
-        high = field(entries, done, HIGH, 1)
-        start = field(entries, done, START, 1)
-        end = field(entries, done, END, 1)
-        sequence = field(entries, done, SEQUENCE, 1)
+        head, low, high, start, end, table_ptr = _keys_of(entries, done, block_table_ptr, stride_table_sequence)
         valid = field(entries, done, VALID, 1)
         release_entry(ring_empty, done)
-        table_ptr = block_table_ptr + sequence.to(gl.int64) * stride_table_sequence
         for back in range(1, high - low + 1):
             tile = high - back
             stage = step % STAGES
@@ -145,14 +151,8 @@ def load_values(
     wait_for_entry(ring_full, 0)
     valid = field(entries, 0, VALID, 1)
     while valid == 1:
-        head = field(entries, done, HEAD, 1)
-        low = field(entries, done, LOW, 1)
-        high = field(entries, done, HIGH, 1)
-        start = field(entries, done, START, 1)
-        end = field(entries, done, END, 1)
-        sequence = field(entries, done, SEQUENCE, 1)
+        head, low, high, start, end, table_ptr = _keys_of(entries, done, block_table_ptr, stride_table_sequence)
         release_entry(ring_empty, done)
-        table_ptr = block_table_ptr + sequence.to(gl.int64) * stride_table_sequence
         for back in range(1, high - low + 1):
             tile = high - back
             stage = step % STAGES
