@@ -88,5 +88,5 @@ def choose_tiles(
     stages = free // (2 * block_n * block_d * dtype.itemsize) + (not wgmma)
     # Before Hopper, the decode kernel has no registers for more rows than 16.
     shared_out = not batch_invariant and rows <= block_m and (block_m == 16 or wgmma)
-    workers = (2 if block_m == 16 else 1) if shared_out else 0
+    workers = (2 if block_m == 16 and dtype != torch.float32 else 1) if shared_out else 0
     return Tiles(block_m, block_n, block_d, num_warps, min(max(stages, 1), 3 if own_units else 4), workers)

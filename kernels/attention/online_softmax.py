@@ -13,29 +13,6 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def exp2_of(x, PRECISE: tl.constexpr):
-    """2^x of fp32 numbers below 127.5; 0 of -inf, NaN of NaN.
-
-    With PRECISE within a relative error of 8.5e-8 (2^-23.5), and 0 where it is below 2^-126. The GPU's own instruction
-    is allowed 2^-22, which shows in fp32 results. x is an integer n and a fraction f from -1/2 to 1/2; a polynomial of
-    degree 6, of the least largest relative error (2.6e-9), is 2^f to within rounding; 2^n is put together of its bits.
-    """
-    if not PRECISE:
-        return tl.exp2(x)
-    clamped = tl.where(x < -126.0, -126.0, x)
-    shifted = clamped + 12582912.0  # by 1.5 · 2^23: the last bits are n
-    f = clamped - (shifted - 12582912.0)  # exact
-    power = tl.fma(f, 1.55946774e-4, 1.34066439e-3)
-    power = tl.fma(f, power, 9.61769297e-3)
-    power = tl.fma(f, power, 5.55031055e-2)
-    power = tl.fma(f, power, 0.240226528)
-    power = tl.fma(f, power, 0.693147215)
-    power = tl.fma(f, power, 1.0)
-    exponent = ((shifted.to(tl.int32, bitcast=True) + 127) << 23).to(tl.float32, bitcast=True)
-    return tl.where(x < -126.0, 0.0, power * exponent)
-
-
-@triton.jit
 def with_sink(acc, top, total, sink):
     """Adds a key of the score `sink` [M], which is none of base 2, and a value of zeros to what `attend` returned.
 
@@ -150,6 +127,20 @@ def _largest_of_rows(scales, seen, otherwise):
 
 
 @triton.jit
+def _scores(q, k, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
+    """The products of q [M, D] and k [N, D], as [M, N]."""
+    if q.dtype == tl.float32 and D >= 32:
+        # Two chains of additions instead of one over all of D: half-way along one the sum is as large as at its end, and
+        # an error of its last digit is one of the weight's.
+        q0, q1 = tl.split(tl.permute(tl.reshape(q, [M, 2, D // 2]), (0, 2, 1)))
+        k0, k1 = tl.split(tl.permute(tl.reshape(k, [N, 2, D // 2]), (0, 2, 1)))
+        first = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+        # Added by an fma, since Triton would fold a plus into one chain.
+        return tl.fma(first, tl.full([M, N], 1.0, tl.float32), tl.dot(q1, tl.trans(k1), input_precision="ieee"))
+    return tl.dot(q, tl.trans(k), input_precision="ieee")
+
+
+@triton.jit
 def attend(
     q,
     position,
@@ -202,7 +193,6 @@ def attend(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     INT8: tl.constexpr = key_scale_ptr is not None
-    PRECISE: tl.constexpr = q.dtype == tl.float32
     if k_scale_ptr is not None:
         score_scale *= float8_scale(k_scale_ptr)
     # Small fp16 numbers are coarse. There acc is in units of a tile's largest scale of values, so that the products of
@@ -235,7 +225,7 @@ def attend(
         page = load_page_ids(table_ptr, key + BLOCK_N, end, num_pages, table_width, PAGE_SIZE, ROLLING, first)
 
         k, v = widened(k, q.dtype), widened(v, q.dtype)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
+        scores = _scores(q, k, BLOCK_M, BLOCK_N, BLOCK_D)  # [M, N]
         if INT8:
             scores *= (k_scales * score_scale)[None, :]
         else:
@@ -255,8 +245,8 @@ def attend(
         new_top = tl.maximum(top, tl.max(scores, 1))
         # A row that has seen no key yet: subtract 0, not -inf.
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-        rescale = exp2_of(top - shift, PRECISE)
-        weights = exp2_of(scores - shift[:, None], PRECISE)  # [M, N]
+        rescale = tl.exp2(top - shift)
+        weights = tl.exp2(scores - shift[:, None])  # [M, N]
         total = total * rescale + tl.sum(weights, 1)
         if INT8:
             if UNITS and not ROW_UNITS:
