@@ -130,8 +130,8 @@ def _largest_of_rows(scales, seen, otherwise):
 def _scores(q, k, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
     """The products of q [M, D] and k [N, D], as [M, N]."""
     if q.dtype == tl.float32 and D >= 32:
-        # Two chains of additions instead of one over all of D: half-way along one the sum is as large as at its end, and
-        # an error of its last digit is one of the weight's.
+        # Two chains of additions, not one over all of D: half-way along it the sum is as large as at its end, and each
+        # rounding is an error of the weight.
         q0, q1 = tl.split(tl.permute(tl.reshape(q, [M, 2, D // 2]), (0, 2, 1)))
         k0, k1 = tl.split(tl.permute(tl.reshape(k, [N, 2, D // 2]), (0, 2, 1)))
         first = tl.dot(q0, tl.trans(k0), input_precision="ieee")

@@ -4,10 +4,13 @@ A persistent program on each multiprocessor: a warp finds tiles of queries (`pre
 (`prefill_loads.py`), two warpgroups of 64 rows each compute (`prefill_compute.py`). Rows are PACK query heads of a KV
 head by 128 / PACK tokens, so that the heads share a tile's keys.
 
-Measured on an H100, and not kept: two buffers for the queries (no difference, and twice the code, since a product whose
-first operand's address varies gave wrong results); two warps for the keys, and two for the values (no difference); the
-results by way of shared memory (slower); shares of the tiles fixed beforehand (1.3 times the mean for the last program
-of 8 × 2k); barriers that make the warpgroups take turns (no difference).
+Measured on an H100, and not kept (`bench/results/NVIDIA_H100_80GB_HBM3/prefill_tiles.txt`): two buffers for the queries
+(no difference, and twice the code, since a product whose first operand's address varies gave wrong results); two warps
+for the keys, and two for the values (no difference); values, or keys too, copied by a warp's lanes, not by TMA (7 to 17
+% slower); three warpgroups (tiles of 64 keys: 7 to 14 % slower; heads of 64 spill); steps in pairs, which saves 10 % of
+the instructions (no gain); shares of the tiles fixed beforehand (1.3 times the mean for the last program of 8 × 2k);
+half or a quarter of the programs beginning with the last tiles, so that decode tokens are read beside products (no
+gain: the two slow each other); barriers that make the warpgroups take turns (no difference).
 """
 
 from typing import Any
@@ -35,6 +38,8 @@ from octavo.kernels.tiles import (
 
 ROWS = 64
 """Of a warpgroup."""
+STAGES = 2
+"""Of keys, and of values; with three there is no room for the results' way from lane to lane, and no gain."""
 SECTION_BYTES = 16 * 2**20
 """Keys and values that are read at a time; an H100 has 50 MB of L2 cache, each half of it for half of the programs."""
 
@@ -103,7 +108,8 @@ def _prefill_kernel(
     queries_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
     keys_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     values_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    read = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    keys_read = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    values_read = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     cut_off = gl.allocate_shared_memory(gl.int64, [1, 1], barrier)
     ring_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
     ring_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
@@ -113,40 +119,37 @@ def _prefill_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(keys_full.index(i), count=1)
         mbarrier.init(values_full.index(i), count=1)
-        mbarrier.init(read.index(i), count=2)  # by both warpgroups
+        mbarrier.init(keys_read.index(i), count=2)
+        mbarrier.init(values_read.index(i), count=2)
     mbarrier.init(cut_off.index(0), count=1)
     mbarrier.init(wanted.index(0), count=1)
     for i in gl.static_range(SLOTS):
         mbarrier.init(ring_full.index(i), count=1)
-        mbarrier.init(ring_empty.index(i), count=4)  # by both warpgroups and both warps that load
+        mbarrier.init(ring_empty.index(i), count=4)  # by the warpgroups and both warps that load
     fence_async_shared()
 
     # fmt: off
-    gl.warp_specialize(
-        [
-            (compute, (
-                0, out_ptr, lse_ptr, sinks_ptr, queries, keys, values, queries_full, keys_full, values_full, read,
-                entries, ring_full, ring_empty, window, score_scale, cap, KV_HEADS * GROUP, PACK, D, CAUSAL, WINDOW,
-                ROLLING, SOFTCAP, RETURN_LSE, ROWS, BLOCK_N, BLOCK_D, STAGES)),
-            (compute, (
-                1, out_ptr, lse_ptr, sinks_ptr, queries, keys, values, queries_full, keys_full, values_full, read,
-                entries, ring_full, ring_empty, window, score_scale, cap, KV_HEADS * GROUP, PACK, D, CAUSAL, WINDOW,
-                ROLLING, SOFTCAP, RETURN_LSE, ROWS, BLOCK_N, BLOCK_D, STAGES)),
-            (hand_out, (
-                entries, ring_full, ring_empty, wanted, counter_ptr, cu_seqlens_q_ptr, seq_lens_ptr, T, B, table_width,
-                window, slots, KV_HEADS, GROUP, PACK, PAGE_SIZE, CAUSAL, WINDOW, ROLLING, ROWS, BLOCK_N, SECTION)),
-            (load_queries_and_keys, (
-                query_desc, key_desc, query_boxes, key_boxes, queries_full, keys_full, read, entries, ring_full,
-                ring_empty, wanted, block_table_ptr, num_pages, table_width, stride_table_sequence, GROUP, PACK,
-                PAGE_SIZE, BOX, ROLLING, ROWS, BLOCK_N, BLOCK_D, STAGES)),
-            (load_values, (
-                value_desc, value_boxes, values, values_full, read, cut_off, entries, ring_full, ring_empty,
-                block_table_ptr, num_pages, table_width, stride_table_sequence, GROUP, PAGE_SIZE, BOX, ROLLING,
-                BLOCK_N, BLOCK_D, STAGES)),
-        ],
-        [4, 1, 1, 1],
-        [240, 40, 40, 40],
-    )
+    gl.warp_specialize([
+        (compute, (
+            0, out_ptr, lse_ptr, sinks_ptr, queries, keys, values, queries_full, keys_full, values_full, keys_read,
+            values_read, entries, ring_full, ring_empty, window, score_scale, cap, KV_HEADS * GROUP, PACK, D, CAUSAL,
+            WINDOW, ROLLING, SOFTCAP, RETURN_LSE, ROWS, BLOCK_N, BLOCK_D, STAGES)),
+        (compute, (
+            1, out_ptr, lse_ptr, sinks_ptr, queries, keys, values, queries_full, keys_full, values_full, keys_read,
+            values_read, entries, ring_full, ring_empty, window, score_scale, cap, KV_HEADS * GROUP, PACK, D, CAUSAL,
+            WINDOW, ROLLING, SOFTCAP, RETURN_LSE, ROWS, BLOCK_N, BLOCK_D, STAGES)),
+        (hand_out, (
+            entries, ring_full, ring_empty, wanted, counter_ptr, cu_seqlens_q_ptr, seq_lens_ptr, T, B, table_width,
+            window, slots, KV_HEADS, GROUP, PACK, PAGE_SIZE, CAUSAL, WINDOW, ROLLING, ROWS, BLOCK_N, SECTION)),
+        (load_queries_and_keys, (
+            query_desc, key_desc, query_boxes, key_boxes, queries_full, keys_full, keys_read, entries, ring_full,
+            ring_empty, wanted, block_table_ptr, num_pages, table_width, stride_table_sequence, GROUP, PACK, PAGE_SIZE,
+            BOX, ROLLING, ROWS, BLOCK_N, BLOCK_D, STAGES)),
+        (load_values, (
+            value_desc, value_boxes, values, values_full, values_read, cut_off, entries, ring_full, ring_empty,
+            block_table_ptr, num_pages, table_width, stride_table_sequence, GROUP, PAGE_SIZE, BOX, ROLLING, BLOCK_N,
+            BLOCK_D, STAGES)),
+    ], [4, 1, 1, 1], [240, 40, 40, 40])
     # fmt: on
 
 
@@ -220,7 +223,7 @@ def prefill(
     sequences, group = seq_lens.shape[0], heads // kv_heads
     pack = min(group & -group, 16)
     block_d = max(next_power_of_2(head_size), 64)
-    block_n, stages = (64, 2) if block_d > 128 else (128, 3)
+    block_n = 64 if block_d > 128 else 128
     box = _box(page_size, block_n)
 
     # Σ ceil(query length / tokens of a tile) ≤ T // those + B over the sequences, and one more part for the padding.
@@ -259,6 +262,6 @@ def prefill(
         ROWS=ROWS,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
-        STAGES=stages,
+        STAGES=STAGES,
         SECTION=max(SECTION_BYTES // (4 * kv_heads * head_size), 1),
     )

@@ -75,9 +75,9 @@ def _softmax(
 
 @gluon.jit
 def _step(
-    acc, weights, top, total, query, keys, values, keys_full, values_full, read, step, tile, position, start, end,
-    window, score_scale, cap, EDGE: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, FROM: gl.constexpr,
-    SOFTCAP: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    acc, weights, top, total, query, keys, values, keys_full, values_full, keys_read, values_read, step, tile, position,
+    start, end, window, score_scale, cap, EDGE: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, FROM:
+    gl.constexpr, SOFTCAP: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):
     """Adds the values of the step before, and returns the weights of `tile`, to go with `top` and `total`."""
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -90,6 +90,8 @@ def _step(
     mbarrier.wait(values_full.index(before), before_phase)
     acc = warpgroup_mma(weights, values.index(before), acc, is_async=True)
     scores = warpgroup_mma_wait(1, deps=[scores])
+    # Not with the values below: the next queries may come while this step goes on, if it is the last of a tile.
+    mbarrier.arrive(keys_read.index(stage), count=1)
     new, top, total, rescale = _softmax(
         scores, top, total, tile, position, start, end, window, score_scale, cap, EDGE, CAUSAL, WINDOW, FROM, SOFTCAP,
         BLOCK_N,
@@ -98,22 +100,22 @@ def _step(
     # They have come already. ptxas would move the softmax down past the wait below; past this wait's loop it does not.
     mbarrier.wait(values_full.index(before), before_phase)
     acc, weights, new, total = warpgroup_mma_wait(0, deps=[acc, weights, new, total])
-    mbarrier.arrive(read.index(stage), count=1)
+    mbarrier.arrive(values_read.index(stage), count=1)
     return acc, new, top, total, rescale
 
 
 @gluon.jit
 def _sweep(
-    until, acc, weights, top, total, query, keys, values, keys_full, values_full, read, step, tile, position, start,
-    end, window, score_scale, cap, EDGE: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, FROM: gl.constexpr,
-    SOFTCAP: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    until, acc, weights, top, total, query, keys, values, keys_full, values_full, keys_read, values_read, step, tile,
+    position, start, end, window, score_scale, cap, EDGE: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+    FROM: gl.constexpr, SOFTCAP: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):
     """Steps from `tile` down to `until`, none if it lies above; returns the next step and tile too."""
     layout: gl.constexpr = acc.type.layout
     for _ in range(gl.maximum(tile + 1 - until, 0)):
         acc, weights, top, total, rescale = _step(
-            acc, weights, top, total, query, keys, values, keys_full, values_full, read, step, tile, position, start,
-            end, window, score_scale, cap, EDGE, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS, BLOCK_N, STAGES,
+            acc, weights, top, total, query, keys, values, keys_full, values_full, keys_read, values_read, step, tile,
+            position, start, end, window, score_scale, cap, EDGE, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS, BLOCK_N, STAGES,
         )
         acc = acc * _along(rescale, layout)
         step += 1
@@ -121,17 +123,32 @@ def _sweep(
     return acc, weights, top, total, step, tile
 
 
+@gluon.constexpr_function
+def _wide_layout(rows, columns):
+    """Of that many rows in four warps, a thread having eight numbers of a row side by side: 16 bytes.
+
+    A product's result is in the same warps, in other lanes of each four.
+    """
+    more = [[0, 32 << i] for i in range((columns // 32).bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], *more, [8, 0]],
+        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[rows, columns],
+    )
+
+
 @gluon.jit
 def _store(
-    acc, top, total, out_ptr, lse_ptr, sinks_ptr, tile_start, query_end, first_head, row, HEADS: gl.constexpr, PACK:
-    gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr, RETURN_LSE: gl.constexpr,
+    acc, top, total, out_ptr, lse_ptr, sinks_ptr, tile_start, query_end, first_head, row, group: gl.constexpr, HEADS:
+    gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr, BLOCK_D: gl.constexpr, RETURN_LSE:
+    gl.constexpr,
 ):
-    """Writes what a warpgroup has computed, from the registers that it is in: by way of shared memory took longer."""
+    """Writes what a warpgroup has computed, 64 bytes of a row by four lanes."""
     layout: gl.constexpr = acc.type.layout
-    wanted = tile_start + row // PACK < query_end
-    head = first_head + row % PACK
     if sinks_ptr is not None:
-        sink = gl.load(sinks_ptr + head).to(gl.float32) * LOG2_E
+        sink = gl.load(sinks_ptr + first_head + row % PACK).to(gl.float32) * LOG2_E
         new_top = gl.maximum(top, sink)
         shift = gl.where(new_top == -float("inf"), 0.0, new_top)
         rescale = gl.exp2(top - shift)
@@ -139,23 +156,29 @@ def _store(
         total = total * rescale + gl.exp2(sink - shift)
         top = new_top
     total = gl.where(total == 0.0, 1.0, total)  # nothing attended to: zeros, and a log-sum-exp of -inf
-    at = (tile_start + row // PACK).to(gl.int64) * HEADS + head
-    d = gl.expand_dims(gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout)), 0)
-    mask = _along(wanted, layout)
+    if RETURN_LSE:
+        at = (tile_start + row // PACK).to(gl.int64) * HEADS + first_head + row % PACK
+        gl.store(lse_ptr + at, (top + gl.log2(total)) * LN_2, mask=tile_start + row // PACK < query_end)
+    out = (acc * _along(1.0 / total, layout)).to(out_ptr.dtype.element_ty)
+    # As the product leaves it, a warp would write 16 bytes of each of eight rows: 7 % of the time of 8 × 2k.
+    wide: gl.constexpr = _wide_layout(ROWS, BLOCK_D)
+    out = gl.convert_layout(out, wide)
+    row = gl.expand_dims(group * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, wide)), 1)
+    d = gl.expand_dims(gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, wide)), 0)
+    mask = tile_start + row // PACK < query_end
     if D < BLOCK_D:
         mask = mask & (d < D)
-    out = (acc * _along(1.0 / total, layout)).to(out_ptr.dtype.element_ty)
-    gl.store(out_ptr + _along(at * D, layout) + d, out, mask=mask)
-    if RETURN_LSE:
-        gl.store(lse_ptr + at, (top + gl.log2(total)) * LN_2, mask=wanted)
+    at = (tile_start + row // PACK).to(gl.int64) * HEADS + first_head + row % PACK
+    gl.store(out_ptr + at * D + d, out, mask=mask)
 
 
 @gluon.jit
 def compute(
-    group: gl.constexpr, out_ptr, lse_ptr, sinks_ptr, queries, keys, values, queries_full, keys_full, values_full, read,
-    entries, ring_full, ring_empty, window, score_scale, cap, HEADS: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr,
-    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, ROLLING: gl.constexpr, SOFTCAP: gl.constexpr, RETURN_LSE: gl.constexpr,
-    ROWS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    group: gl.constexpr, out_ptr, lse_ptr, sinks_ptr, queries, keys, values, queries_full, keys_full, values_full,
+    keys_read, values_read, entries, ring_full, ring_empty, window, score_scale, cap, HEADS: gl.constexpr, PACK:
+    gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, ROLLING: gl.constexpr, SOFTCAP:
+    gl.constexpr, RETURN_LSE: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES:
+    gl.constexpr,
 ):
     """What warpgroup number `group` does."""
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -184,7 +207,8 @@ def compute(
     scores = gl.zeros([ROWS, BLOCK_N], gl.float32, scores_layout)
     scores = warpgroup_mma(query, keys.index(0).permute((1, 0)), scores, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
-    mbarrier.arrive(read.index(0), count=1)
+    mbarrier.arrive(keys_read.index(0), count=1)
+    mbarrier.arrive(values_read.index(0), count=1)
     weights, top, total, _ = _softmax(
         scores, none, zero, high - 1, position, start, end, window, score_scale, cap, True, CAUSAL, WINDOW, FROM,
         SOFTCAP, BLOCK_N,
@@ -207,17 +231,20 @@ def compute(
             left = gl.minimum(gl.maximum(left, low), right)
         tile = high - 2
         acc, weights, top, total, step, tile = _sweep(
-            right, acc, weights, top, total, query, keys, values, keys_full, values_full, read, step, tile, position,
-            start, end, window, score_scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS, BLOCK_N, STAGES,
+            right, acc, weights, top, total, query, keys, values, keys_full, values_full, keys_read, values_read, step,
+            tile, position, start, end, window, score_scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS, BLOCK_N,
+            STAGES,
         )
         acc, weights, top, total, step, tile = _sweep(
-            left, acc, weights, top, total, query, keys, values, keys_full, values_full, read, step, tile, position,
-            start, end, window, score_scale, cap, False, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS, BLOCK_N, STAGES,
+            left, acc, weights, top, total, query, keys, values, keys_full, values_full, keys_read, values_read, step,
+            tile, position, start, end, window, score_scale, cap, False, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS, BLOCK_N,
+            STAGES,
         )
         if FROM:
             acc, weights, top, total, step, tile = _sweep(
-                low, acc, weights, top, total, query, keys, values, keys_full, values_full, read, step, tile, position,
-                start, end, window, score_scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS, BLOCK_N, STAGES,
+                low, acc, weights, top, total, query, keys, values, keys_full, values_full, keys_read, values_read,
+                step, tile, position, start, end, window, score_scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS,
+                BLOCK_N, STAGES,
             )
 
         # The next tile's first scores, beside the last of this one's values.
@@ -233,8 +260,9 @@ def compute(
         position = first_position + row // PACK
         mbarrier.wait(queries_full.index(group), done & 1)
         acc, weights, next_top, next_total, _ = _step(
-            acc, weights, none, zero, query, keys, values, keys_full, values_full, read, step, high - 1, position,
-            start, end, window, score_scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS, BLOCK_N, STAGES,
+            acc, weights, none, zero, query, keys, values, keys_full, values_full, keys_read, values_read, step,
+            high - 1, position, start, end, window, score_scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS,
+            BLOCK_N, STAGES,
         )
         step += 1
         tile_start = field(entries, done - 1, TILE_START, 4)
@@ -242,8 +270,8 @@ def compute(
         first_head = field(entries, done - 1, HEAD, 4)
         release_entry(ring_empty, done - 1)
         _store(
-            acc, top, total, out_ptr, lse_ptr, sinks_ptr, tile_start, query_end, first_head, row, HEADS, PACK, D,
-            BLOCK_D, RETURN_LSE,
+            acc, top, total, out_ptr, lse_ptr, sinks_ptr, tile_start, query_end, first_head, row, group, HEADS, PACK,
+            D, ROWS, BLOCK_D, RETURN_LSE,
         )
         acc = nothing
         top = next_top

@@ -96,10 +96,10 @@ def _zero_outside(values, stage, first, last, BLOCK_N: gl.constexpr, BLOCK_D: gl
 
 @gluon.jit
 def load_queries_and_keys(
-    query_desc, key_desc, query_boxes, key_boxes, queries_full, keys_full, read, entries, ring_full, ring_empty, wanted,
-    block_table_ptr, num_pages, table_width, stride_table_sequence, GROUP: gl.constexpr, PACK: gl.constexpr, PAGE_SIZE:
-    gl.constexpr, BOX: gl.constexpr, ROLLING: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D:
-    gl.constexpr, STAGES: gl.constexpr,
+    query_desc, key_desc, query_boxes, key_boxes, queries_full, keys_full, keys_read, entries, ring_full, ring_empty,
+    wanted, block_table_ptr, num_pages, table_width, stride_table_sequence, GROUP: gl.constexpr, PACK: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, BOX: gl.constexpr, ROLLING: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):
     """What the warp does that loads queries and keys, the latter from the last tile to the first."""
     PARTS: gl.constexpr = BLOCK_D // 64
@@ -116,7 +116,7 @@ def load_queries_and_keys(
             tile = high - back
             stage = step % STAGES
             ids = _page_ids(table_ptr, tile, start, end, num_pages, table_width, PAGE_SIZE, BOX, ROLLING, BLOCK_N)
-            mbarrier.wait(read.index(stage), step // STAGES & 1 ^ 1)
+            mbarrier.wait(keys_read.index(stage), step // STAGES & 1 ^ 1)
             _load_tile(
                 key_desc, key_boxes, keys_full.index(stage), stage, tile, head // GROUP, ids, PAGE_SIZE, BOX, BLOCK_N,
                 BLOCK_D,
@@ -124,7 +124,7 @@ def load_queries_and_keys(
             if back == 1:
                 if step > 0:
                     # The queries before are read in the step before.
-                    mbarrier.wait(read.index((step - 1) % STAGES), (step - 1) // STAGES & 1)
+                    mbarrier.wait(keys_read.index((step - 1) % STAGES), (step - 1) // STAGES & 1)
                 for group in gl.static_range(2):
                     mbarrier.expect(queries_full.index(group), ROWS * BLOCK_D * 2)
                     for part in gl.static_range(PARTS):
@@ -140,9 +140,9 @@ def load_queries_and_keys(
 
 @gluon.jit
 def load_values(
-    value_desc, value_boxes, values, values_full, read, cut_off, entries, ring_full, ring_empty, block_table_ptr,
-    num_pages, table_width, stride_table_sequence, GROUP: gl.constexpr, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr,
-    ROLLING: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    value_desc, value_boxes, values, values_full, values_read, cut_off, entries, ring_full, ring_empty,
+    block_table_ptr, num_pages, table_width, stride_table_sequence, GROUP: gl.constexpr, PAGE_SIZE: gl.constexpr,
+    BOX: gl.constexpr, ROLLING: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):
     """What the warp does that loads values."""
     done = 0
@@ -158,7 +158,7 @@ def load_values(
             stage = step % STAGES
             ids = _page_ids(table_ptr, tile, start, end, num_pages, table_width, PAGE_SIZE, BOX, ROLLING, BLOCK_N)
             # Values are read in the step after the one that reads the keys beside them.
-            mbarrier.wait(read.index((step + 1) % STAGES), (step + 1) // STAGES & 1 ^ 1)
+            mbarrier.wait(values_read.index((step + 1) % STAGES), (step + 1) // STAGES & 1 ^ 1)
             if ((tile + 1) * BLOCK_N > end) | (tile * BLOCK_N < start):
                 full = cut_off.index(0)
                 _load_tile(
