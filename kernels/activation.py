@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from octavo.kernels.checks import check_gated, check_rows
-from octavo.kernels.launch import empty, launch
+from octavo.kernels.launch import INTERPRET, empty, launch
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
 from octavo.kernels.tiles import (
@@ -28,6 +29,9 @@ from octavo.kernels.tiles import (
     wait_for_previous,
 )
 from octavo.reference import activation as reference
+
+
+INTERPRETED = tl.constexpr(INTERPRET)
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,26 @@ def choose_tiles(width: int) -> _Tiles:
 
 
 @triton.jit
+def _over_one_and_power(x, t):
+    """x / (1 + 2^t); 0 of a finite x where 2^t overflows.
+
+    By the GPU's own reciprocal, which takes five instructions less than Triton's quotient and is off by as little, two
+    units, but gives 0 where the denominator is above 2^126.
+    """
+    if INTERPRETED:
+        return x / (1.0 + tl.exp2(t))
+    return libdevice.fast_dividef(x, 1.0 + tl.exp2(t))
+
+
+@triton.jit
 def _activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
-        y = x / (1.0 + tl.exp(-x))
+        y = _over_one_and_power(x, -1.4426950408889634 * x)
     elif ACTIVATION == "gelu":
         y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
-        # (1 + tanh u) / 2 = 1 / (1 + exp(-2u)): an exp that overflows gives 0, not NaN. 2u holds 2·sqrt(2/π).
-        y = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+        # (1 + tanh u) / 2 = 1 / (1 + exp(-2u)). 2u·log2(e) holds 2·sqrt(2/π)·log2(e).
+        y = _over_one_and_power(x, -2.302208198144325 * (x + 0.044715 * x * x * x))
     else:
         relu = tl.where(x < 0.0, 0.0, x)  # unlike tl.maximum, keeps a NaN
         y = relu * relu

@@ -97,7 +97,14 @@ def _activation_quantize_kernel(
         if SCALE == "given":
             y *= tl.div_rn(1.0, tl.load(scale_ptr))
         else:
-            scale = scale_of(tl.max(magnitude(y), 1), LIMIT)  # [GROUPS]
+            if SCALE == "row":
+                # The GPU's maximum leaves NaN out; then what leaves infinities out costs rows that have none nothing.
+                largest = tl.max(tl.abs(y), 1)
+                if not tl.max(largest, 0) < float("inf"):
+                    largest = tl.max(magnitude(y), 1)
+            else:
+                largest = tl.max(magnitude(y), 1)
+            scale = scale_of(largest, LIMIT)  # [GROUPS]
             scales = N // piece
             tl.store(scale_ptr + row.to(tl.int64) * scales + number, scale, mask=number < scales)
             y *= tl.div_rn(1.0, scale)[:, None]
