@@ -30,7 +30,6 @@ from octavo.kernels.tiles import (
 )
 from octavo.reference import activation as reference
 
-
 INTERPRETED = tl.constexpr(INTERPRET)
 
 

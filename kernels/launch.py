@@ -75,9 +75,9 @@ class Launch:
 
     @property
     def pointers(self) -> int:
-        """How many of the arguments are pointers; they come first, where the copy engine reads nothing."""
+        """How many of the arguments are pointers, or descriptors of what the copy engine reads; they come first."""
         for count, value in enumerate(self.args):
-            if value is not None and not isinstance(value, torch.Tensor):
+            if value is not None and not isinstance(value, (torch.Tensor, TensorDescriptor)):
                 return count
         return len(self.args)
 
@@ -274,6 +274,14 @@ def ready_kernel(
         return _ready[key]
 
 
+def moved(described: TensorDescriptor, base: torch.Tensor | None) -> TensorDescriptor:
+    """`described` for another tensor of the same shape, strides and alignment, which are not looked at again."""
+    other = object.__new__(TensorDescriptor)
+    other.__dict__.update(described.__dict__)
+    other.base = base
+    return other
+
+
 def in_three(grid: tuple[int, ...]) -> Grid:
     """The grid with all three of its dimensions."""
     return (*grid, 1, 1)[:3]  # type: ignore[return-value]
@@ -291,10 +299,9 @@ def launch(
     """Starts `kernel` over `grid` on `device`; a grid with no programs starts nothing.
 
     `args` are the kernel's arguments in order: pointers first (tensors or None), then numbers; ahead of both what the
-    copy engine reads, if anything, as Gluon's TensorDescriptor: such a kernel is started by Triton, and its calls are
-    not replayed. Its constexprs, by name, come last in its signature. One named CHAINED says that the kernel waits by
-    itself for the one before it (`octavo.kernels.tiles.chains`); one named REGISTERS limits a thread's registers, where
-    it is not 0.
+    copy engine reads, if anything, as Gluon's TensorDescriptor, which Triton encodes at each start. Its constexprs, by
+    name, come last in its signature. One named CHAINED says that the kernel waits by itself for the one before it
+    (`octavo.kernels.tiles.chains`); one named REGISTERS limits a thread's registers, where it is not 0.
     """
     recorder = _recorder.get()
     if recorder is not None:
@@ -309,8 +316,7 @@ def launch(
             launch(kernel, grid, *args, device=device, num_warps=num_warps, num_stages=num_stages, **constexprs)
         return
     ready = None
-    described = isinstance(args[0], TensorDescriptor) if args else False  # the C function takes more for one
-    if starter is not None and device.type in DEVICES and not described and not hooked():
+    if starter is not None and device.type in DEVICES and not hooked():
         ready = ready_kernel(kernel, device.index, args, constexprs, num_warps, num_stages)
     if ready is None:
         _settle(kernel)

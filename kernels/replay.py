@@ -25,6 +25,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch.autograd import profiler
 from torch.utils._device import DeviceContext
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.kernels.launch import (
     DEVICES,
@@ -34,6 +35,7 @@ from octavo.kernels.launch import (
     hooked,
     in_three,
     is_current,
+    moved,
     recording,
     starter,
 )
@@ -71,11 +73,16 @@ def make_plan(given: tuple[torch.Tensor | None, ...], recorder: Recorder, result
     pointers, counts, bound = [], [], []
     for launch in recorder.launches:
         args = launch.args[: launch.pointers]
-        pointers.append(tuple(where[id(a)] if a is not None and a.numel() else None for a in args))
+        described = [a for a in args if isinstance(a, TensorDescriptor)]
+        bases = [a.base if isinstance(a, TensorDescriptor) else a for a in args]
+        pointers.append(tuple(where[id(a)] if a is not None and a.numel() else None for a in bases))
         others = *launch.args[launch.pointers :], *[None] * len(launch.constexprs)
         assert launch.ready is not None
-        counts.append((len(launch.ready.middle), len(others)))
-        bound += [launch.ready.start, *in_three(launch.grid), *launch.ready.middle, *others]
+        counts.append((len(launch.ready.middle), len(described), len(others)))
+        # The copy engine's come before the other pointers. A plan keeps no tensor.
+        assert described == list(args[: len(described)])
+        without_base = [moved(a, None) for a in described]
+        bound += [launch.ready.start, *in_three(launch.grid), *launch.ready.middle, *without_base, *others]
     at = {id(out): i for i, out in enumerate(outputs)}
     returned = tuple(at[id(r)] for r in result) if isinstance(result, tuple) else at.get(id(result))
     present = tuple(t is not None for t in given)
@@ -117,7 +124,7 @@ def _maker(
     present: tuple[bool, ...],
     outputs: int,
     pointers: tuple[tuple[int | None, ...], ...],
-    bound: tuple[tuple[int, int], ...],
+    bound: tuple[tuple[int, int, int], ...],
     returned: int | tuple[int, ...] | None,
     several_devices: bool,
 ) -> Callable[..., Plan]:
@@ -129,7 +136,8 @@ def _maker(
         present: of the tensors that the op takes, which are given.
         outputs: how many there are.
         pointers: of each launch, which of the present tensors and the outputs its pointers are; None is a null pointer.
-        bound: of each launch, how many values come between the stream and the pointers, and how many after those.
+        bound: of each launch, how many values come between the stream and the pointers, how many of the pointers are
+            descriptors (the first ones), and how many values come after the pointers.
         returned: which of the outputs.
         several_devices: whether another device than the plan's may be current.
     """
@@ -145,10 +153,14 @@ def _maker(
         body += [f"o{i} = (filled{i} if deterministic() else plain{i})()", f"{address} = o{i}.data_ptr()"]
     if pointers:
         body.append("stream = stream_of(device)")
-    for step, (which, (middle, others)) in enumerate(zip(pointers, bound, strict=True)):
-        start, x, y, z, *values = [f"v{step}_{i}" for i in range(4 + middle + others)]
+    names = [*tensors, *(f"o{i}" for i in range(outputs))]
+    for step, (which, (middle, described, others)) in enumerate(zip(pointers, bound, strict=True)):
+        start, x, y, z, *values = [f"v{step}_{i}" for i in range(4 + middle + described + others)]
         parameters += [start, x, y, z, *values]
-        args = [*("0" if i is None else addresses[i] for i in which), *values[middle:]]
+        first = middle + described
+        args = [f"moved({v}, {names[i]})" for v, i in zip(values[middle:first], which, strict=False)]  # type: ignore[index]
+        args += ["0" if i is None else addresses[i] for i in which[described:]]
+        args += values[first:]
         last = f"({', '.join(args)},)" if starter.one_sequence else ", ".join(args)  # type: ignore[union-attr]
         body.append(f"{start}({', '.join([x, y, z, 'stream', *values[:middle], last])})")
     several = isinstance(returned, tuple)
@@ -160,7 +172,12 @@ def _maker(
         tensors=", ".join(tensors),
         body="\n        ".join(body),
     )
-    namespace: dict[str, Any] = {"__name__": __name__, "is_current": is_current, "device_of": torch.cuda.device}
+    namespace: dict[str, Any] = {
+        "__name__": __name__,
+        "is_current": is_current,
+        "device_of": torch.cuda.device,
+        "moved": moved,
+    }
     exec(source, namespace)
     return namespace["make"]
 
@@ -204,7 +221,8 @@ def _plan(given: tuple[torch.Tensor | None, ...], recorder: Recorder, result: An
     if not recorder.launched or not {id(r) for r in results} <= allocated:
         return None
     for launch in recorder.launches:
-        if launch.ready is None or not all(a is None or id(a) in known for a in launch.args[: launch.pointers]):
+        pointers = (getattr(a, "base", a) for a in launch.args[: launch.pointers])
+        if launch.ready is None or not all(a is None or id(a) in known for a in pointers):
             return None
     return make_plan(given, recorder, result)
 

@@ -20,6 +20,7 @@ from op_cases import cases, serve
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler.compiler import LazyDict
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 import octavo
 from octavo.kernels import launch as launching
@@ -55,8 +56,14 @@ def normal(args: tuple, types: list[str]) -> tuple:
     # Triton's own launch also passes its hooks, and what it would tell them, where none is set.
     head = tuple(None if isinstance(v, LazyDict) or getattr(v, "calls", 1) == [] else v for v in head)
     values = [v for v, kind in zip(kernel_args, types, strict=True) if kind != "constexpr"]
-    values = [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in values]
-    return head, tuple((v or 0) for v in values)
+    return head, tuple((v or 0) for value in values for v in _encoded(value))
+
+
+def _encoded(value) -> list:
+    """A kernel's argument as the C function would be given it: an address, a number, or what is in a descriptor."""
+    if isinstance(value, TensorDescriptor):
+        return [value.base.data_ptr(), *value.shape, *value.strides, *value.block_shape, value.padding]
+    return [value.data_ptr() if isinstance(value, torch.Tensor) else value]
 
 
 class Driver:
@@ -350,7 +357,7 @@ def check_token_counts() -> None:
     # for many sequences. Batch-invariant, there is one choice.
     variants = {"int4_linear": 3, "int8_linear": 3, "sample": 2, "paged_attention": 4}
     variants |= {f"paged_attention {kind}": 3 for kind in ("of float8", "of int8", "with alibi")}
-    variants |= {"paged_attention batch-invariant": 1}
+    variants |= {"paged_attention batch-invariant": 1, "paged_attention of chunks": 2}
     for name in cases(1):
         launching._ready.clear()
         before = octavo.compile_count()

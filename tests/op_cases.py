@@ -116,6 +116,7 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
         "paged_attention with plan": (octavo.paged_attention, attention | dict(plan=plan), dict(max_seqlen_q=1)),
         "paged_attention with lse": (octavo.paged_attention, attention, dict(max_seqlen_q=1, return_lse=True)),
         "paged_attention with window": (octavo.paged_attention, attention, dict(max_seqlen_q=1, window_size=7)),
+        "paged_attention of chunks": (octavo.paged_attention, attention, dict(max_seqlen_q=512, window_size=7)),
         "paged_attention batch-invariant": (
             octavo.paged_attention,
             attention,
