@@ -87,13 +87,14 @@ class Subject:
         return {"op": self.name, "shape": self.shape, **costs}
 
 
-def op(name: str, device: torch.device) -> Subject:
-    """An op at the smallest of its benchmark's shapes, and at other numbers of tokens."""
+def op(name: str, device: torch.device, kind: str = "", change: Shape | None = None) -> Subject:
+    """An op at the smallest of its benchmark's shapes, with a `change` of it, and at other numbers of tokens."""
     benchmark = load(name)
     dtype = benchmark.DTYPES[0]
     smallest = min(benchmark.shapes(), key=lambda s: benchmark.bytes_moved(s, dtype))
     if "ctx" in smallest:
         smallest = smallest | {"ctx": 64}  # else the GPU takes longer than the CPU
+    smallest = smallest | (change or {})
     counted = next(iter(smallest))  # T, M or B: tokens or sequences
     generator = torch.Generator(device).manual_seed(0)
 
@@ -122,7 +123,7 @@ def op(name: str, device: torch.device) -> Subject:
         "dispatcher_us": lambda: burst_us([lambda: function(*args)] * BURST),
         "new_shape_us": anew,
     }
-    return Subject(name, label(smallest), bursts)
+    return Subject(name + kind, label(smallest), bursts)
 
 
 def yardsticks(device: torch.device) -> list[Subject]:
@@ -168,6 +169,8 @@ def main() -> None:
         sys.exit("launch_cost: needs a GPU; on a CPU nothing is launched")
     device = torch.device("cuda")
     subjects = yardsticks(device) + [op(name, device) for name in options.op or benchmarks() if name in OPS]
+    if "paged_attention" in (options.op or OPS):
+        subjects.append(op("paged_attention", device, " of chunks", {"q": 64}))  # other kernels
     spin_up(device)
     for _ in range(ROUNDS):
         for subject in subjects:
