@@ -247,6 +247,14 @@ class TestOnHopper:
         assert torch.equal(out, octavo.paged_attention(**args, max_seqlen_q=longest))
         assert out[520:].eq(0).all()
 
+    def test_repeated_with_other_tensors(self):
+        """From the third on, calls are repeated; descriptors are those of each call's own tensors."""
+        octavo.paged_attention.plans.clear()
+        calls = [case([(200, 300), (7, 7)]) for _ in range(4)]
+        for args, longest in calls:
+            check(args, longest)
+        assert [len(plans) for plans in octavo.paged_attention.plans.values()] == [1]
+
     def test_the_reference_agrees(self):
         args, longest = case([(70, 200)], d=64, dtype=torch.float16)
         out, _ = reference.attention.paged_attention(*op_args(args, longest))
