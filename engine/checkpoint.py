@@ -20,14 +20,14 @@ GROUP_SIZE = 32
 
 @dataclass(frozen=True)
 class Int4Weight:
-    """weight = q · scale + minimum, over groups along the input dimension.
+    """weight = q · scale + minimum, or (q − 8) · scale without one, over groups along the input dimension.
 
-    `q` is `[N, K]` uint8 with values 0 to 15, `scale` and `minimum` are `[N, K / group_size]` fp16.
+    `q` is `[N, K]` uint8 with values 0 to 15, `scale` and `minimum` are `[N, K / group_size]`, fp16, bf16 or fp32.
     """
 
     q: torch.Tensor
     scale: torch.Tensor
-    minimum: torch.Tensor
+    minimum: torch.Tensor | None
     group_size: int = GROUP_SIZE
 
 
@@ -35,7 +35,7 @@ class Int4Weight:
 class Int8Weight:
     """weight = q · scale, over groups along the input dimension.
 
-    `q` is `[N, K]` int8, `scale` is `[N, K / group_size]` fp16.
+    `q` is `[N, K]` int8, `scale` is `[N, K / group_size]`, fp16, bf16 or fp32.
     """
 
     q: torch.Tensor
@@ -111,15 +111,58 @@ class SafetensorsCheckpoint:
             self.config = ModelConfig.from_hf(config, _read_json(generation) if generation.exists() else None)
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from None
+        quantization = config.get("quantization_config") or config.get("compression_config")
+        self._format = None
+        if quantization:
+            from octavo.engine.packed_formats import packed_format
+
+            try:
+                self._format, self.notes = packed_format(quantization)
+            except ValueError as error:
+                raise ValueError(f"{folder / 'config.json'}: {error}") from None
         self._names = _locate(folder)
         self.num_bytes = sum(path.stat().st_size for path in self._names)
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Reads one tensor at a time."""
+    def tensors(self) -> Iterator[tuple[str, Weight]]:
+        """Reads one tensor at a time, or those of one quantised layer."""
+        files = {name: path for path, names in self._names.items() for name in names}
+        layers = self._quantised_layers(files)
         for path, names in self._names.items():
             with _open_safetensors(path) as shard:
                 for name in names:
-                    yield name, shard.get_tensor(name)
+                    module, _, suffix = name.rpartition(".")
+                    parts = layers.get(module, {})
+                    if suffix == "bias" and parts and not self._has_bias(module):
+                        bias = shard.get_tensor(name)
+                        if bias.any():  # AutoGPTQ writes one of zeros to every layer
+                            yield name, bias
+                    elif suffix not in parts:
+                        yield name, shard.get_tensor(name)
+                    elif suffix == min(parts):
+                        yield f"{module}.weight", self._layer(module, parts)
+
+    def _quantised_layers(self, files: dict[str, Path]) -> dict[str, dict[str, Path]]:
+        """Of each quantised layer, its tensors' suffixes and the files that they are in."""
+        if self._format is None:
+            return {}
+        layers: dict[str, dict[str, Path]] = {}
+        suffixes = self._format.required | self._format.optional
+        for name, path in files.items():
+            module, _, suffix = name.rpartition(".")
+            if suffix in suffixes:
+                layers.setdefault(module, {})[suffix] = path
+        return {module: parts for module, parts in layers.items() if parts.keys() != {"weight"}}
+
+    def _has_bias(self, module: str) -> bool:
+        return self.config.mlp_bias if ".mlp." in module else self.config.attention_bias and ".self_attn." in module
+
+    def _layer(self, module: str, parts: dict[str, Path]) -> Weight:
+        read: dict[str, torch.Tensor] = {}
+        for path in sorted(set(parts.values())):
+            with _open_safetensors(path) as shard:
+                read |= {s: shard.get_tensor(f"{module}.{s}") for s, where in parts.items() if where == path}
+        assert self._format is not None
+        return self._format.weight(module, read)
 
     def tokenizer(self) -> "Tokenizer":
         """Builds the tokenizer of the folder."""

@@ -89,11 +89,6 @@ class ModelConfig:
             raise ValueError(f"architectures: {config.get('architectures')!r}; supported: {', '.join(ARCHITECTURES)}")
         if config.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act: {config['hidden_act']!r}; supported: silu")
-        if config.get("quantization_config"):
-            raise ValueError(
-                f"quantization_config: {config['quantization_config']!r}; supported: unquantised safetensors, and GGUF "
-                "for quantised weights"
-            )
         heads = _integer(config, "num_attention_heads")
         hidden = _integer(config, "hidden_size")
         vocab_size = _integer(config, "vocab_size")

@@ -31,7 +31,7 @@ class DenseLinear:
 class Int4Linear:
     packed: torch.Tensor
     scale: torch.Tensor  # [K / group_size, N]
-    minimum: torch.Tensor  # [K / group_size, N]
+    minimum: torch.Tensor | None  # [K / group_size, N]
     bias: torch.Tensor | None
     group_size: int
 
@@ -69,17 +69,27 @@ def make_linear(
     weights: list[Weight], biases: list[torch.Tensor | None], device: torch.device, dtype: torch.dtype
 ) -> Linear:
     """One layer that computes all of `weights` on the same input, outputs in order."""
-    if len({type(w) for w in weights}) > 1 or len({b is None for b in biases}) > 1:
+    if len({_kind(w) for w in weights}) > 1 or len({b is None for b in biases}) > 1:
         return SplitLinear(tuple(make_linear([w], [b], device, dtype) for w, b in zip(weights, biases, strict=True)))
     bias = None if biases[0] is None else torch.cat([b.to(device, dtype) for b in biases if b is not None])
     if all(isinstance(w, Int4Weight) for w in weights):
-        q, scale, minimum = (_stack(weights, field, device) for field in ("q", "scale", "minimum"))
+        q, scale = (_stack(weights, field, device) for field in ("q", "scale"))
+        has_minimum = isinstance(weights[0], Int4Weight) and weights[0].minimum is not None
+        minimum = _stack(weights, "minimum", device).t().contiguous() if has_minimum else None
         group_size = q.shape[1] // scale.shape[1]
-        return Int4Linear(octavo.int4_pack(q), scale.t().contiguous(), minimum.t().contiguous(), bias, group_size)
+        return Int4Linear(octavo.int4_pack(q), scale.t().contiguous(), minimum, bias, group_size)
     if all(isinstance(w, Int8Weight) for w in weights):
         q, scale = (_stack(weights, field, device) for field in ("q", "scale"))
         return Int8Linear(q, scale.t().contiguous(), bias, q.shape[1] // scale.shape[1])
     return DenseLinear(torch.cat([w.to(device, dtype) for w in weights if isinstance(w, torch.Tensor)]), bias)
+
+
+def _kind(weight: Weight) -> tuple[object, ...]:
+    """What weights must have in common to be one layer."""
+    if isinstance(weight, torch.Tensor):
+        return (torch.Tensor,)
+    has_minimum = isinstance(weight, Int4Weight) and weight.minimum is not None
+    return type(weight), has_minimum, weight.scale.shape[1]
 
 
 def _stack(weights: list[Weight], field: str, device: torch.device) -> torch.Tensor:
@@ -97,6 +107,8 @@ def embed(layer: Linear, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.T
         rows = layer.packed[token_ids // 64, :, token_ids % 64]  # tiles of 64 rows: [T, K / 128, 32]
         tiles = F.pad(rows, (0, 0, 0, 0, 0, -count % 64)).unflatten(0, (-1, 64)).transpose(1, 2)
         q = octavo.int4_unpack(tiles.contiguous(), count, groups * layer.group_size)
+        if layer.minimum is None:
+            return _rows(q.float() - 8, layer.scale[:, token_ids]).to(dtype)
         minimum = layer.minimum[:, token_ids].t().float().repeat_interleave(layer.group_size, dim=1)
         return (_rows(q, layer.scale[:, token_ids]) + minimum).to(dtype)
     raise TypeError(f"layer: {type(layer).__name__} cannot serve as an embedding")

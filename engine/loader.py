@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 import octavo
-from octavo.engine.checkpoint import Checkpoint, Int4Weight
+from octavo.engine.checkpoint import Checkpoint, Int8Weight
 from octavo.engine.config import ModelConfig
 from octavo.engine.layers import Linear, Weight, make_linear, weight_shape
 from octavo.engine.model import Decoder, Layer
@@ -161,6 +161,10 @@ def _num_bytes(weight: Weight) -> int:
     """Bytes that a weight takes in its file."""
     if isinstance(weight, torch.Tensor):
         return weight.numel() * weight.element_size()
-    if isinstance(weight, Int4Weight):
-        return weight.q.numel() // 2 + 4 * weight.scale.numel()
-    return weight.q.numel() + 2 * weight.scale.numel()
+    scales = weight.scale.numel() * weight.scale.element_size()
+    if isinstance(weight, Int8Weight):
+        return weight.q.numel() + scales
+    if weight.minimum is None:
+        return weight.q.numel() // 2 + scales
+    zero_points = weight.minimum.dtype == torch.float32  # made of four bits each
+    return weight.q.numel() // 2 + scales + (weight.minimum.numel() // 2 if zero_points else scales)

@@ -156,7 +156,6 @@ def test_end_tokens_of_the_generation_config_are_merged():
         ({"architectures": ["Qwen2ForCausalLM"]}, "architectures: .*Qwen2.*supported: LlamaForCausalLM, Mistral"),
         ({"architectures": GONE}, "architectures: None; supported"),
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu'; supported: silu"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config: .*awq.*supported"),
         ({"hidden_size": GONE}, "hidden_size: missing"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps: 'small'; expected a positive number"),
         ({"vocab_size": 0}, "vocab_size: 0; expected an integer of at least 1"),

@@ -1,0 +1,187 @@
+"""Quantised weights in safetensors, as GPTQ, AWQ and compressed-tensors lay them out, and as octavo's layers take them.
+
+A linear layer of theirs is several tensors under one module's name. Nothing is rounded: codes, scales and zero points
+become those of an `Int4Weight` or `Int8Weight`, exactly.
+
+| format | codes | zero points |
+| --- | --- | --- |
+| GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323) | `qweight` int32 [K / 8, N], inputs from the lowest bits | `qzeros` [groups, N / 8], less 1 in its first version |
+| AWQ (Lin et al. 2023, https://arxiv.org/abs/2306.00978), "gemm" | `qweight` [K, N / 8], outputs 0, 2, 4, 6, 1, 3, 5, 7 | `qzeros` [groups, N / 8], alike |
+| compressed-tensors "pack-quantized", 4 bits | `weight_packed` [N, K / 8], plus 8 | `weight_zero_point` [N / 8, groups] |
+| compressed-tensors "int-quantized", 8 bits | `weight` int8 [N, K] | none |
+"""  # noqa: E501  (a table)
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from octavo.engine.checkpoint import Int4Weight, Int8Weight
+
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """What a checkpoint's `quantization_config` says of its linear layers' tensors."""
+
+    name: str
+    required: frozenset[str]
+    """Suffixes of the tensors that make up a quantised layer."""
+    optional: frozenset[str]
+    zero_offset: int = 0
+    """What the first version of GPTQ leaves out of a zero point."""
+
+    def weight(self, module: str, parts: Mapping[str, torch.Tensor]) -> Int4Weight | Int8Weight:
+        """The weight of a layer from its tensors by suffix.
+
+        Raises:
+            ValueError: a tensor is missing or does not fit the others, or inputs are reordered (act-order).
+        """
+        missing = self.required.difference(parts)
+        if missing:
+            raise ValueError(f"{module}.{min(missing)}: missing from the checkpoint, which has {module}.{min(parts)}")
+        if self.name == "gptq":
+            return self._gptq(module, parts)
+        if self.name == "awq":
+            return self._awq(module, parts)
+        if self.name == "pack-quantized":
+            return self._packed(module, parts)
+        return self._integers(module, parts)
+
+    def _gptq(self, module: str, parts: Mapping[str, torch.Tensor]) -> Int4Weight:
+        q = _nibbles(module, "qweight", parts["qweight"], dim=0).t().contiguous()  # [N, K]
+        scale = _scales(module, "scales", parts["scales"].t(), q)
+        zero = _nibbles(module, "qzeros", parts["qzeros"], dim=1).t().to(torch.int32) + self.zero_offset
+        _check_order(module, "g_idx", parts.get("g_idx"), q, scale)
+        return _int4(module, "qzeros", q, scale, zero)
+
+    def _awq(self, module: str, parts: Mapping[str, torch.Tensor]) -> Int4Weight:
+        q, zero = (
+            _nibbles(module, name, parts[name], dim=1, order=_AWQ_ORDER).t().contiguous()
+            for name in ("qweight", "qzeros")
+        )
+        return _int4(module, "qzeros", q, _scales(module, "scales", parts["scales"].t(), q), zero.to(torch.int32))
+
+    def _packed(self, module: str, parts: Mapping[str, torch.Tensor]) -> Int4Weight:
+        q = _nibbles(module, "weight_packed", parts["weight_packed"], dim=1)
+        shape = parts["weight_shape"].tolist()
+        if list(q.shape) != shape:
+            raise ValueError(f"{module}.weight_packed: holds {list(q.shape)} codes; {module}.weight_shape says {shape}")
+        scale = _scales(module, "weight_scale", parts["weight_scale"], q)
+        _check_order(module, "weight_g_idx", parts.get("weight_g_idx"), q, scale)
+        if "weight_zero_point" not in parts:
+            return Int4Weight(q, scale, None, q.shape[1] // scale.shape[1])
+        zero = _nibbles(module, "weight_zero_point", parts["weight_zero_point"], dim=0)
+        return _int4(module, "weight_zero_point", q, scale, zero.to(torch.int32))
+
+    def _integers(self, module: str, parts: Mapping[str, torch.Tensor]) -> Int8Weight:
+        q = parts["weight"]
+        if q.dtype != torch.int8 or q.dim() != 2:
+            raise ValueError(f"{module}.weight: {q.dtype}, shape {tuple(q.shape)}; expected int8 of two dimensions")
+        scale = _scales(module, "weight_scale", parts["weight_scale"].reshape(q.shape[0], -1), q)
+        return Int8Weight(q, scale, q.shape[1] // scale.shape[1])
+
+
+def packed_format(config: Mapping[str, Any]) -> tuple[PackedFormat, list[str]]:
+    """The format that a `quantization_config` names, and what the user should know about it.
+
+    Raises:
+        ValueError: naming the key, its value and what is supported.
+    """
+    method = config.get("quant_method")
+    if method == "gptq":
+        _expect(config, "bits", (4,))
+        version = config.get("checkpoint_format", "gptq")
+        if version not in ("gptq", "gptq_v2"):
+            raise _unsupported("checkpoint_format", version, "gptq, gptq_v2")
+        required = frozenset({"qweight", "qzeros", "scales"})
+        return PackedFormat("gptq", required, frozenset({"g_idx"}), zero_offset=version == "gptq"), []
+    if method == "awq":
+        _expect(config, "bits" if "bits" in config else "w_bit", (4,))
+        _expect(config, "version", ("gemm", "GEMM"), default="gemm")
+        return PackedFormat("awq", frozenset({"qweight", "qzeros", "scales"}), frozenset()), []
+    if method == "compressed-tensors":
+        return _compressed_tensors(config)
+    raise _unsupported("quant_method", method, "gptq, awq, compressed-tensors; and GGUF files")
+
+
+def _compressed_tensors(config: Mapping[str, Any]) -> tuple[PackedFormat, list[str]]:
+    groups = list((config.get("config_groups") or {}).values())
+    if len(groups) != 1:
+        raise _unsupported("config_groups", f"{len(groups)} of them", "one, for all linear layers")
+    weights = groups[0].get("weights") or {}
+    name = groups[0].get("format") or config.get("format")
+    _expect(weights, "type", ("int",), default="int")
+    _expect(weights, "strategy", ("group", "channel"))
+    notes = []
+    if groups[0].get("input_activations"):
+        notes.append("activations are not quantised, though the checkpoint was made for that: weights alone are")
+    if name == "pack-quantized":
+        _expect(weights, "num_bits", (4,))
+        optional = frozenset({"weight_zero_point", "weight_g_idx"})
+        return PackedFormat(name, frozenset({"weight_packed", "weight_scale", "weight_shape"}), optional), notes
+    if name == "int-quantized":
+        _expect(weights, "num_bits", (8,))
+        _expect(weights, "symmetric", (True,), default=True)
+        return PackedFormat(name, frozenset({"weight", "weight_scale"}), frozenset()), notes
+    raise _unsupported("format", name, "pack-quantized, int-quantized")
+
+
+def _unsupported(key: str, value: Any, supported: str) -> ValueError:
+    return ValueError(f"quantization_config: {key}: {value!r}; supported: {supported}")
+
+
+def _expect(config: Mapping[str, Any], key: str, supported: tuple[Any, ...], default: Any = None) -> None:
+    value = config.get(key, default)
+    if value not in supported:
+        raise _unsupported(key, value, ", ".join(map(str, supported)))
+
+
+def _nibbles(
+    module: str, name: str, words: torch.Tensor, dim: int, order: tuple[int, ...] = tuple(range(8))
+) -> torch.Tensor:
+    """The eight codes of each int32 word as uint8, in place of it along `dim`: nibble i is number order[i] of them."""
+    if words.dtype != torch.int32 or words.dim() != 2:
+        raise ValueError(
+            f"{module}.{name}: {words.dtype}, shape {tuple(words.shape)}; expected int32 of two dimensions"
+        )
+    places = sorted(range(8), key=order.__getitem__)
+    codes = torch.stack([words >> 4 * i & 15 for i in places], dim + 1)
+    return codes.flatten(dim, dim + 1).to(torch.uint8)
+
+
+def _scales(module: str, name: str, scale: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """`[N, groups]`, checked against q `[N, K]`."""
+    fits = scale.dim() == 2 and scale.shape[0] == q.shape[0] and scale.shape[1] and q.shape[1] % scale.shape[1] == 0
+    if not fits or not scale.is_floating_point():
+        raise ValueError(
+            f"{module}.{name}: {scale.dtype} for {tuple(scale.shape)} outputs and groups; the codes are of "
+            f"{q.shape[0]} outputs and {q.shape[1]} inputs"
+        )
+    return scale.contiguous()
+
+
+def _int4(module: str, name: str, q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> Int4Weight:
+    """q, scale and zero points as an Int4Weight: (q − zero) · scale, which is q · scale + minimum."""
+    if zero.shape != scale.shape:
+        raise ValueError(
+            f"{module}.{name}: {tuple(zero.shape)} outputs and groups; the scales are of {tuple(scale.shape)}"
+        )
+    group_size = q.shape[1] // scale.shape[1]
+    if bool((zero == 8).all()):
+        return Int4Weight(q, scale, None, group_size)
+    return Int4Weight(q, scale, -zero * scale.float(), group_size)  # fp32 holds the product exactly
+
+
+def _check_order(module: str, name: str, g_idx: torch.Tensor | None, q: torch.Tensor, scale: torch.Tensor) -> None:
+    """Raises ValueError unless consecutive inputs share a group."""
+    k = q.shape[1]
+    if g_idx is None:
+        return
+    if not torch.equal(g_idx.long(), torch.arange(k) // (k // scale.shape[1])):
+        raise ValueError(
+            f"{module}.{name}: groups of inputs that are not neighbours (act-order, desc_act); supported: groups of "
+            "neighbours: choose a checkpoint that was quantised without it"
+        )
