@@ -160,6 +160,9 @@ def _scales(module: str, name: str, scale: torch.Tensor, q: torch.Tensor) -> tor
             f"{module}.{name}: {scale.dtype} for {tuple(scale.shape)} outputs and groups; the codes are of "
             f"{q.shape[0]} outputs and {q.shape[1]} inputs"
         )
+    group_size = q.shape[1] // scale.shape[1]
+    if group_size % 32:
+        raise ValueError(f"{module}.{name}: groups of {group_size} inputs; supported: multiples of 32")
     return scale.contiguous()
 
 

@@ -221,6 +221,12 @@ def read_layer(name, change=None, drop=(), n=48, k=64):
         ("gptq", {"scales": torch.ones(2, 47).half()}, [], r"a.b.scales: .*\(47, 2\).* 48 outputs and 64 inputs"),
         ("gptq", {"scales": torch.ones(3, 48).half()}, [], r"a.b.scales: .*\(48, 3\)"),
         ("gptq", {"qzeros": torch.zeros(1, 6, dtype=torch.int32)}, [], r"a.b.qzeros: \(48, 1\).* \(48, 2\)"),
+        (
+            "gptq",
+            {"scales": torch.ones(4, 48).half()},
+            [],
+            "a.b.scales: groups of 16 inputs; supported: multiples of 32",
+        ),
         ("awq", {"qweight": torch.zeros(64, 6)}, [], r"a.b.qweight: torch.float32, shape \(64, 6\); expected int32"),
         ("packed", {"weight_shape": torch.tensor([48, 60])}, [], r"a.b.weight_packed: holds \[48, 64\].* \[48, 60\]"),
         ("packed", {"weight_g_idx": torch.arange(64) % 2}, [], r"a.b.weight_g_idx: .*act-order"),
