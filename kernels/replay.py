@@ -221,7 +221,8 @@ def _plan(given: tuple[torch.Tensor | None, ...], recorder: Recorder, result: An
     if not recorder.launched or not {id(r) for r in results} <= allocated:
         return None
     for launch in recorder.launches:
-        pointers = (getattr(a, "base", a) for a in launch.args[: launch.pointers])
+        args = launch.args[: launch.pointers]
+        pointers = (a.base if isinstance(a, TensorDescriptor) else a for a in args)
         if launch.ready is None or not all(a is None or id(a) in known for a in pointers):
             return None
     return make_plan(given, recorder, result)
