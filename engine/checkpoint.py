@@ -43,7 +43,19 @@ class Int8Weight:
     group_size: int = GROUP_SIZE
 
 
-Weight = torch.Tensor | Int4Weight | Int8Weight
+@dataclass(frozen=True)
+class Fp8Weight:
+    """weight = q · scale, over blocks of `block` outputs and inputs, the last of which may be cut short.
+
+    `q` is `[N, K]` float8_e4m3fn, `scale` is `[ceil(N / block[0]), ceil(K / block[1])]`, fp16, bf16 or fp32.
+    """
+
+    q: torch.Tensor
+    scale: torch.Tensor
+    block: tuple[int, int]
+
+
+Weight = torch.Tensor | Int4Weight | Int8Weight | Fp8Weight
 
 
 class Checkpoint(Protocol):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 import octavo
-from octavo.engine.checkpoint import Checkpoint, Int8Weight
+from octavo.engine.checkpoint import Checkpoint, Int4Weight
 from octavo.engine.config import ModelConfig
 from octavo.engine.layers import Linear, Weight, make_linear, weight_shape
 from octavo.engine.model import Decoder, Layer
@@ -162,7 +162,7 @@ def _num_bytes(weight: Weight) -> int:
     if isinstance(weight, torch.Tensor):
         return weight.numel() * weight.element_size()
     scales = weight.scale.numel() * weight.scale.element_size()
-    if isinstance(weight, Int8Weight):
+    if not isinstance(weight, Int4Weight):
         return weight.q.numel() + scales
     if weight.minimum is None:
         return weight.q.numel() // 2 + scales

@@ -1,7 +1,7 @@
 """Quantised weights in safetensors, as GPTQ, AWQ and compressed-tensors lay them out, and as octavo's layers take them.
 
 A linear layer of theirs is several tensors under one module's name. Nothing is rounded: codes, scales and zero points
-become those of an `Int4Weight` or `Int8Weight`, exactly.
+become those of an `Int4Weight`, `Int8Weight` or `Fp8Weight`, exactly.
 
 | format | codes | zero points |
 | --- | --- | --- |
@@ -9,6 +9,8 @@ become those of an `Int4Weight` or `Int8Weight`, exactly.
 | AWQ (Lin et al. 2023, https://arxiv.org/abs/2306.00978), "gemm" | `qweight` [K, N / 8], outputs 0, 2, 4, 6, 1, 3, 5, 7 | `qzeros` [groups, N / 8], alike |
 | compressed-tensors "pack-quantized", 4 bits | `weight_packed` [N, K / 8], plus 8 | `weight_zero_point` [N / 8, groups] |
 | compressed-tensors "int-quantized", 8 bits | `weight` int8 [N, K] | none |
+| compressed-tensors "float-quantized", fp8 | `weight` float8_e4m3fn [N, K], a scale a tensor, output or block | none |
+| Hugging Face's "fp8" | the same by block, scales under the name `weight_scale_inv` | none |
 """  # noqa: E501  (a table)
 
 from collections.abc import Mapping
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 
-from octavo.engine.checkpoint import Int4Weight, Int8Weight
+from octavo.engine.checkpoint import Fp8Weight, Int4Weight, Int8Weight
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -32,8 +34,10 @@ class PackedFormat:
     optional: frozenset[str]
     zero_offset: int = 0
     """What the first version of GPTQ leaves out of a zero point."""
+    block: tuple[int, int] | None = None
+    """Of an fp8 weight, how many outputs and inputs share a scale; None where its shape says so."""
 
-    def weight(self, module: str, parts: Mapping[str, torch.Tensor]) -> Int4Weight | Int8Weight:
+    def weight(self, module: str, parts: Mapping[str, torch.Tensor]) -> Int4Weight | Int8Weight | Fp8Weight:
         """The weight of a layer from its tensors by suffix.
 
         Raises:
@@ -48,7 +52,9 @@ class PackedFormat:
             return self._awq(module, parts)
         if self.name == "pack-quantized":
             return self._packed(module, parts)
-        return self._integers(module, parts)
+        if self.name == "int-quantized":
+            return self._integers(module, parts)
+        return self._float8(module, parts)
 
     def _gptq(self, module: str, parts: Mapping[str, torch.Tensor]) -> Int4Weight:
         q = _nibbles(module, "qweight", parts["qweight"], dim=0).t().contiguous()  # [N, K]
@@ -83,6 +89,25 @@ class PackedFormat:
         scale = _scales(module, "weight_scale", parts["weight_scale"].reshape(q.shape[0], -1), q)
         return Int8Weight(q, scale, q.shape[1] // scale.shape[1])
 
+    def _float8(self, module: str, parts: Mapping[str, torch.Tensor]) -> Fp8Weight:
+        name = "weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"
+        q, scale = parts["weight"], parts[name]
+        if q.dtype != torch.float8_e4m3fn or q.dim() != 2:
+            raise ValueError(
+                f"{module}.weight: {q.dtype}, shape {tuple(q.shape)}; expected float8_e4m3fn of two dimensions"
+            )
+        n, k = q.shape
+        block = self.block
+        if block is None:
+            scale = scale.reshape(-1, 1)
+            block = (1 if scale.shape[0] == n else n, k)
+        expected = (-(-n // block[0]), -(-k // block[1]))
+        if tuple(scale.shape) != expected:
+            raise ValueError(
+                f"{module}.{name}: shape {tuple(parts[name].shape)}; expected {expected} for {n} outputs of {k}"
+            )
+        return Fp8Weight(q, scale, block)
+
 
 def packed_format(config: Mapping[str, Any]) -> tuple[PackedFormat, list[str]]:
     """The format that a `quantization_config` names, and what the user should know about it.
@@ -104,7 +129,10 @@ def packed_format(config: Mapping[str, Any]) -> tuple[PackedFormat, list[str]]:
         return PackedFormat("awq", frozenset({"qweight", "qzeros", "scales"}), frozenset()), []
     if method == "compressed-tensors":
         return _compressed_tensors(config)
-    raise _unsupported("quant_method", method, "gptq, awq, compressed-tensors; and GGUF files")
+    if method == "fp8":
+        block = _block(config, "weight_block_size")
+        return PackedFormat("fp8", frozenset({"weight", "weight_scale_inv"}), frozenset(), block=block), [_DENSE]
+    raise _unsupported("quant_method", method, "gptq, awq, compressed-tensors, fp8; and GGUF files")
 
 
 def _compressed_tensors(config: Mapping[str, Any]) -> tuple[PackedFormat, list[str]]:
@@ -113,20 +141,36 @@ def _compressed_tensors(config: Mapping[str, Any]) -> tuple[PackedFormat, list[s
         raise _unsupported("config_groups", f"{len(groups)} of them", "one, for all linear layers")
     weights = groups[0].get("weights") or {}
     name = groups[0].get("format") or config.get("format")
+    notes = [_PLAIN_ACTIVATIONS] if groups[0].get("input_activations") else []
+    _expect(weights, "symmetric", (True, False) if name == "pack-quantized" else (True,), default=True)
+    if name == "float-quantized":
+        _expect(weights, "type", ("float",))
+        _expect(weights, "num_bits", (8,))
+        _expect(weights, "strategy", ("tensor", "channel", "block"))
+        block = _block(weights, "block_structure") if weights["strategy"] == "block" else None
+        optional = frozenset({"input_scale"})
+        return PackedFormat(name, frozenset({"weight", "weight_scale"}), optional, block=block), [*notes, _DENSE]
     _expect(weights, "type", ("int",), default="int")
     _expect(weights, "strategy", ("group", "channel"))
-    notes = []
-    if groups[0].get("input_activations"):
-        notes.append("activations are not quantised, though the checkpoint was made for that: weights alone are")
     if name == "pack-quantized":
         _expect(weights, "num_bits", (4,))
         optional = frozenset({"weight_zero_point", "weight_g_idx"})
         return PackedFormat(name, frozenset({"weight_packed", "weight_scale", "weight_shape"}), optional), notes
     if name == "int-quantized":
         _expect(weights, "num_bits", (8,))
-        _expect(weights, "symmetric", (True,), default=True)
-        return PackedFormat(name, frozenset({"weight", "weight_scale"}), frozenset()), notes
-    raise _unsupported("format", name, "pack-quantized, int-quantized")
+        return PackedFormat(name, frozenset({"weight", "weight_scale"}), frozenset({"input_scale"})), notes
+    raise _unsupported("format", name, "pack-quantized, int-quantized, float-quantized")
+
+
+_PLAIN_ACTIVATIONS = "activations are not quantised, though the checkpoint was made for that: weights alone are"
+_DENSE = "fp8 weights are kept dense, in the dtype of the activations: twice the memory, or four times"
+
+
+def _block(config: Mapping[str, Any], key: str) -> tuple[int, int]:
+    block = config.get(key)
+    if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+        raise _unsupported(key, block, "two positive numbers, of outputs and inputs that share a scale")
+    return block[0], block[1]
 
 
 def _unsupported(key: str, value: Any, supported: str) -> ValueError:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from octavo.engine import LLM, SamplingParams
-from octavo.engine.checkpoint import Int4Weight, Int8Weight, open_checkpoint
+from octavo.engine.checkpoint import Fp8Weight, Int4Weight, Int8Weight, open_checkpoint
 from octavo.engine.packed_formats import packed_format
 from octavo.testing import assert_accurate
 
@@ -44,6 +44,7 @@ def compressed(format="pack-quantized", activations=None, **weights):
     )
 
 
+FP8 = dict(num_bits=8, type="float", group_size=None)
 # name → (quantization_config, group size or None for a whole row)
 FORMATS = {
     "gptq": (dict(quant_method="gptq", bits=4, group_size=32, desc_act=False, sym=True), 32),
@@ -55,6 +56,10 @@ FORMATS = {
     "packed asymmetric": (compressed(symmetric=False), 32),
     "packed channels": (compressed(strategy="channel", group_size=None), None),
     "integers": (compressed("int-quantized", num_bits=8, strategy="channel", group_size=None), None),
+    "float8": (compressed("float-quantized", **FP8, strategy="tensor"), None),
+    "float8 channels": (compressed("float-quantized", **FP8, strategy="channel"), None),
+    "float8 blocks": (compressed("float-quantized", **FP8, strategy="block", block_structure=[64, 32]), None),
+    "fp8": (dict(quant_method="fp8", activation_scheme="dynamic", weight_block_size=[64, 32]), None),
 }
 
 
@@ -70,6 +75,8 @@ def words(codes, places):
 
 def written(name, n, k, generator):
     """The tensors of a layer by suffix, and the weight that they stand for in fp32, which holds it exactly."""
+    if name.startswith(("float8", "fp8")):
+        return written_float8(name, n, k, generator)
     group = FORMATS[name][1] or k
     scale = (torch.rand(n, k // group, generator=generator) * 0.02 + 0.01).half()
     if name == "integers":
@@ -103,6 +110,18 @@ def written(name, n, k, generator):
         if "asymmetric" in name:
             parts["weight_zero_point"] = pack_to_int32((zero - 8).to(torch.int8), 4, packed_dim=0)
     return {suffix: part.contiguous() for suffix, part in parts.items()}, weight
+
+
+def written_float8(name, n, k, generator):
+    rows, columns = {"float8": (n, k), "float8 channels": (1, k)}.get(name, (64, 32))
+    q = torch.randn(n, k, generator=generator).to(torch.float8_e4m3fn)
+    size = (-(-n // rows), -(-k // columns))
+    scale = torch.randint(1, 9, size, generator=generator) / 64.0  # so that fp32 holds the products
+    weight = q.float() * scale.repeat_interleave(rows, 0)[:n].repeat_interleave(columns, 1)[:, :k]
+    if name == "fp8":
+        return dict(weight=q, weight_scale_inv=scale), weight
+    parts = dict(weight=q, weight_scale=scale.flatten() if name == "float8" else scale)
+    return parts | ({"input_scale": torch.ones(1)} if name == "float8" else {}), weight
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -142,8 +161,11 @@ def quantised(request, tmp_path_factory):
 
 
 def dense(weight):
-    """What an Int4Weight or Int8Weight stands for, in float64."""
+    """What a quantised weight stands for, in float64."""
     q = weight.q.double()
+    if isinstance(weight, Fp8Weight):
+        scale = weight.scale.double().repeat_interleave(weight.block[0], 0)[: q.shape[0]]
+        return q * scale.repeat_interleave(weight.block[1], 1)[:, : q.shape[1]]
     wide = weight.scale.double().repeat_interleave(weight.group_size, 1)
     if isinstance(weight, Int8Weight):
         return q * wide
@@ -161,7 +183,8 @@ def test_every_weight_exactly(quantised):
         if isinstance(weight, torch.Tensor):
             assert torch.equal(weight, expected[tensor])
         else:
-            assert isinstance(weight, Int8Weight if name == "integers" else Int4Weight)
+            kind = Int8Weight if name == "integers" else Fp8Weight if "8" in name else Int4Weight
+            assert isinstance(weight, kind)
             assert torch.equal(dense(weight), expected[tensor].double()), tensor
     kinds = {type(weight) for weight in read.values()}
     assert len(kinds) == 2, "dense embeddings and norms, quantised layers"
@@ -182,7 +205,7 @@ def test_logits_and_text(quantised):
     assert list(completion.token_ids) == expected
 
 
-COMPRESSED_TENSORS = [name for name in FORMATS if name.startswith(("packed", "integers"))]
+COMPRESSED_TENSORS = [name for name in FORMATS if name.startswith(("packed", "integers", "float8"))]
 
 
 @pytest.mark.parametrize("name", COMPRESSED_TENSORS)
@@ -230,6 +253,8 @@ def read_layer(name, change=None, drop=(), n=48, k=64):
         ("awq", {"qweight": torch.zeros(64, 6)}, [], r"a.b.qweight: torch.float32, shape \(64, 6\); expected int32"),
         ("packed", {"weight_shape": torch.tensor([48, 60])}, [], r"a.b.weight_packed: holds \[48, 64\].* \[48, 60\]"),
         ("packed", {"weight_g_idx": torch.arange(64) % 2}, [], r"a.b.weight_g_idx: .*act-order"),
+        ("fp8", {"weight_scale_inv": torch.ones(1, 3)}, [], r"a.b.weight_scale_inv: shape \(1, 3\); expected \(1, 2\)"),
+        ("float8", {"weight": torch.zeros(48, 64)}, [], r"a.b.weight: torch.float32.*expected float8_e4m3fn"),
         ("integers", {"weight": torch.zeros(48, 64)}, [], r"a.b.weight: torch.float32.*expected int8"),
     ],
 )
@@ -251,6 +276,11 @@ def test_tensors_that_do_not_fit_are_named(name, change, drop, message):
         (compressed(strategy="tensor"), "strategy: 'tensor'; supported: group, channel"),
         (compressed("int-quantized", num_bits=8, symmetric=False), "symmetric: False"),
         (compressed("nvfp4-pack-quantized"), "format: 'nvfp4-pack-quantized'"),
+        (
+            compressed("float-quantized", **FP8, strategy="group"),
+            "strategy: 'group'; supported: tensor, channel, block",
+        ),
+        (dict(quant_method="fp8", weight_block_size=[128]), r"weight_block_size: \[128\]; supported: two positive"),
     ],
 )
 def test_formats_that_are_not_supported(config, message):
