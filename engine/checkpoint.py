@@ -23,12 +23,14 @@ class Int4Weight:
     """weight = q · scale + minimum, or (q − 8) · scale without one, over groups along the input dimension.
 
     `q` is `[N, K]` uint8 with values 0 to 15, `scale` and `minimum` are `[N, K / group_size]`, fp16, bf16 or fp32.
+    With an `order` (`[K]`, int64), column i of `q` belongs to input order[i].
     """
 
     q: torch.Tensor
     scale: torch.Tensor
     minimum: torch.Tensor | None
     group_size: int = GROUP_SIZE
+    order: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

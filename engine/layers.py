@@ -33,8 +33,11 @@ class Int4Linear:
     minimum: torch.Tensor | None  # [K / group_size, N]
     bias: torch.Tensor | None
     group_size: int
+    order: torch.Tensor | None = None  # [K]: which input each packed one is
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.order is not None:
+            x = x[..., self.order]
         return octavo.int4_linear(x, self.packed, self.scale, self.minimum, self.bias, group_size=self.group_size)
 
 
@@ -76,8 +79,10 @@ def make_linear(
         q, scale = (_stack(weights, field, device) for field in ("q", "scale"))
         has_minimum = isinstance(weights[0], Int4Weight) and weights[0].minimum is not None
         minimum = _stack(weights, "minimum", device).t().contiguous() if has_minimum else None
+        order = weights[0].order if isinstance(weights[0], Int4Weight) else None
+        order = None if order is None else order.to(device)
         group_size = q.shape[1] // scale.shape[1]
-        return Int4Linear(octavo.int4_pack(q), scale.t().contiguous(), minimum, bias, group_size)
+        return Int4Linear(octavo.int4_pack(q), scale.t().contiguous(), minimum, bias, group_size, order)
     if all(isinstance(w, Int8Weight) for w in weights):
         q, scale = (_stack(weights, field, device) for field in ("q", "scale"))
         return Int8Linear(q, scale.t().contiguous(), bias, q.shape[1] // scale.shape[1])
@@ -96,7 +101,10 @@ def _kind(weight: Weight) -> tuple[object, ...]:
     """What weights must have in common to be one layer."""
     if isinstance(weight, torch.Tensor):
         return (torch.Tensor,)
-    return type(weight), isinstance(weight, Int4Weight) and weight.minimum is not None, weight.scale.shape[1]
+    groups = weight.scale.shape[1]
+    if not isinstance(weight, Int4Weight):
+        return type(weight), groups
+    return Int4Weight, groups, weight.minimum is None, None if weight.order is None else tuple(weight.order.tolist())
 
 
 def _stack(weights: list[Weight], field: str, device: torch.device) -> torch.Tensor:
@@ -115,9 +123,11 @@ def embed(layer: Linear, token_ids: torch.Tensor, dtype: torch.dtype) -> torch.T
         tiles = F.pad(rows, (0, 0, 0, 0, 0, -count % 64)).unflatten(0, (-1, 64)).transpose(1, 2)
         q = octavo.int4_unpack(tiles.contiguous(), count, groups * layer.group_size)
         if layer.minimum is None:
-            return _rows(q.float() - 8, layer.scale[:, token_ids]).to(dtype)
-        minimum = layer.minimum[:, token_ids].t().float().repeat_interleave(layer.group_size, dim=1)
-        return (_rows(q, layer.scale[:, token_ids]) + minimum).to(dtype)
+            values = _rows(q.float() - 8, layer.scale[:, token_ids])
+        else:
+            minimum = layer.minimum[:, token_ids].t().float().repeat_interleave(layer.group_size, dim=1)
+            values = _rows(q, layer.scale[:, token_ids]) + minimum
+        return (values if layer.order is None else values[:, layer.order.argsort()]).to(dtype)
     raise TypeError(f"layer: {type(layer).__name__} cannot serve as an embedding")
 
 

@@ -41,7 +41,7 @@ class PackedFormat:
         """The weight of a layer from its tensors by suffix.
 
         Raises:
-            ValueError: a tensor is missing or does not fit the others, or inputs are reordered (act-order).
+            ValueError: a tensor is missing or does not fit the others.
         """
         missing = self.required.difference(parts)
         if missing:
@@ -60,8 +60,7 @@ class PackedFormat:
         q = _nibbles(module, "qweight", parts["qweight"], dim=0).t().contiguous()  # [N, K]
         scale = _scales(module, "scales", parts["scales"].t(), q)
         zero = _nibbles(module, "qzeros", parts["qzeros"], dim=1).t().to(torch.int32) + self.zero_offset
-        _check_order(module, "g_idx", parts.get("g_idx"), q, scale)
-        return _int4(module, "qzeros", q, scale, zero)
+        return _int4(module, "qzeros", q, scale, zero, _order(module, "g_idx", parts.get("g_idx"), q, scale))
 
     def _awq(self, module: str, parts: Mapping[str, torch.Tensor]) -> Int4Weight:
         q, zero = (
@@ -76,11 +75,12 @@ class PackedFormat:
         if list(q.shape) != shape:
             raise ValueError(f"{module}.weight_packed: holds {list(q.shape)} codes; {module}.weight_shape says {shape}")
         scale = _scales(module, "weight_scale", parts["weight_scale"], q)
-        _check_order(module, "weight_g_idx", parts.get("weight_g_idx"), q, scale)
-        if "weight_zero_point" not in parts:
-            return Int4Weight(q, scale, None, q.shape[1] // scale.shape[1])
-        zero = _nibbles(module, "weight_zero_point", parts["weight_zero_point"], dim=0)
-        return _int4(module, "weight_zero_point", q, scale, zero.to(torch.int32))
+        order = _order(module, "weight_g_idx", parts.get("weight_g_idx"), q, scale)
+        if "weight_zero_point" in parts:
+            zero = _nibbles(module, "weight_zero_point", parts["weight_zero_point"], dim=0).to(torch.int32)
+        else:
+            zero = torch.full(scale.shape, 8)
+        return _int4(module, "weight_zero_point", q, scale, zero, order)
 
     def _integers(self, module: str, parts: Mapping[str, torch.Tensor]) -> Int8Weight:
         q = parts["weight"]
@@ -210,25 +210,34 @@ def _scales(module: str, name: str, scale: torch.Tensor, q: torch.Tensor) -> tor
     return scale.contiguous()
 
 
-def _int4(module: str, name: str, q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> Int4Weight:
+def _int4(
+    module: str,
+    name: str,
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    order: torch.Tensor | None = None,
+) -> Int4Weight:
     """q, scale and zero points as an Int4Weight: (q − zero) · scale, which is q · scale + minimum."""
     if zero.shape != scale.shape:
         raise ValueError(
             f"{module}.{name}: {tuple(zero.shape)} outputs and groups; the scales are of {tuple(scale.shape)}"
         )
+    if order is not None:
+        q = q[:, order]
     group_size = q.shape[1] // scale.shape[1]
-    if bool((zero == 8).all()):
-        return Int4Weight(q, scale, None, group_size)
-    return Int4Weight(q, scale, -zero * scale.float(), group_size)  # fp32 holds the product exactly
+    minimum = None if bool((zero == 8).all()) else -zero * scale.float()  # fp32 holds the product exactly
+    return Int4Weight(q, scale, minimum, group_size, order)
 
 
-def _check_order(module: str, name: str, g_idx: torch.Tensor | None, q: torch.Tensor, scale: torch.Tensor) -> None:
-    """Raises ValueError unless consecutive inputs share a group."""
-    k = q.shape[1]
-    if g_idx is None:
-        return
-    if not torch.equal(g_idx.long(), torch.arange(k) // (k // scale.shape[1])):
-        raise ValueError(
-            f"{module}.{name}: groups of inputs that are not neighbours (act-order, desc_act); supported: groups of "
-            "neighbours: choose a checkpoint that was quantised without it"
-        )
+def _order(
+    module: str, name: str, g_idx: torch.Tensor | None, q: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor | None:
+    """The order of the inputs in which those of a group are neighbours (act-order); None where they are as they lie."""
+    k, groups = q.shape[1], scale.shape[1]
+    in_order = torch.arange(k) // (k // groups)
+    if g_idx is None or torch.equal(g_idx.long(), in_order):
+        return None
+    if g_idx.shape != (k,) or not torch.equal(g_idx.long().sort().values, in_order):
+        raise ValueError(f"{module}.{name}: not the groups of {k} inputs, {k // groups} in each of {groups}")
+    return g_idx.long().argsort(stable=True)

@@ -100,6 +100,20 @@ def int4(n, k=64):
     return Int4Weight(q=q, scale=scale, minimum=minimum), dense
 
 
+@pytest.mark.parametrize(("same", "kind"), [(True, Int4Linear), (False, SplitLinear)])
+def test_layers_of_one_order_of_inputs_are_stacked(same, kind):
+    orders = [torch.randperm(64), torch.randperm(64)]
+    parts = [int4(n) for n in (24, 8)]
+    weights = [replace(w, order=orders[0 if same else i]) for i, (w, _) in enumerate(parts)]
+    layer = make_linear(weights, [None, None], CPU, F32)
+    assert isinstance(layer, kind)
+    dense = torch.cat([d[:, w.order.argsort()] for w, (_, d) in zip(weights, parts, strict=True)])
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(layer(x), x @ dense.t(), rtol=1e-4, atol=1e-3)
+    if same:
+        torch.testing.assert_close(embed(layer, torch.tensor([30, 2]), F32), dense[[30, 2]])
+
+
 def int8(n, k=64):
     q = torch.randint(-128, 128, (n, k), dtype=torch.int8)
     scale = torch.rand(n, k // 32).half()
