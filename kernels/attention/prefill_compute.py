@@ -241,6 +241,11 @@ def compute(
             STAGES,
         )
         if FROM:
+            # Read again, so that the loop above has the registers.
+            low = field(entries, done, LOW, 4)
+            start = field(entries, done, START, 4)
+            end = field(entries, done, END, 4)
+            position = field(entries, done, POSITION, 4) + row // PACK
             acc, weights, top, total, step, tile = _sweep(
                 low, acc, weights, top, total, query, keys, values, keys_full, values_full, keys_read, values_read,
                 step, tile, position, start, end, window, score_scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS,
