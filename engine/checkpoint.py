@@ -146,6 +146,8 @@ class SafetensorsCheckpoint:
                 for name in names:
                     module, _, suffix = name.rpartition(".")
                     parts = layers.get(module, {})
+                    if self._format is not None and suffix in self._format.ignored:
+                        continue
                     if suffix == "bias" and parts and not self._has_bias(module):
                         bias = shard.get_tensor(name)
                         if bias.any():  # AutoGPTQ writes one of zeros to every layer

@@ -34,6 +34,8 @@ class PackedFormat:
     optional: frozenset[str]
     zero_offset: int = 0
     """What the first version of GPTQ leaves out of a zero point."""
+    ignored: frozenset[str] = frozenset({"k_scale", "v_scale", "q_scale", "output_scale"})
+    """Suffixes of scales for a KV cache and results, which keep the model's dtype."""
     block: tuple[int, int] | None = None
     """Of an fp8 weight, how many outputs and inputs share a scale; None where its shape says so."""
 
@@ -131,7 +133,8 @@ def packed_format(config: Mapping[str, Any]) -> tuple[PackedFormat, list[str]]:
         return _compressed_tensors(config)
     if method == "fp8":
         block = _block(config, "weight_block_size")
-        return PackedFormat("fp8", frozenset({"weight", "weight_scale_inv"}), frozenset(), block=block), [_DENSE]
+        optional = frozenset({"activation_scale", "input_scale"})
+        return PackedFormat("fp8", frozenset({"weight", "weight_scale_inv"}), optional, block=block), [_DENSE]
     raise _unsupported("quant_method", method, "gptq, awq, compressed-tensors, fp8; and GGUF files")
 
 
@@ -142,6 +145,8 @@ def _compressed_tensors(config: Mapping[str, Any]) -> tuple[PackedFormat, list[s
     weights = groups[0].get("weights") or {}
     name = groups[0].get("format") or config.get("format")
     notes = [_PLAIN_ACTIVATIONS] if groups[0].get("input_activations") else []
+    if config.get("kv_cache_scheme"):
+        notes.append("the KV cache is not quantised, though the checkpoint has scales for it")
     _expect(weights, "symmetric", (True, False) if name == "pack-quantized" else (True,), default=True)
     if name == "float-quantized":
         _expect(weights, "type", ("float",))

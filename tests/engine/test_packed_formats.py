@@ -147,6 +147,8 @@ def quantised(request, tmp_path_factory):
         parts, weight = written(request.param, *module.weight.shape, generator)
         module.weight.data.copy_(weight)
         tensors |= {f"{name}.{suffix}": part for suffix, part in parts.items()}
+        if request.param == "float8":
+            tensors[f"{name.rpartition('.')[0]}.k_scale"] = torch.ones(1)  # of a KV cache
         if request.param == "gptq":
             tensors[f"{name}.bias"] = torch.zeros(module.out_features)
     kept = {
@@ -307,6 +309,10 @@ def test_what_the_user_is_told():
     assert packed_format(compressed())[1] == []
     (note,) = packed_format(compressed("int-quantized", num_bits=8, activations=dict(num_bits=8, dynamic=True)))[1]
     assert "activations are not quantised" in note
+    (note, _) = packed_format(
+        compressed("float-quantized", **FP8, strategy="tensor") | dict(kv_cache_scheme={"num_bits": 8})
+    )[1]
+    assert "KV cache is not quantised" in note
 
 
 def test_a_bias_that_is_none(tmp_path):
