@@ -139,15 +139,12 @@ class SafetensorsCheckpoint:
 
     def tensors(self) -> Iterator[tuple[str, Weight]]:
         """Reads one tensor at a time, or those of one quantised layer."""
-        files = {name: path for path, names in self._names.items() for name in names}
-        layers = self._quantised_layers(files)
+        layers = self._quantised_layers()
         for path, names in self._names.items():
             with _open_safetensors(path) as shard:
                 for name in names:
                     module, _, suffix = name.rpartition(".")
                     parts = layers.get(module, {})
-                    if self._format is not None and suffix in self._format.ignored:
-                        continue
                     if suffix == "bias" and parts and not self._has_bias(module):
                         bias = shard.get_tensor(name)
                         if bias.any():  # AutoGPTQ writes one of zeros to every layer
@@ -157,16 +154,16 @@ class SafetensorsCheckpoint:
                     elif suffix == min(parts):
                         yield f"{module}.weight", self._layer(module, parts)
 
-    def _quantised_layers(self, files: dict[str, Path]) -> dict[str, dict[str, Path]]:
+    def _quantised_layers(self) -> dict[str, dict[str, Path]]:
         """Of each quantised layer, its tensors' suffixes and the files that they are in."""
         if self._format is None:
             return {}
         layers: dict[str, dict[str, Path]] = {}
         suffixes = self._format.required | self._format.optional
-        for name, path in files.items():
-            module, _, suffix = name.rpartition(".")
-            if suffix in suffixes:
-                layers.setdefault(module, {})[suffix] = path
+        for path, names in self._names.items():
+            for module, _, suffix in (name.rpartition(".") for name in names):
+                if suffix in suffixes:
+                    layers.setdefault(module, {})[suffix] = path
         return {module: parts for module, parts in layers.items() if parts.keys() != {"weight"}}
 
     def _has_bias(self, module: str) -> bool:

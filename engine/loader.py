@@ -52,6 +52,10 @@ def load_model(
     return Decoder(config, embedding, layers, collector.vector("model.norm.weight"), head, cos_sin_cache)
 
 
+_CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale", ".output_scale")
+"""What is there for a quantised KV cache, which the engine's is not."""
+
+
 class _Collector:
     """Takes tensors in any order; stacks groups as soon as they are complete."""
 
@@ -67,6 +71,8 @@ class _Collector:
     def add(self, name: str, weight: Weight) -> None:
         if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in self.expected):
             return  # old exports store the table, and some store the tied head twice
+        if name.endswith(_CACHE_SCALES):
+            return
         if name not in self.expected:
             raise ValueError(f"{name}: unexpected tensor; this configuration has no place for it")
         if weight_shape(weight) != self.expected[name]:

@@ -13,8 +13,9 @@ become those of an `Int4Weight`, `Int8Weight` or `Fp8Weight`, exactly.
 | Hugging Face's "fp8" | the same by block, scales under the name `weight_scale_inv` | none |
 """  # noqa: E501  (a table)
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,23 +25,21 @@ from octavo.engine.checkpoint import Fp8Weight, Int4Weight, Int8Weight
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
+Parts = Mapping[str, torch.Tensor]
+"""The tensors of one layer, by suffix."""
+
+
 @dataclass(frozen=True)
 class PackedFormat:
     """What a checkpoint's `quantization_config` says of its linear layers' tensors."""
 
-    name: str
+    read: Callable[[str, Parts], Int4Weight | Int8Weight | Fp8Weight]
     required: frozenset[str]
     """Suffixes of the tensors that make up a quantised layer."""
-    optional: frozenset[str]
-    zero_offset: int = 0
-    """What the first version of GPTQ leaves out of a zero point."""
-    ignored: frozenset[str] = frozenset({"k_scale", "v_scale", "q_scale", "output_scale"})
-    """Suffixes of scales for a KV cache and results, which keep the model's dtype."""
-    block: tuple[int, int] | None = None
-    """Of an fp8 weight, how many outputs and inputs share a scale; None where its shape says so."""
+    optional: frozenset[str] = frozenset()
 
-    def weight(self, module: str, parts: Mapping[str, torch.Tensor]) -> Int4Weight | Int8Weight | Fp8Weight:
-        """The weight of a layer from its tensors by suffix.
+    def weight(self, module: str, parts: Parts) -> Int4Weight | Int8Weight | Fp8Weight:
+        """The weight of a layer from its tensors.
 
         Raises:
             ValueError: a tensor is missing or does not fit the others.
@@ -48,67 +47,62 @@ class PackedFormat:
         missing = self.required.difference(parts)
         if missing:
             raise ValueError(f"{module}.{min(missing)}: missing from the checkpoint, which has {module}.{min(parts)}")
-        if self.name == "gptq":
-            return self._gptq(module, parts)
-        if self.name == "awq":
-            return self._awq(module, parts)
-        if self.name == "pack-quantized":
-            return self._packed(module, parts)
-        if self.name == "int-quantized":
-            return self._integers(module, parts)
-        return self._float8(module, parts)
+        return self.read(module, parts)
 
-    def _gptq(self, module: str, parts: Mapping[str, torch.Tensor]) -> Int4Weight:
-        q = _nibbles(module, "qweight", parts["qweight"], dim=0).t().contiguous()  # [N, K]
-        scale = _scales(module, "scales", parts["scales"].t(), q)
-        zero = _nibbles(module, "qzeros", parts["qzeros"], dim=1).t().to(torch.int32) + self.zero_offset
-        return _int4(module, "qzeros", q, scale, zero, _order(module, "g_idx", parts.get("g_idx"), q, scale))
 
-    def _awq(self, module: str, parts: Mapping[str, torch.Tensor]) -> Int4Weight:
-        q, zero = (
-            _nibbles(module, name, parts[name], dim=1, order=_AWQ_ORDER).t().contiguous()
-            for name in ("qweight", "qzeros")
+def _gptq(module: str, parts: Parts, zero_offset: int) -> Int4Weight:
+    q = _nibbles(module, "qweight", parts["qweight"], dim=0).t().contiguous()  # [N, K]
+    scale = _scales(module, "scales", parts["scales"].t(), q)
+    zero = _nibbles(module, "qzeros", parts["qzeros"], dim=1).t().to(torch.int32) + zero_offset
+    return _int4(module, "qzeros", q, scale, zero, _order(module, "g_idx", parts.get("g_idx"), q, scale))
+
+
+def _awq(module: str, parts: Parts) -> Int4Weight:
+    q, zero = (
+        _nibbles(module, name, parts[name], dim=1, order=_AWQ_ORDER).t().contiguous() for name in ("qweight", "qzeros")
+    )
+    return _int4(module, "qzeros", q, _scales(module, "scales", parts["scales"].t(), q), zero.to(torch.int32))
+
+
+def _packed(module: str, parts: Parts) -> Int4Weight:
+    q = _nibbles(module, "weight_packed", parts["weight_packed"], dim=1)
+    shape = parts["weight_shape"].tolist()
+    if list(q.shape) != shape:
+        raise ValueError(f"{module}.weight_packed: holds {list(q.shape)} codes; {module}.weight_shape says {shape}")
+    scale = _scales(module, "weight_scale", parts["weight_scale"], q)
+    order = _order(module, "weight_g_idx", parts.get("weight_g_idx"), q, scale)
+    if "weight_zero_point" in parts:
+        zero = _nibbles(module, "weight_zero_point", parts["weight_zero_point"], dim=0).to(torch.int32)
+    else:
+        zero = torch.full(scale.shape, 8)
+    return _int4(module, "weight_zero_point", q, scale, zero, order)
+
+
+def _integers(module: str, parts: Parts) -> Int8Weight:
+    q = parts["weight"]
+    if q.dtype != torch.int8 or q.dim() != 2:
+        raise ValueError(f"{module}.weight: {q.dtype}, shape {tuple(q.shape)}; expected int8 of two dimensions")
+    scale = _scales(module, "weight_scale", parts["weight_scale"].reshape(q.shape[0], -1), q)
+    return Int8Weight(q, scale, q.shape[1] // scale.shape[1])
+
+
+def _float8(module: str, parts: Parts, block: tuple[int, int] | None = None) -> Fp8Weight:
+    name = "weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"
+    q, scale = parts["weight"], parts[name]
+    if q.dtype != torch.float8_e4m3fn or q.dim() != 2:
+        raise ValueError(
+            f"{module}.weight: {q.dtype}, shape {tuple(q.shape)}; expected float8_e4m3fn of two dimensions"
         )
-        return _int4(module, "qzeros", q, _scales(module, "scales", parts["scales"].t(), q), zero.to(torch.int32))
-
-    def _packed(self, module: str, parts: Mapping[str, torch.Tensor]) -> Int4Weight:
-        q = _nibbles(module, "weight_packed", parts["weight_packed"], dim=1)
-        shape = parts["weight_shape"].tolist()
-        if list(q.shape) != shape:
-            raise ValueError(f"{module}.weight_packed: holds {list(q.shape)} codes; {module}.weight_shape says {shape}")
-        scale = _scales(module, "weight_scale", parts["weight_scale"], q)
-        order = _order(module, "weight_g_idx", parts.get("weight_g_idx"), q, scale)
-        if "weight_zero_point" in parts:
-            zero = _nibbles(module, "weight_zero_point", parts["weight_zero_point"], dim=0).to(torch.int32)
-        else:
-            zero = torch.full(scale.shape, 8)
-        return _int4(module, "weight_zero_point", q, scale, zero, order)
-
-    def _integers(self, module: str, parts: Mapping[str, torch.Tensor]) -> Int8Weight:
-        q = parts["weight"]
-        if q.dtype != torch.int8 or q.dim() != 2:
-            raise ValueError(f"{module}.weight: {q.dtype}, shape {tuple(q.shape)}; expected int8 of two dimensions")
-        scale = _scales(module, "weight_scale", parts["weight_scale"].reshape(q.shape[0], -1), q)
-        return Int8Weight(q, scale, q.shape[1] // scale.shape[1])
-
-    def _float8(self, module: str, parts: Mapping[str, torch.Tensor]) -> Fp8Weight:
-        name = "weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"
-        q, scale = parts["weight"], parts[name]
-        if q.dtype != torch.float8_e4m3fn or q.dim() != 2:
-            raise ValueError(
-                f"{module}.weight: {q.dtype}, shape {tuple(q.shape)}; expected float8_e4m3fn of two dimensions"
-            )
-        n, k = q.shape
-        block = self.block
-        if block is None:
-            scale = scale.reshape(-1, 1)
-            block = (1 if scale.shape[0] == n else n, k)
-        expected = (-(-n // block[0]), -(-k // block[1]))
-        if tuple(scale.shape) != expected:
-            raise ValueError(
-                f"{module}.{name}: shape {tuple(parts[name].shape)}; expected {expected} for {n} outputs of {k}"
-            )
-        return Fp8Weight(q, scale, block)
+    n, k = q.shape
+    if block is None:
+        scale = scale.reshape(-1, 1)
+        block = (1 if scale.shape[0] == n else n, k)
+    expected = (-(-n // block[0]), -(-k // block[1]))
+    if tuple(scale.shape) != expected:
+        raise ValueError(
+            f"{module}.{name}: shape {tuple(parts[name].shape)}; expected {expected} for {n} outputs of {k}"
+        )
+    return Fp8Weight(q, scale, block)
 
 
 def packed_format(config: Mapping[str, Any]) -> tuple[PackedFormat, list[str]]:
@@ -124,17 +118,21 @@ def packed_format(config: Mapping[str, Any]) -> tuple[PackedFormat, list[str]]:
         if version not in ("gptq", "gptq_v2"):
             raise _unsupported("checkpoint_format", version, "gptq, gptq_v2")
         required = frozenset({"qweight", "qzeros", "scales"})
-        return PackedFormat("gptq", required, frozenset({"g_idx"}), zero_offset=version == "gptq"), []
+        return PackedFormat(
+            partial(_gptq, zero_offset=1 if version == "gptq" else 0), required, frozenset({"g_idx"})
+        ), []
     if method == "awq":
         _expect(config, "bits" if "bits" in config else "w_bit", (4,))
         _expect(config, "version", ("gemm", "GEMM"), default="gemm")
-        return PackedFormat("awq", frozenset({"qweight", "qzeros", "scales"}), frozenset()), []
+        return PackedFormat(_awq, frozenset({"qweight", "qzeros", "scales"})), []
     if method == "compressed-tensors":
         return _compressed_tensors(config)
     if method == "fp8":
         block = _block(config, "weight_block_size")
         optional = frozenset({"activation_scale", "input_scale"})
-        return PackedFormat("fp8", frozenset({"weight", "weight_scale_inv"}), optional, block=block), [_DENSE]
+        return PackedFormat(partial(_float8, block=block), frozenset({"weight", "weight_scale_inv"}), optional), [
+            _DENSE
+        ]
     raise _unsupported("quant_method", method, "gptq, awq, compressed-tensors, fp8; and GGUF files")
 
 
@@ -154,16 +152,19 @@ def _compressed_tensors(config: Mapping[str, Any]) -> tuple[PackedFormat, list[s
         _expect(weights, "strategy", ("tensor", "channel", "block"))
         block = _block(weights, "block_structure") if weights["strategy"] == "block" else None
         optional = frozenset({"input_scale"})
-        return PackedFormat(name, frozenset({"weight", "weight_scale"}), optional, block=block), [*notes, _DENSE]
+        return PackedFormat(partial(_float8, block=block), frozenset({"weight", "weight_scale"}), optional), [
+            *notes,
+            _DENSE,
+        ]
     _expect(weights, "type", ("int",), default="int")
     _expect(weights, "strategy", ("group", "channel"))
     if name == "pack-quantized":
         _expect(weights, "num_bits", (4,))
         optional = frozenset({"weight_zero_point", "weight_g_idx"})
-        return PackedFormat(name, frozenset({"weight_packed", "weight_scale", "weight_shape"}), optional), notes
+        return PackedFormat(_packed, frozenset({"weight_packed", "weight_scale", "weight_shape"}), optional), notes
     if name == "int-quantized":
         _expect(weights, "num_bits", (8,))
-        return PackedFormat(name, frozenset({"weight", "weight_scale"}), frozenset({"input_scale"})), notes
+        return PackedFormat(_integers, frozenset({"weight", "weight_scale"}), frozenset({"input_scale"})), notes
     raise _unsupported("format", name, "pack-quantized, int-quantized, float-quantized")
 
 

@@ -46,7 +46,7 @@ def choose_tiles(width: int) -> _Tiles:
 
 
 @triton.jit
-def _over_one_and_power(x, t):
+def _over_one_plus_exp2(x, t):
     """x / (1 + 2^t); 0 of a finite x where 2^t overflows.
 
     By the GPU's own reciprocal, which takes five instructions less than Triton's quotient and is off by as little, two
@@ -60,12 +60,12 @@ def _over_one_and_power(x, t):
 @triton.jit
 def _activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
-        y = _over_one_and_power(x, -1.4426950408889634 * x)
+        y = _over_one_plus_exp2(x, -1.4426950408889634 * x)
     elif ACTIVATION == "gelu":
         y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh u) / 2 = 1 / (1 + exp(-2u)). 2u·log2(e) holds 2·sqrt(2/π)·log2(e).
-        y = _over_one_and_power(x, -2.302208198144325 * (x + 0.044715 * x * x * x))
+        y = _over_one_plus_exp2(x, -2.302208198144325 * (x + 0.044715 * x * x * x))
     else:
         relu = tl.where(x < 0.0, 0.0, x)  # unlike tl.maximum, keeps a NaN
         y = relu * relu

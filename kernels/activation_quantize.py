@@ -98,7 +98,7 @@ def _activation_quantize_kernel(
             y *= tl.div_rn(1.0, tl.load(scale_ptr))
         else:
             if SCALE == "row":
-                # The GPU's maximum leaves NaN out; then what leaves infinities out costs rows that have none nothing.
+                # Rows without an infinity are spared `magnitude`: a GPU's maximum leaves NaN out by itself.
                 largest = tl.max(tl.abs(y), 1)
                 if not tl.max(largest, 0) < float("inf"):
                     largest = tl.max(magnitude(y), 1)

@@ -274,6 +274,11 @@ def ready_kernel(
         return _ready[key]
 
 
+def tensor_of(pointer: Any) -> torch.Tensor | None:
+    """The tensor that a pointer argument stands for: itself, or what a descriptor describes."""
+    return pointer.base if isinstance(pointer, TensorDescriptor) else pointer
+
+
 def moved(described: TensorDescriptor, base: torch.Tensor | None) -> TensorDescriptor:
     """`described` for another tensor of the same shape, strides and alignment, which are not looked at again."""
     other = object.__new__(TensorDescriptor)

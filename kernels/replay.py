@@ -38,6 +38,7 @@ from octavo.kernels.launch import (
     moved,
     recording,
     starter,
+    tensor_of,
 )
 
 try:
@@ -74,8 +75,8 @@ def make_plan(given: tuple[torch.Tensor | None, ...], recorder: Recorder, result
     for launch in recorder.launches:
         args = launch.args[: launch.pointers]
         described = [a for a in args if isinstance(a, TensorDescriptor)]
-        bases = [a.base if isinstance(a, TensorDescriptor) else a for a in args]
-        pointers.append(tuple(where[id(a)] if a is not None and a.numel() else None for a in bases))
+        given_to = map(tensor_of, args)
+        pointers.append(tuple(where[id(a)] if a is not None and a.numel() else None for a in given_to))
         others = *launch.args[launch.pointers :], *[None] * len(launch.constexprs)
         assert launch.ready is not None
         counts.append((len(launch.ready.middle), len(described), len(others)))
@@ -221,8 +222,7 @@ def _plan(given: tuple[torch.Tensor | None, ...], recorder: Recorder, result: An
     if not recorder.launched or not {id(r) for r in results} <= allocated:
         return None
     for launch in recorder.launches:
-        args = launch.args[: launch.pointers]
-        pointers = (a.base if isinstance(a, TensorDescriptor) else a for a in args)
+        pointers = map(tensor_of, launch.args[: launch.pointers])
         if launch.ready is None or not all(a is None or id(a) in known for a in pointers):
             return None
     return make_plan(given, recorder, result)
