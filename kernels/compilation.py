@@ -13,11 +13,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from octavo.kernels.launch import Launch, Pointer, compiled_kernel
+from octavo.kernels.launch import DESCRIPTORS, Launch, Pointer, compiled_kernel
 from octavo.kernels.registry import OPS
 
 
@@ -76,7 +75,7 @@ def without_memory(launch: Launch) -> Launch:
     """The launch with `Pointer`s in place of tensors, aligned as the tensors are in their storage."""
 
     def without(a: Any) -> Any:
-        if isinstance(a, TensorDescriptor):
+        if isinstance(a, DESCRIPTORS):
             return replace(a, base=without(a.base))
         if isinstance(a, torch.Tensor):
             return Pointer(a.dtype, int(a.storage_offset()) * a.element_size() % 16)

@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from triton import knobs
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRET: bool = knobs.runtime.interpret
 """True under `TRITON_INTERPRET=1`: kernels run on CPU tensors in Python, without bfloat16 `tl.dot` and inline asm."""
@@ -32,6 +33,9 @@ INTERPRET: bool = knobs.runtime.interpret
 
 DEVICES = {"cuda"}
 """Types of devices whose kernels are started directly; ROCm's GPUs carry CUDA's name, but have no starter."""
+
+DESCRIPTORS = (TensorDescriptor, GluonDescriptor)
+"""What the copy engine reads or writes, as kernels in Triton and in Gluon take it."""
 
 
 Grid = tuple[int, int, int]
@@ -77,7 +81,7 @@ class Launch:
     def pointers(self) -> int:
         """How many of the arguments are pointers, or descriptors of what the copy engine reads; they come first."""
         for count, value in enumerate(self.args):
-            if value is not None and not isinstance(value, (torch.Tensor, TensorDescriptor)):
+            if value is not None and not isinstance(value, (torch.Tensor, *DESCRIPTORS)):
                 return count
         return len(self.args)
 
@@ -186,8 +190,8 @@ def _class_of(value: Any, specialize: bool) -> Any:
     """What of an argument decides which compiled kernel fits."""
     if isinstance(value, (torch.Tensor, Pointer)):
         return value.dtype, value.data_ptr() % 16 == 0
-    if isinstance(value, TensorDescriptor):
-        return value.base.dtype, *value.block_shape, value.layout
+    if isinstance(value, DESCRIPTORS):
+        return value.base.dtype, *value.block_shape, getattr(value, "layout", None)
     if type(value) is int:
         wide = not -(2**31) <= value < 2**31
         return (wide, value % 16 == 0, value == 1) if specialize else wide
@@ -276,12 +280,12 @@ def ready_kernel(
 
 def tensor_of(pointer: Any) -> torch.Tensor | None:
     """The tensor that a pointer argument stands for: itself, or what a descriptor describes."""
-    return pointer.base if isinstance(pointer, TensorDescriptor) else pointer
+    return pointer.base if isinstance(pointer, DESCRIPTORS) else pointer
 
 
-def moved(described: TensorDescriptor, base: torch.Tensor | None) -> TensorDescriptor:
-    """`described` for another tensor of the same shape, strides and alignment, which are not looked at again."""
-    other = object.__new__(TensorDescriptor)
+def moved(described: Any, base: torch.Tensor | None) -> Any:
+    """A descriptor for another tensor of the same shape, strides and alignment, which are not looked at again."""
+    other = object.__new__(type(described))
     other.__dict__.update(described.__dict__)
     other.base = base
     return other
@@ -304,9 +308,9 @@ def launch(
     """Starts `kernel` over `grid` on `device`; a grid with no programs starts nothing.
 
     `args` are the kernel's arguments in order: pointers first (tensors or None), then numbers; ahead of both what the
-    copy engine reads, if anything, as Gluon's TensorDescriptor, which Triton encodes at each start. Its constexprs, by
-    name, come last in its signature. One named CHAINED says that the kernel waits by itself for the one before it
-    (`octavo.kernels.tiles.chains`); one named REGISTERS limits a thread's registers, where it is not 0.
+    copy engine reads, if anything, as TensorDescriptors, Triton's or Gluon's, which Triton encodes at each start. Its
+    constexprs, by name, come last in its signature. One named CHAINED says that the kernel waits by itself for the one
+    before it (`octavo.kernels.tiles.chains`); one named REGISTERS limits a thread's registers, where it is not 0.
     """
     recorder = _recorder.get()
     if recorder is not None:

@@ -25,9 +25,9 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch.autograd import profiler
 from torch.utils._device import DeviceContext
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.kernels.launch import (
+    DESCRIPTORS,
     DEVICES,
     Recorder,
     current_recorder,
@@ -74,7 +74,7 @@ def make_plan(given: tuple[torch.Tensor | None, ...], recorder: Recorder, result
     pointers, counts, bound = [], [], []
     for launch in recorder.launches:
         args = launch.args[: launch.pointers]
-        described = [a for a in args if isinstance(a, TensorDescriptor)]
+        described = [a for a in args if isinstance(a, DESCRIPTORS)]
         given_to = map(tensor_of, args)
         pointers.append(tuple(where[id(a)] if a is not None and a.numel() else None for a in given_to))
         others = *launch.args[launch.pointers :], *[None] * len(launch.constexprs)

@@ -20,7 +20,6 @@ from op_cases import cases, serve
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler.compiler import LazyDict
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 import octavo
 from octavo.kernels import launch as launching
@@ -61,7 +60,7 @@ def normal(args: tuple, types: list[str]) -> tuple:
 
 def _encoded(value) -> list:
     """A kernel's argument as the C function would be given it: an address, a number, or what is in a descriptor."""
-    if isinstance(value, TensorDescriptor):
+    if isinstance(value, launching.DESCRIPTORS):
         return [value.base.data_ptr(), *value.shape, *value.strides, *value.block_shape, value.padding]
     return [value.data_ptr() if isinstance(value, torch.Tensor) else value]
 
@@ -353,9 +352,10 @@ def check_hooks_may_call_ops() -> None:
 def check_token_counts() -> None:
     """A new number of tokens compiles nothing beyond the tile choices that depend on it."""
     pretend()
-    # Tile choices for up to 16, up to 64, and more tokens; two kernels; two, of which both or the second differ
+    # Tile choices for up to 16, (32,) up to 64, and more tokens; two kernels; two, of which both or the second differ
     # for many sequences. Batch-invariant, there is one choice.
     variants = {"int4_linear": 3, "int8_linear": 3, "sample": 2, "paged_attention": 4}
+    variants |= {"int8_int8_linear": 4, "fp8_linear": 4}
     variants |= {f"paged_attention {kind}": 3 for kind in ("of float8", "of int8", "with alibi")}
     variants |= {"paged_attention batch-invariant": 1, "paged_attention of chunks": 2}
     for name in cases(1):

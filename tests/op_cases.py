@@ -58,6 +58,12 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
     )
     int4 = dict(x=new(tokens, 128), packed=new(2, 1, 64, 32, dtype=torch.int16), scale=new(1, 80))
     one = torch.ones(1)
+    scales = dict(x_scale=ones(tokens, 1), weight_scale=ones(80))
+    w8a8 = {
+        dtype: dict(x=new(tokens, 256, dtype=dtype), weight=new(80, 256, dtype=dtype), **scales)
+        for dtype in (torch.int8, torch.float8_e4m3fn)
+    }
+    asymmetric = dict(x_zero=new(tokens, 1, dtype=torch.int32), weight_sum=new(80, dtype=torch.int32))
     int8 = dict(x=new(tokens, 128), weight=new(80, 128, dtype=torch.int8), scale=new(1, 80))
     return {
         "rms_norm": (octavo.rms_norm, dict(x=new(tokens, 512), weight=new(512)), dict(eps=1e-5)),
@@ -155,6 +161,18 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
             dict(group_size=128),
         ),
         "int8_linear": (octavo.int8_linear, int8, dict(group_size=128)),
+        "int8_int8_linear": (octavo.int8_int8_linear, w8a8[torch.int8], {}),
+        "int8_int8_linear with everything": (
+            octavo.int8_int8_linear,
+            w8a8[torch.int8] | asymmetric | dict(bias=new(80)),
+            dict(out_dtype=torch.float16),
+        ),
+        "fp8_linear": (octavo.fp8_linear, w8a8[torch.float8_e4m3fn], {}),
+        "fp8_linear in blocks": (
+            octavo.fp8_linear,
+            w8a8[torch.float8_e4m3fn] | dict(x_scale=ones(tokens, 2), weight_scale=ones(1, 2)),
+            dict(fast_accum=False),
+        ),
         "quantize_int8": (octavo.quantize_int8, dict(x=new(tokens, 512), scale=None), {}),
         "quantize_int8 by scale": (octavo.quantize_int8, dict(x=new(tokens, 512), scale=one), {}),
         "rms_norm_quantize": (

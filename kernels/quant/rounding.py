@@ -36,14 +36,19 @@ def rounding(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     Raises:
         ValueError: e4m3 on a GPU before sm_89, for which Triton has no such type.
     """
+    check_supported("dtype", dtype, device, "quantise to int8, or to float8_e5m2")
+    return {"LIMIT": LIMITS[dtype], "NATIVE": device_properties(device).capability >= (9, 0) and not INTERPRET}
+
+
+def check_supported(name: str, dtype: torch.dtype, device: torch.device, advice: str) -> None:
+    """Raises ValueError for e4m3 on a GPU before sm_89, for which Triton has no such type."""
     properties = device_properties(device)
     if dtype == torch.float8_e4m3fn and properties.capability < (8, 9) and device.type != "cpu":
         major, minor = properties.capability
         raise ValueError(
-            f"dtype: float8_e4m3fn on {properties.name} (compute capability {major}.{minor}); expected a GPU of 8.9 or "
-            "later: quantise to int8, or to float8_e5m2"
+            f"{name}: float8_e4m3fn on {properties.name} (compute capability {major}.{minor}); expected a GPU of 8.9 "
+            f"or later: {advice}"
         )
-    return {"LIMIT": LIMITS[dtype], "NATIVE": properties.capability >= (9, 0) and not INTERPRET}
 
 
 def scale_shape(shape: tuple[int, ...], scale: torch.Tensor | None, group_size: int | None) -> tuple[int, ...]:

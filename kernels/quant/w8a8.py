@@ -1,0 +1,356 @@
+"""The product of quantised activations and weights, a byte each: what the linear layers in int8 and fp8 share.
+
+    y[t, n] = Σₖ x[t, k] · w[n, k] · x_scale[t] · weight_scale[n] + bias[n]
+
+Sums are int32 or fp32, scaled once; or, with scales of 128 inputs, scaled and added up every 128. Both operands go from
+shared memory into the tensor cores, on Hopper fetched by the copy engine (TMA). One kernel does it all: few tokens have
+the weights as the first operand, whose tile has at least 64 rows there, and many programs to read them; many tokens
+large tiles. `octavo.kernels.quant.stream_k` says how programs share the work.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from octavo.kernels.launch import INTERPRET, empty, launch
+from octavo.kernels.quant.rounding import check_supported
+from octavo.kernels.quant.stream_k import SCALE_BLOCK, Shares, is_last, share_out, store_part, sum_parts, tile_at
+from octavo.kernels.tiles import (
+    DeviceProperties,
+    cdiv,
+    chains,
+    device_properties,
+    let_next_start,
+    next_power_of_2,
+    row_offset,
+    row_strides,
+    wait_for_previous,
+)
+from octavo.reference.w8a8 import in_blocks
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tokens, outputs and inputs of a step, and the schedule of programs."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+    turned: bool
+    """Whether the weights are the first operand."""
+    may_split: bool = True
+    prefetched: int = 0
+    """Bytes of each of its first rows of weights that a program has fetched into the L2 cache while it waits."""
+
+
+def choose_tiles(
+    tokens: int, outputs: int, properties: DeviceProperties, *, copied: bool, promoted: bool, blocks: bool
+) -> Tiles:
+    """The tile for a number of tokens and outputs.
+
+    Args:
+        copied: whether the copy engine loads, on Hopper.
+        promoted: whether sums are taken out of the tensor cores at each step, which takes registers for them twice.
+        blocks: whether there are scales of 128 inputs, so that a step has as many.
+    """
+    few = min(max(next_power_of_2(tokens), 16), 64)
+    if not copied:
+        if tokens <= 16:
+            return Tiles(16, 64, 128, 8, 3, 2, turned=True)
+        if tokens <= 64:
+            return Tiles(few, 128, 128, 4, 3, 2, turned=True)
+        return Tiles(128, 128, 128, 8, 3, 1, turned=False)
+    if tokens <= 32:
+        return Tiles(few, 64, 128 if blocks else 256, 4, 8 if blocks else 4, 2, turned=True, prefetched=1024)
+    if tokens <= 64:
+        return Tiles(64, 128, 128, 4, 4, 2, turned=True, prefetched=512)
+    waves = cdiv(tokens, 128) * cdiv(outputs, 256) / properties.num_sms
+    if promoted or waves < 0.85 * ceil(waves):
+        return Tiles(128, 128, 128, 8, 5, 1, turned=False)
+    return Tiles(128, 256, 128, 8, 3, 1, turned=False, may_split=False)  # its parts would spill
+
+
+@triton.jit
+def _prefetch(ptrs, SIZE: tl.constexpr):
+    """Has the L2 cache fetch SIZE bytes from each pointer. A hint: it may come before the memory is written."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
+        "=r,l,r",
+        [ptrs, SIZE],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _load(
+    ptr, desc, rows, first_row, k, K, inner, stride_outer, stride_inner, BLOCK_K: tl.constexpr, TAIL: tl.constexpr
+):
+    """A tile `[rows, BLOCK_K]` of x or of the weights, by the copy engine where there is a descriptor."""
+    if desc is not None:
+        return desc.load([first_row, k])
+    else:
+        c = k + tl.arange(0, BLOCK_K)[None, :]
+        ptrs = ptr + row_offset(rows, inner, stride_outer, stride_inner)[:, None] + c
+        if TAIL:
+            return tl.load(ptrs, mask=c < K, other=0.0)
+        else:
+            return tl.load(ptrs)
+
+
+@triton.jit
+def _finish(acc, first_m, first_n, epilogue, TURNED: tl.constexpr, BLOCKS: tl.constexpr):
+    """Scales the sums of tokens and outputs from the first ones on, adds the bias and writes them."""
+    out_ptr, M, N = epilogue[0], epilogue[1], epilogue[2]
+    x_scale_ptr, stride_x_scale, weight_scale_ptr, stride_weight_scale = epilogue[3:7]
+    x_zero_ptr, stride_x_zero, weight_sum_ptr, bias_ptr = epilogue[7:]
+    if TURNED:
+        m = first_m + tl.arange(0, acc.shape[1])[None, :]
+        n = first_n + tl.arange(0, acc.shape[0])[:, None]
+    else:
+        m = first_m + tl.arange(0, acc.shape[0])[:, None]
+        n = first_n + tl.arange(0, acc.shape[1])[None, :]
+    present_m, present_n = m < M, n < N
+    if x_zero_ptr is not None:
+        zero = tl.load(x_zero_ptr + m * stride_x_zero, mask=present_m, other=0)
+        acc -= zero * tl.load(weight_sum_ptr + n, mask=present_n, other=0)
+    y = acc.to(tl.float32)
+    if not BLOCKS:
+        y *= tl.load(x_scale_ptr + m * stride_x_scale, mask=present_m, other=0.0)
+        y *= tl.load(weight_scale_ptr + n * stride_weight_scale, mask=present_n, other=0.0)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + n, mask=present_n, other=0.0).to(tl.float32)
+    tl.store(out_ptr + m.to(tl.int64) * N + n, y.to(out_ptr.dtype.element_ty), mask=present_m & present_n)
+
+
+@triton.jit
+def _halves(acc):
+    """The left and the right half of the columns."""
+    pairs = acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1)
+    return pairs.split()
+
+
+@triton.jit(do_not_specialize=["M", "tiles", "split", "share", "x_inner", "stride_x_scale", "stride_x_zero"])
+def _w8a8_kernel(
+    # Few tokens: bound by reading the weights. Many: by the tensor cores. A program walks its tiles in one loop.
+    x_desc,
+    weight_desc,
+    out_ptr,
+    workspace_ptr,
+    x_ptr,
+    weight_ptr,
+    x_scale_ptr,
+    weight_scale_ptr,
+    x_zero_ptr,
+    weight_sum_ptr,
+    bias_ptr,
+    M,
+    N,
+    K,
+    tiles,
+    split,
+    share,
+    x_inner,
+    stride_x_outer,
+    stride_x_inner,
+    stride_x_scale,
+    stride_weight_scale,
+    stride_x_zero,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TURNED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PROMOTED: tl.constexpr,
+    TAIL: tl.constexpr,
+    PREFETCHED: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    SUM: tl.constexpr = tl.int32 if weight_ptr.dtype.element_ty == tl.int8 else tl.float32
+    ROWS: tl.constexpr = BLOCK_N if TURNED else BLOCK_M
+    COLS: tl.constexpr = BLOCK_M if TURNED else BLOCK_N
+    WIDTH: tl.constexpr = min(COLS, 32)  # of a sum of parts: more would spill
+    steps = tl.cdiv(K, BLOCK_K)
+    m_tiles, n_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    start = tl.minimum(program * share, split * steps)
+    end = tl.minimum(start + share, split * steps)
+    wholes = tl.maximum(tl.cdiv(tiles - split - program, programs), 0)
+    if PREFETCHED > 0:
+        tile = tl.where(start < end, start // steps, split + program)
+        rows = tl.minimum(tile_at(tile, m_tiles, n_tiles)[1] * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
+        k = tl.minimum(tl.where(start < end, start % steps, 0) * BLOCK_K, K - PREFETCHED)
+        _prefetch(weight_ptr + rows.to(tl.int64) * K + k, PREFETCHED)
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
+
+    epilogue = (
+        out_ptr, M, N, x_scale_ptr, stride_x_scale, weight_scale_ptr, stride_weight_scale, x_zero_ptr, stride_x_zero,
+        weight_sum_ptr, bias_ptr,
+    )  # fmt: skip
+    acc = tl.zeros([ROWS, COLS], SUM)
+    for alone in range(0 if SPLIT else 1, 2):  # first the share of the tiles that are split, then whole ones
+        tile = tl.where(alone == 1, split + program, start // steps)
+        step = tl.where(alone == 1, 0, start % steps)
+        begin = step
+        left = tl.where(alone == 1, wholes * steps, end - start)
+        for _ in tl.range(0, left):
+            m_tile, n_tile = tile_at(tile, m_tiles, n_tiles)
+            first_m, first_n, k = m_tile * BLOCK_M, n_tile * BLOCK_N, step * BLOCK_K
+            m = tl.minimum(first_m + tl.arange(0, BLOCK_M), M - 1)  # what is past the last repeats it
+            n = tl.minimum(first_n + tl.arange(0, BLOCK_N), N - 1)
+            w = _load(weight_ptr, weight_desc, n, first_n, k, K, 1, K, 0, BLOCK_K, TAIL)
+            x = _load(x_ptr, x_desc, m, first_m, k, K, x_inner, stride_x_outer, stride_x_inner, BLOCK_K, TAIL)
+            first, second = (w, x.T) if TURNED else (x, w.T)
+            if BLOCKS:
+                x_scale = tl.load(x_scale_ptr + m.to(tl.int64) * stride_x_scale + step)
+                w_scale = tl.load(weight_scale_ptr + first_n // SCALE_BLOCK * stride_weight_scale + step)
+                scale = x_scale * w_scale
+                acc += tl.dot(first, second) * (scale[None, :] if TURNED else scale[:, None])
+            elif PROMOTED:
+                acc += tl.dot(first, second)
+            else:
+                acc = tl.dot(first, second, acc, out_dtype=SUM)
+            step += 1
+            left -= 1
+            done = (step == steps) | (left == 0)
+            if done:
+                if SPLIT and ((begin > 0) | (step < steps)):
+                    store_part(acc, workspace_ptr, tl.where(begin == 0, 1, 0), split)
+                elif COLS == 256:  # a half at a time, so that nothing spills
+                    left_half, right_half = _halves(acc)
+                    _finish(left_half, first_m, first_n, epilogue, TURNED, BLOCKS)
+                    _finish(right_half, first_m, first_n + COLS // 2, epilogue, TURNED, BLOCKS)
+                else:
+                    _finish(acc, first_m, first_n, epilogue, TURNED, BLOCKS)
+                acc = tl.zeros([ROWS, COLS], SUM)
+            tile = tl.where(done, tile + tl.where(alone == 1, programs, 1), tile)
+            step = tl.where(done, 0, step)
+            begin = tl.where(done, 0, begin)
+        if SPLIT and alone == 0:
+            # The tiles in which the share begins and ends, where others have parts of them.
+            first, last = start // steps, tl.cdiv(end, steps) - 1
+            for tile in range(first, last + 1, tl.maximum(last - first, 1)):
+                # Triton would ask both sides of an `and`.
+                if (tile * steps < start) | (tile * steps + steps > end):  # noqa: SIM102
+                    if is_last(workspace_ptr, tile, steps, share):
+                        m_tile, n_tile = tile_at(tile, m_tiles, n_tiles)
+                        for col in range(0, COLS, WIDTH):
+                            y = sum_parts(workspace_ptr, tile, split, steps, share, col, SUM, ROWS, COLS, WIDTH)
+                            first_m = m_tile * BLOCK_M + (col if TURNED else 0)
+                            first_n = n_tile * BLOCK_N + (0 if TURNED else col)
+                            _finish(y, first_m, first_n, epilogue, TURNED, BLOCKS)
+
+
+def _may_copy(x: torch.Tensor, weight: torch.Tensor, properties: DeviceProperties) -> bool:
+    """Whether the copy engine can load both as they lie."""
+    inner, outer_stride, _ = row_strides("x", x)
+    return (
+        properties.capability[0] == 9
+        and torch.version.hip is None
+        and not INTERPRET
+        and x.numel() > 0
+        and weight.shape[0] > 0
+        and inner == 1
+        and ((outer_stride % 16 == 0 and outer_stride > 0) or x.numel() == x.shape[-1])
+        and (x.data_ptr() | weight.data_ptr()) % 16 == 0
+    )
+
+
+def _described(x: torch.Tensor, weight: torch.Tensor, tiles: Tiles) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """x and the weights for the copy engine; the stride of a single row is never used."""
+    n, k = weight.shape
+    m, stride = x.numel() // k, row_strides("x", x)[1]
+    return (
+        TensorDescriptor(x, [m, k], [stride if m > 1 else k, 1], [tiles.block_m, tiles.block_k]),
+        TensorDescriptor(weight, [n, k], [k, 1], [tiles.block_n, tiles.block_k]),
+    )
+
+
+def _scale_stride(scale: torch.Tensor | None) -> int:
+    """From one of `[..., 1]` or `[N]` to the next; 0 where one number is for all."""
+    return 0 if scale is None or scale.numel() == 1 else 1
+
+
+def _shares(m: int, n: int, k: int, tiles: Tiles, properties: DeviceProperties) -> Shares:
+    steps = cdiv(k, tiles.block_k)
+    least = cdiv(512, tiles.block_k) if tiles.may_split else steps
+    slots = properties.num_sms * tiles.programs_per_sm
+    return share_out(cdiv(m, tiles.block_m) * cdiv(n, tiles.block_n), steps, slots, least)
+
+
+def w8a8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    x_zero: torch.Tensor | None,
+    weight_sum: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    fast_accum: bool,
+) -> torch.Tensor:
+    """Launches it; the arguments are those of `int8_int8_linear` and `fp8_linear`, all scales contiguous."""
+    n, k = weight.shape
+    m = x.numel() // k
+    out = empty((*x.shape[:-1], n), out_dtype, x.device)
+    check_supported("weight", weight.dtype, x.device, "quantise to int8, for int8_int8_linear")
+    properties = device_properties(x.device)
+    copied, blocks = _may_copy(x, weight, properties), in_blocks(weight, weight_scale)
+    precise = weight.dtype != torch.int8 and not fast_accum and not blocks
+    t = choose_tiles(m, n, properties, copied=copied, promoted=precise or blocks, blocks=blocks)
+    shares = _shares(m, n, k, t, properties)
+    workspace = None
+    if t.may_split:
+        parts = shares.programs * t.block_m * t.block_n if shares.split else 0  # two a program, of 4 bytes a sum
+        workspace = empty((shares.split + parts,), torch.int64, x.device)
+    inner, stride_outer, stride_inner = row_strides("x", x)
+    launch(
+        _w8a8_kernel,
+        (shares.programs,),
+        *(_described(x, weight, t) if copied else (None, None)),
+        out,
+        workspace,
+        x,
+        weight,
+        x_scale,
+        weight_scale,
+        x_zero,
+        weight_sum,
+        bias,
+        m,
+        n,
+        k,
+        shares.tiles,
+        shares.split,
+        shares.share,
+        inner,
+        stride_outer,
+        stride_inner,
+        weight_scale.shape[1] if blocks else _scale_stride(x_scale),
+        weight_scale.shape[1] if blocks else _scale_stride(weight_scale),
+        _scale_stride(x_zero),
+        device=x.device,
+        num_warps=t.num_warps,
+        num_stages=t.num_stages,
+        BLOCK_M=t.block_m,
+        BLOCK_N=t.block_n,
+        BLOCK_K=t.block_k,
+        TURNED=t.turned,
+        SPLIT=t.may_split,
+        BLOCKS=blocks,
+        PROMOTED=precise or (t.turned and weight.dtype != torch.int8 and not blocks),  # costs few tokens nothing
+        TAIL=not copied and k % t.block_k != 0,
+        PREFETCHED=min(t.prefetched, k),
+        CHAINED=chains(x.device),
+    )
+    return out
