@@ -67,6 +67,8 @@ TINY = {
     ],
     "int4_linear": [{"M": 3, "N": 40, "K": 256, "group": 128}],
     "int8_linear": [{"M": 3, "N": 40, "K": 256, "group": 128}, {"M": 3, "N": 40, "K": 256, "group": 256}],
+    "int8_int8_linear": [{"M": 3, "N": 40, "K": 256}],
+    "fp8_linear": [{"M": 3, "N": 140, "K": 256, "block": block} for block in (0, 128)],
     "sample": [
         {"B": 3, "vocab": 100, "k": k, "p": p, "flat": flat}
         for k, p, flat in ((5, 90, 0), (0, 50, 1), (7, 100, 1), (0, 100, 0))
@@ -117,6 +119,13 @@ BY_HAND = {
     "int4_linear": ("M=1,N=6144,K=4096,group=128", 50331648, 12582912 + 2 * (4096 + 32 * 6144 + 6144)),
     # 36 bytes of settings, seed, position and token a row.
     "sample": ("B=64,vocab=32000,k=50,p=90,flat=0", 4 * 2048000, 2 * 2048000 + 64 * 36),
+    # A byte a weight and an activation, two an output; a scale a token and an output, or 64 a token and 64·64.
+    "int8_int8_linear": ("M=16,N=8192,K=8192", 2147483648, 67108864 + 131072 + 2 * 131072 + 4 * (16 + 8192)),
+    "fp8_linear": (
+        "M=16,N=8192,K=8192,block=128",
+        2147483648,
+        67108864 + 131072 + 2 * 131072 + 4 * (16 * 64 + 64 * 64),
+    ),
     "int8_linear": ("M=16,N=8192,K=8192,group=8192", 2147483648, 67108864 + 2 * (131072 + 8192 + 131072)),
 }
 
@@ -289,7 +298,8 @@ def test_compiled_formulas_are_right_and_whole(name, shape, monkeypatch):
     """As one graph, without the backend that needs a compiler."""
     provider = load(name).PROVIDERS.get("torch.compile")
     if provider is None:
-        assert name in ("paged_attention", "cascade_attention", "int4_linear", "int8_linear"), "bound by memory"
+        without = "paged_attention", "cascade_attention", "int4_linear", "int8_linear", "int8_int8_linear", "fp8_linear"
+        assert name in without, "bound by memory"
         return
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     inputs = draw(name, shape)
