@@ -339,8 +339,8 @@ def launches(dtype):
 def test_tiles_fit(monkeypatch):
     """A tile whose parts would spill is never split, however the work comes out."""
     h100 = KNOWN_DEVICES[90]
-    options = dict(copied=True, promoted=False, blocks=False)
+    options = dict(copied=True, narrow=False, blocks=False)
     wide = w8a8.choose_tiles(1024, 8192, h100, **options)
     assert wide.block_n == 256 and w8a8._shares(1024, 8192, 8192, wide, h100).split == 0
-    narrow = w8a8.choose_tiles(256, 28672, h100, **options | dict(promoted=True))
+    narrow = w8a8.choose_tiles(256, 28672, h100, **options | dict(narrow=True))
     assert narrow.block_n == 128 and w8a8._shares(256, 28672, 4096, narrow, h100).split > 0

@@ -3,9 +3,9 @@
     y[t, n] = Σₖ x[t, k] · w[n, k] · x_scale[t] · weight_scale[n] + bias[n]
 
 Sums are int32 or fp32, scaled once; or, with scales of 128 inputs, scaled and added up every 128. Both operands go from
-shared memory into the tensor cores, on Hopper fetched by the copy engine (TMA). One kernel does it all: few tokens have
-the weights as the first operand, whose tile has at least 64 rows there, and many programs to read them; many tokens
-large tiles. `octavo.kernels.quant.stream_k` says how programs share the work.
+shared memory into the tensor cores, on Hopper fetched by the copy engine (TMA). Few tokens have the weights as the
+first operand, whose tile has at least 64 rows there, and many programs to read them; `octavo.kernels.quant.stream_k`
+says how programs share the work. Many tokens go to `octavo.kernels.quant.w8a8_hopper` where that can do them.
 """
 
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from octavo.kernels.launch import INTERPRET, empty, launch
 from octavo.kernels.quant.rounding import check_supported
 from octavo.kernels.quant.stream_k import SCALE_BLOCK, Shares, is_last, share_out, store_part, sum_parts, tile_at
+from octavo.kernels.quant.w8a8_hopper import w8a8_hopper
 from octavo.kernels.tiles import (
     DeviceProperties,
     cdiv,
@@ -46,18 +47,22 @@ class Tiles:
     turned: bool
     """Whether the weights are the first operand."""
     may_split: bool = True
+    """Whether tiles may be shared by programs; parts of one that is 256 wide would spill."""
+    gluon: bool = False
+    """Whether `octavo.kernels.quant.w8a8_hopper` computes it, whose tile this is."""
     prefetched: int = 0
     """Bytes of each of its first rows of weights that a program has fetched into the L2 cache while it waits."""
 
 
 def choose_tiles(
-    tokens: int, outputs: int, properties: DeviceProperties, *, copied: bool, promoted: bool, blocks: bool
+    tokens: int, outputs: int, properties: DeviceProperties, *, copied: bool, narrow: bool, blocks: bool
 ) -> Tiles:
     """The tile for a number of tokens and outputs.
 
     Args:
         copied: whether the copy engine loads, on Hopper.
-        promoted: whether sums are taken out of the tensor cores at each step, which takes registers for them twice.
+        narrow: whether registers hold more than the sums: those of a step, taken out of the tensor cores, or the
+            corrections of zero points.
         blocks: whether there are scales of 128 inputs, so that a step has as many.
     """
     few = min(max(next_power_of_2(tokens), 16), 64)
@@ -72,9 +77,9 @@ def choose_tiles(
     if tokens <= 64:
         return Tiles(64, 128, 128, 4, 4, 2, turned=True, prefetched=512)
     waves = cdiv(tokens, 128) * cdiv(outputs, 256) / properties.num_sms
-    if promoted or waves < 0.85 * ceil(waves):
+    if narrow or waves < 0.85 * ceil(waves):
         return Tiles(128, 128, 128, 8, 5, 1, turned=False)
-    return Tiles(128, 256, 128, 8, 3, 1, turned=False, may_split=False)  # its parts would spill
+    return Tiles(128, 256, 128, 8, 4, 1, turned=False, may_split=False, gluon=True)
 
 
 @triton.jit
@@ -307,13 +312,22 @@ def w8a8(
     properties = device_properties(x.device)
     copied, blocks = _may_copy(x, weight, properties), in_blocks(weight, weight_scale)
     precise = weight.dtype != torch.int8 and not fast_accum and not blocks
-    t = choose_tiles(m, n, properties, copied=copied, promoted=precise or blocks, blocks=blocks)
+    narrow = precise or blocks or x_zero is not None
+    t = choose_tiles(m, n, properties, copied=copied, narrow=narrow, blocks=blocks)
+    inner, stride_outer, stride_inner = row_strides("x", x)
+    strides = (
+        weight_scale.shape[1] if blocks else _scale_stride(x_scale),
+        weight_scale.shape[1] if blocks else _scale_stride(weight_scale),
+        _scale_stride(x_zero),
+    )
+    if t.gluon:
+        w8a8_hopper(out, x, weight, x_scale, weight_scale, bias, stride_outer, *strides[:2])
+        return out
     shares = _shares(m, n, k, t, properties)
     workspace = None
     if t.may_split:
         parts = shares.programs * t.block_m * t.block_n if shares.split else 0  # two a program, of 4 bytes a sum
         workspace = empty((shares.split + parts,), torch.int64, x.device)
-    inner, stride_outer, stride_inner = row_strides("x", x)
     launch(
         _w8a8_kernel,
         (shares.programs,),
@@ -336,9 +350,7 @@ def w8a8(
         inner,
         stride_outer,
         stride_inner,
-        weight_scale.shape[1] if blocks else _scale_stride(x_scale),
-        weight_scale.shape[1] if blocks else _scale_stride(weight_scale),
-        _scale_stride(x_zero),
+        *strides,
         device=x.device,
         num_warps=t.num_warps,
         num_stages=t.num_stages,

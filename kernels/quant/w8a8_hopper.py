@@ -1,0 +1,200 @@
+"""The product of `w8a8.py` for many tokens on Hopper (sm_90), in Gluon; elsewhere `w8a8.py`'s kernel does it.
+
+A persistent program on each multiprocessor computes tiles of 128 tokens by 256 outputs: a warp loads by TMA, and goes
+on to the next tile's operands while two warpgroups, 64 tokens each, write theirs. A warpgroup issues a step's products
+while those of the step before run, also with int32 sums, for which Triton's own pipeline waits at every step.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from octavo.kernels.launch import launch
+from octavo.kernels.tiles import cdiv, device_properties
+
+BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 128
+STAGES = 4
+"""What fits beside nothing else: results are written from registers."""
+GROUP = 8
+"""Rows of tiles that programs walk together, so that those at work at a time read few rows and columns."""
+
+# Lists of arguments, one a line, would be longer than the code between them.
+# fmt: off
+
+
+@gluon.jit
+def _tile_at(tile, m_tiles, n_tiles, GROUP: gl.constexpr):
+    """Row and column of a tile: GROUP rows at a time, column by column."""
+    width = GROUP * n_tiles
+    first = tile // width * GROUP
+    rows = gl.minimum(m_tiles - first, GROUP)
+    return first + tile % width % rows, tile % width // rows
+
+
+@gluon.jit
+def _load(
+    x_desc, weight_desc, x, weight, full, empty, m_tiles, n_tiles, steps, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+):
+    """What the warp that loads does."""
+    i = 0
+    for tile in range(gl.program_id(0), m_tiles * n_tiles, gl.num_programs(0)):
+        m, n = _tile_at(tile, m_tiles, n_tiles, GROUP)
+        for step in range(steps):
+            stage = i % STAGES
+            mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(stage), (BLOCK_M + BLOCK_N) * BLOCK_K)
+            at = step * BLOCK_K
+            tma.async_copy_global_to_shared(x_desc, [m * BLOCK_M, at], full.index(stage), x.index(stage))
+            tma.async_copy_global_to_shared(weight_desc, [n * BLOCK_N, at], full.index(stage), weight.index(stage))
+            i += 1
+
+
+@gluon.constexpr_function
+def _wide_layout(rows, columns):
+    """Of that many rows in four warps, a thread having eight numbers of a row side by side: 16 bytes."""
+    more = [[0, 32 << i] for i in range((columns // 32).bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], *more, [8, 0]],
+        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[rows, columns],
+    )
+
+
+@gluon.jit
+def _halves(acc):
+    """The left and the right half of the columns."""
+    return acc.reshape([acc.shape[0], 2, acc.shape[1] // 2]).permute([0, 2, 1]).split()
+
+
+@gluon.jit
+def _store(acc, first_m, first_n, epilogue):
+    """Scales a warpgroup's sums, adds the bias and writes them, 64 bytes of a row by four lanes."""
+    out_ptr, M, N, x_scale_ptr, stride_x_scale, weight_scale_ptr, stride_weight_scale, bias_ptr = epilogue
+    layout: gl.constexpr = acc.type.layout
+    ROWS: gl.constexpr = acc.shape[0]
+    COLS: gl.constexpr = acc.shape[1]
+    m = first_m + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    n = first_n + gl.arange(0, COLS, layout=gl.SliceLayout(0, layout))
+    x_scale = gl.load(x_scale_ptr + m * stride_x_scale, mask=m < M, other=0.0)
+    weight_scale = gl.load(weight_scale_ptr + n * stride_weight_scale, mask=n < N, other=0.0)
+    y = acc.to(gl.float32) * gl.expand_dims(x_scale, 1) * gl.expand_dims(weight_scale, 0)
+    if bias_ptr is not None:
+        y += gl.expand_dims(gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32), 0)
+    wide: gl.constexpr = _wide_layout(ROWS, COLS)
+    y = gl.convert_layout(y.to(out_ptr.dtype.element_ty), wide)
+    m = gl.expand_dims(first_m + gl.arange(0, ROWS, layout=gl.SliceLayout(1, wide)), 1)
+    n = gl.expand_dims(first_n + gl.arange(0, COLS, layout=gl.SliceLayout(0, wide)), 0)
+    gl.store(out_ptr + m.to(gl.int64) * N + n, y, mask=(m < M) & (n < N))
+
+
+@gluon.jit
+def _compute(
+    group: gl.constexpr, epilogue, x, weight, full, empty, m_tiles, n_tiles, steps, BLOCK_M: gl.constexpr, BLOCK_N:
+    gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+):
+    """What warpgroup number `group` does."""
+    ROWS: gl.constexpr = BLOCK_M // 2
+    SUM: gl.constexpr = gl.int32 if x.dtype == gl.int8 else gl.float32
+    WIDTH: gl.constexpr = 128 if x.dtype == gl.int8 else BLOCK_N  # of an instruction: Triton has no wider one for int8
+    acc = gl.zeros([ROWS, BLOCK_N], SUM, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32]))
+    i = 0
+    for tile in range(gl.program_id(0), m_tiles * n_tiles, gl.num_programs(0)):
+        for step in range(steps):
+            stage, before = i % STAGES, (i + STAGES - 1) % STAGES
+            mbarrier.wait(full.index(stage), i // STAGES & 1)
+            rows = x.index(stage).slice(group * ROWS, ROWS)
+            acc = warpgroup_mma(rows, weight.index(stage).permute((1, 0)), acc, use_acc=step > 0, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=[acc])
+            mbarrier.arrive(empty.index(before), count=1, pred=step > 0)
+            i += 1
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
+        m, n = _tile_at(tile, m_tiles, n_tiles, GROUP)
+        first_m, first_n = m * BLOCK_M + group * ROWS, n * BLOCK_N
+        left, right = _halves(acc)  # one after the other, so that nothing spills
+        _store(left, first_m, first_n, epilogue)
+        _store(right, first_m, first_n + left.shape[1], epilogue)
+
+
+@gluon.jit(do_not_specialize=["M", "stride_x_scale", "m_tiles"])
+def _w8a8_hopper_kernel(
+    # Bound by the tensor cores. One program a multiprocessor.
+    x_desc, weight_desc, out_ptr, x_scale_ptr, weight_scale_ptr, bias_ptr, M, N, stride_x_scale, stride_weight_scale,
+    m_tiles, n_tiles, steps, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    x = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
+    weight = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], weight_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    epilogue = out_ptr, M, N, x_scale_ptr, stride_x_scale, weight_scale_ptr, stride_weight_scale, bias_ptr
+    gl.warp_specialize([
+        (_compute, (0, epilogue, x, weight, full, empty, m_tiles, n_tiles, steps, BLOCK_M, BLOCK_N, STAGES, GROUP)),
+        (_compute, (1, epilogue, x, weight, full, empty, m_tiles, n_tiles, steps, BLOCK_M, BLOCK_N, STAGES, GROUP)),
+        (_load, (
+            x_desc, weight_desc, x, weight, full, empty, m_tiles, n_tiles, steps, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+            GROUP)),
+    ], [4, 1], [240, 24])
+# fmt: on
+
+
+def _described(x: torch.Tensor, shape: list[int], stride: int, rows: int) -> TensorDescriptor:
+    """`x` as a matrix, for copies of `rows` of it."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+    return TensorDescriptor(x, shape, [stride, 1], [rows, BLOCK_K], layout)
+
+
+def w8a8_hopper(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride_row: int,
+    stride_x_scale: int,
+    stride_weight_scale: int,
+) -> None:
+    """Launches it; `stride_row` is from a token of x to the next."""
+    n, k = weight.shape
+    m = x.numel() // k
+    m_tiles, n_tiles = cdiv(m, BLOCK_M), cdiv(n, BLOCK_N)
+    launch(
+        _w8a8_hopper_kernel,
+        (min(device_properties(x.device).num_sms, m_tiles * n_tiles),),
+        _described(x, [m, k], stride_row, BLOCK_M),
+        _described(weight, [n, k], k, BLOCK_N),
+        out,
+        x_scale,
+        weight_scale,
+        bias,
+        m,
+        n,
+        stride_x_scale,
+        stride_weight_scale,
+        m_tiles,
+        n_tiles,
+        cdiv(k, BLOCK_K),
+        device=x.device,
+        num_warps=4,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        STAGES=STAGES,
+        GROUP=GROUP,
+    )
