@@ -59,14 +59,23 @@ def formula(x, weight, x_scale, weight_scale, bias, x_zero=None, weight_sum=None
 
 
 def check(out, args):
-    exact, plain = formula(**args, dtype=torch.float64), formula(**args, dtype=out.dtype)
-    if out.is_cuda and args["weight"].dtype == FP8 and args["x_scale"].shape[-1] == 1 and args["bias"] is None:
-        # What the tensor cores keep of a sum is less than fp32, as in torch's own.
-        sa, sb = args["x_scale"], args["weight_scale"].view(1, -1)
-        if sb.numel() > 1 and out.dtype == torch.bfloat16 and out.shape[1] % 16 == 0:
-            both = dict(scale_a=sa, scale_b=sb, out_dtype=out.dtype, use_fast_accum=True)
-            plain = torch._scaled_mm(args["x"], args["weight"].t(), **both)
     assert out.is_contiguous()
+    on_tensor_cores = out.is_cuda and args["weight"].dtype == FP8
+    if on_tensor_cores and out.dtype == torch.float32:
+        out = out.bfloat16()  # Hopper's keep 14 bits of a sum
+    exact, plain = formula(**args, dtype=torch.float64), formula(**args, dtype=out.dtype)
+    of_tokens = args["x_scale"].shape[-1] == 1 and args["weight_scale"].numel() > 1
+    if (
+        on_tensor_cores
+        and of_tokens
+        and out.dtype == torch.bfloat16
+        and args["bias"] is None
+        and out.shape[1] % 16 == 0
+    ):
+        # Over all of K, as torch's own do.
+        scales = dict(scale_a=args["x_scale"], scale_b=args["weight_scale"].view(1, -1))
+        more = dict(out_dtype=out.dtype, use_fast_accum=True)
+        plain = torch._scaled_mm(args["x"], args["weight"].t(), **scales, **more)
     assert_accurate(out, exact, plain)
 
 
