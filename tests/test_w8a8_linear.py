@@ -329,8 +329,8 @@ def launches(dtype):
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, device="meta", dtype=dtype)
 
-    for m in (7, 30, 64, 256, 1024):
-        for n, k, full in ((4096, 4096, False), (4096, 4112, True)):
+    for m, n in ((7, 4096), (30, 4096), (64, 4096), (256, 6144), (256, 8192), (1024, 8192)):
+        for k, full in ((4096, False), (4112, True)):
             scales, bias = (empty(m, 1), empty(n)), empty(n, dtype=dtype) if full else None
             zero = (empty(m, 1, dtype=torch.int32), empty(n, dtype=torch.int32)) if full else (None, None)
             x, weight = empty(m, k, dtype=INT8), empty(n, k, dtype=INT8)
@@ -345,11 +345,16 @@ def launches(dtype):
                 w8a8_linear._fp8_linear_cuda(x, weight, *scales, bias, dtype, True)
 
 
-def test_tiles_fit(monkeypatch):
-    """A tile whose parts would spill is never split, however the work comes out."""
+def test_tiles_fit():
+    """Three tiles of many tokens on Hopper, of which the one in Triton alone may be split; another where needed."""
     h100 = KNOWN_DEVICES[90]
     options = dict(copied=True, narrow=False, blocks=False)
-    wide = w8a8.choose_tiles(1024, 8192, h100, **options)
-    assert wide.block_n == 256 and w8a8._shares(1024, 8192, 8192, wide, h100).split == 0
-    narrow = w8a8.choose_tiles(256, 28672, h100, **options | dict(narrow=True))
-    assert narrow.block_n == 128 and w8a8._shares(256, 28672, 4096, narrow, h100).split > 0
+    tiles = [w8a8.choose_tiles(m, n, h100, **options) for m, n in ((1024, 8192), (256, 8192), (256, 6144))]
+    assert [(t.block_n, t.gluon, t.may_split) for t in tiles] == [
+        (256, True, False),
+        (128, True, False),
+        (128, False, True),
+    ]
+    assert w8a8.choose_tiles(1024, 8192, h100, **options | dict(narrow=True)) == tiles[2]
+    assert w8a8._shares(256, 6144, 4096, tiles[2], h100).split > 0
+    assert w8a8._shares(256, 6144, 4096, tiles[1], h100).split == 0

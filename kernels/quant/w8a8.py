@@ -9,7 +9,6 @@ says how programs share the work. Many tokens go to `octavo.kernels.quant.w8a8_h
 """
 
 from dataclasses import dataclass
-from math import ceil
 
 import torch
 import triton
@@ -76,10 +75,19 @@ def choose_tiles(
         return Tiles(few, 64, 128 if blocks else 256, 4, 8 if blocks else 4, 2, turned=True, prefetched=1024)
     if tokens <= 64:
         return Tiles(64, 128, 128, 4, 4, 2, turned=True, prefetched=512)
-    waves = cdiv(tokens, 128) * cdiv(outputs, 256) / properties.num_sms
-    if narrow or waves < 0.85 * ceil(waves):
-        return Tiles(128, 128, 128, 8, 5, 1, turned=False)
-    return Tiles(128, 256, 128, 8, 4, 1, turned=False, may_split=False, gluon=True)
+    split = Tiles(128, 128, 128, 8, 5, 1, turned=False)
+    if narrow:
+        return split
+    # Times in waves of 128 × 128 outputs at the rate of the widest tiles; predicted, not measured.
+    rows, sms = cdiv(tokens, 128), properties.num_sms
+    squares = rows * cdiv(outputs, 128)
+    times = {
+        Tiles(128, 256, 128, 8, 4, 1, turned=False, may_split=False, gluon=True): 2
+        * cdiv(rows * cdiv(outputs, 256), sms),
+        Tiles(128, 128, 128, 8, 6, 1, turned=False, may_split=False, gluon=True): 1.05 * cdiv(squares, sms),
+        split: 1.25 * squares / sms,
+    }
+    return min(times, key=lambda tiles: times[tiles])
 
 
 @triton.jit
@@ -321,7 +329,7 @@ def w8a8(
         _scale_stride(x_zero),
     )
     if t.gluon:
-        w8a8_hopper(out, x, weight, x_scale, weight_scale, bias, stride_outer, *strides[:2])
+        w8a8_hopper(out, x, weight, x_scale, weight_scale, bias, stride_outer, *strides[:2], t.block_n, t.num_stages)
         return out
     shares = _shares(m, n, k, t, properties)
     workspace = None

@@ -1,8 +1,8 @@
 """The product of `w8a8.py` for many tokens on Hopper (sm_90), in Gluon; elsewhere `w8a8.py`'s kernel does it.
 
-A persistent program on each multiprocessor computes tiles of 128 tokens by 256 outputs: a warp loads by TMA, and goes
-on to the next tile's operands while two warpgroups, 64 tokens each, write theirs. A warpgroup issues a step's products
-while those of the step before run, also with int32 sums, for which Triton's own pipeline waits at every step.
+A persistent program on each multiprocessor computes tiles of 128 tokens by 128 or 256 outputs: a warp loads by TMA, and
+goes on to the next tile's operands while two warpgroups, 64 tokens each, write theirs. A warpgroup issues a step's
+products while those of the step before run, also with int32 sums, for which Triton's own pipeline waits at every step.
 """
 
 import torch
@@ -20,9 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from octavo.kernels.launch import launch
 from octavo.kernels.tiles import cdiv, device_properties
 
-BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 128
-STAGES = 4
-"""What fits beside nothing else: results are written from registers."""
+BLOCK_M, BLOCK_K = 128, 128
 GROUP = 8
 """Rows of tiles that programs walk together, so that those at work at a time read few rows and columns."""
 
@@ -169,16 +167,18 @@ def w8a8_hopper(
     stride_row: int,
     stride_x_scale: int,
     stride_weight_scale: int,
+    block_n: int,
+    stages: int,
 ) -> None:
     """Launches it; `stride_row` is from a token of x to the next."""
     n, k = weight.shape
     m = x.numel() // k
-    m_tiles, n_tiles = cdiv(m, BLOCK_M), cdiv(n, BLOCK_N)
+    m_tiles, n_tiles = cdiv(m, BLOCK_M), cdiv(n, block_n)
     launch(
         _w8a8_hopper_kernel,
         (min(device_properties(x.device).num_sms, m_tiles * n_tiles),),
         _described(x, [m, k], stride_row, BLOCK_M),
-        _described(weight, [n, k], k, BLOCK_N),
+        _described(weight, [n, k], k, block_n),
         out,
         x_scale,
         weight_scale,
@@ -193,8 +193,8 @@ def w8a8_hopper(
         device=x.device,
         num_warps=4,
         BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
+        BLOCK_N=block_n,
         BLOCK_K=BLOCK_K,
-        STAGES=STAGES,
+        STAGES=stages,
         GROUP=GROUP,
     )
