@@ -72,12 +72,12 @@ def _layer_norm_kernel(
     BLOCK: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    wait_for_previous(CHAINED)
-    let_next_start(CHAINED)
     row = tl.program_id(0)
     x_ptr += row_offset(row, x_inner, stride_x_outer, stride_x_inner)
     out_ptr += row.to(tl.int64) * N
     cols = tl.arange(0, BLOCK)
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
     if ONE_BLOCK:
         mask = cols < N
         x = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]

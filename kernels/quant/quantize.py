@@ -77,13 +77,13 @@ def _quantize_rows_kernel(
     BLOCK: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    wait_for_previous(CHAINED)
-    let_next_start(CHAINED)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     present = row < total
     x_ptrs = x_ptr + row_offset(row // groups, x_inner, stride_x_outer, stride_x_inner) + row % groups * N
     q_ptrs = q_ptr + row.to(tl.int64) * N
     cols = tl.arange(0, BLOCK)
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
     if ONE_BLOCK:
         mask = present[:, None] & (cols < N)[None, :]
         x = tl.load(x_ptrs[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
