@@ -41,18 +41,26 @@ class _Tiles:
 def choose_tiles(width: int) -> _Tiles:
     """Elements of a row held at once, and the warps that hold them; wider rows are walked twice.
 
-    A thread holds eight elements, one load of 16 bytes in fp16: with 16 of them 64 rows of 4096 take 2.8 µs, not 2.5.
+    A thread holds 16 elements and more. With 8, 8192 rows of 8192 take 119 µs, not 92, and 64 of 4096 2.5 µs, not 2.8.
     """
-    block = min(next_power_of_2(width), 16384)
-    return _Tiles(block, min(max(block // 256, 1), 32))
+    held = next_power_of_2(width + 1) // 2  # the largest power of two up to the width
+    return _Tiles(min(next_power_of_2(width), 16384), min(max(held // 512, 1), 16))
 
 
 @triton.jit
-def _normalized(deviation, inv, weight_ptr, bias_ptr, cols, mask, weight_offset, BIAS: tl.constexpr):
-    w = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32) + weight_offset
-    y = deviation * inv * w
+def _parameters(weight_ptr, bias_ptr, cols, mask, BIAS: tl.constexpr):
+    w = tl.load(weight_ptr + cols, mask=mask, other=0.0)
+    b = 0.0
     if BIAS:
-        y += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(bias_ptr + cols, mask=mask, other=0.0)
+    return w, b
+
+
+@triton.jit
+def _normalized(deviation, inv, w, b, weight_offset, BIAS: tl.constexpr):
+    y = deviation * inv * (w.to(tl.float32) + weight_offset)
+    if BIAS:
+        y += b.to(tl.float32)
     return y
 
 
@@ -84,9 +92,10 @@ def _layer_norm_kernel(
     if ONE_BLOCK:
         mask = cols < N
         x = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
+        w, b = _parameters(weight_ptr, bias_ptr, cols, mask, BIAS)  # here, so that they come beside x
         deviation = tl.where(mask, x - tl.div_rn(tl.sum(x, 0), 1.0 * N), 0.0)
         inv = tl.rsqrt(tl.sum(deviation * deviation, 0) / N + eps)
-        y = _normalized(deviation, inv, weight_ptr, bias_ptr, cols, mask, weight_offset, BIAS)
+        y = _normalized(deviation, inv, w, b, weight_offset, BIAS)
         tl.store(out_ptr + cols, y.to(out_ptr.dtype.element_ty), mask=mask)
     else:
         mean = 0.0
@@ -106,7 +115,8 @@ def _layer_norm_kernel(
             at = start + cols
             mask = at < N
             deviation = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) - mean
-            y = _normalized(deviation, inv, weight_ptr, bias_ptr, at, mask, weight_offset, BIAS)
+            w, b = _parameters(weight_ptr, bias_ptr, at, mask, BIAS)
+            y = _normalized(deviation, inv, w, b, weight_offset, BIAS)
             tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
