@@ -16,7 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from octavo.kernels.launch import DESCRIPTORS, Launch, Pointer, compiled_kernel
+from octavo.kernels.descriptors import DESCRIPTORS
+from octavo.kernels.launch import Launch, Pointer, compiled_kernel
 from octavo.kernels.registry import OPS
 
 

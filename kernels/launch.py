@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from triton import knobs
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+from octavo.kernels.descriptors import DESCRIPTORS, behind_encoding, descriptors_of, encoded
 
 INTERPRET: bool = knobs.runtime.interpret
 """True under `TRITON_INTERPRET=1`: kernels run on CPU tensors in Python, without bfloat16 `tl.dot` and inline asm."""
@@ -33,10 +33,6 @@ INTERPRET: bool = knobs.runtime.interpret
 
 DEVICES = {"cuda"}
 """Types of devices whose kernels are started directly; ROCm's GPUs carry CUDA's name, but have no starter."""
-
-DESCRIPTORS = (TensorDescriptor, GluonDescriptor)
-"""What the copy engine reads or writes, as kernels in Triton and in Gluon take it."""
-
 
 Grid = tuple[int, int, int]
 Args = Sequence[Any]
@@ -49,6 +45,8 @@ class Ready(NamedTuple):
     """The C function."""
     middle: tuple[Any, ...]
     """What it wants between the stream and the kernel's arguments; the layout is the version's."""
+    descriptors: tuple[Any, ...]
+    """Of each TensorDescriptor among the arguments, what encoding it takes."""
     compiled: Any
     """Triton's own object, so that it stays loaded."""
 
@@ -250,9 +248,12 @@ def _prepare(kernel: Any, args: Args, constexprs: dict[str, Any], num_warps: int
     run = compiled.run  # loads it
     if not hasattr(run, "launch"):
         run()  # it could not be loaded before, and raises that error again
-    if run.global_scratch_size or run.profile_scratch_size:
+    start, descriptors = run.launch, descriptors_of(compiled, args)
+    if descriptors:
+        start = behind_encoding(start)
+    if start is None or run.global_scratch_size or run.profile_scratch_size:
         return None
-    return Ready(run.launch, starter.middle(compiled), compiled)
+    return Ready(start, starter.middle(compiled), descriptors, compiled)
 
 
 def ready_kernel(
@@ -283,14 +284,6 @@ def tensor_of(pointer: Any) -> torch.Tensor | None:
     return pointer.base if isinstance(pointer, DESCRIPTORS) else pointer
 
 
-def moved(described: Any, base: torch.Tensor | None) -> Any:
-    """A descriptor for another tensor of the same shape, strides and alignment, which are not looked at again."""
-    other = object.__new__(type(described))
-    other.__dict__.update(described.__dict__)
-    other.base = base
-    return other
-
-
 def in_three(grid: tuple[int, ...]) -> Grid:
     """The grid with all three of its dimensions."""
     return (*grid, 1, 1)[:3]  # type: ignore[return-value]
@@ -308,7 +301,7 @@ def launch(
     """Starts `kernel` over `grid` on `device`; a grid with no programs starts nothing.
 
     `args` are the kernel's arguments in order: pointers first (tensors or None), then numbers; ahead of both what the
-    copy engine reads, if anything, as TensorDescriptors, Triton's or Gluon's, which Triton encodes at each start. Its
+    copy engine reads, if anything, as TensorDescriptors, Triton's or Gluon's. Its
     constexprs, by name, come last in its signature. One named CHAINED says that the kernel waits by itself for the one
     before it (`octavo.kernels.tiles.chains`); one named REGISTERS limits a thread's registers, where it is not 0.
     """
@@ -331,7 +324,10 @@ def launch(
         _settle(kernel)
         kernel[grid](*args, **_options(constexprs, num_warps, num_stages))
     else:
-        values = *(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args), *[None] * len(constexprs)
+        described = len(ready.descriptors)  # they come first
+        copied = (value for of in zip(args[:described], ready.descriptors, strict=True) for value in encoded(*of))
+        values = *copied, *(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args[described:])
+        values += (None,) * len(constexprs)
         stream = current_stream(device.index)  # type: ignore[misc]
         last = (values,) if starter.one_sequence else values  # type: ignore[union-attr]
         ready.start(*in_three(grid), stream, *ready.middle, *last)
