@@ -39,8 +39,20 @@ def _along(x, layout: gl.constexpr):
 
 
 @gluon.jit
+def _tile_scale(score_scale, k_scale_ptr, stride_k_scale, entries, done, GROUP: gl.constexpr):
+    """What a tile's products are to be multiplied by, a positive number.
+
+    Of a scale below zero, the keys have the sign; where one is no number, `_store` writes NaN.
+    """
+    if k_scale_ptr is not None:
+        size = gl.abs(gl.load(k_scale_ptr + field(entries, done, HEAD, 4) // GROUP * stride_k_scale))
+        score_scale = gl.where(size < float("inf"), gl.maximum(score_scale * size, 1e-37), 1.0)
+    return score_scale
+
+
+@gluon.jit
 def _softmax(
-    scores, top, total, tile, position, start, end, window, score_scale, cap, EDGE: gl.constexpr, CAUSAL: gl.constexpr,
+    scores, top, total, tile, entries, done, token, window, score_scale, cap, EDGE: gl.constexpr, CAUSAL: gl.constexpr,
     WINDOW: gl.constexpr, FROM: gl.constexpr, SOFTCAP: gl.constexpr, BLOCK_N: gl.constexpr,
 ):
     """Weights of a tile, in base 2, and by what the sums so far are to be multiplied.
@@ -54,15 +66,20 @@ def _softmax(
         scores = cap * gl.where(x < 0, t - 1.0, 1.0 - t) / (1.0 + t)
         score_scale = 1.0
     if EDGE:
+        # Bounds are read again each time, and few: kept, or compared before the scores are there, they would spill.
+        at = gl.expand_dims(field(entries, done, POSITION, 4) + token, 1)
+        end = field(entries, done, END, 4)
         key = gl.expand_dims(tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout)), 0)
-        at = gl.expand_dims(position, 1)
+        if FROM and CAUSAL:
+            end = gl.minimum(at + 1, end)
         seen = key < end
-        if FROM:
-            seen = seen & (key >= start)
-        if CAUSAL:
+        if CAUSAL and not FROM:
             seen = seen & (key <= at)
-        if WINDOW:
-            seen = seen & (key > at - window)
+        if FROM:
+            start = field(entries, done, START, 4)
+            if WINDOW:
+                start = gl.maximum(at - window + 1, start)
+            seen = seen & (key >= start)
         scores = gl.where(seen, scores, -float("inf"))
     new_top = gl.maximum(top, gl.max(scores, 1) * score_scale)
     shift = new_top
@@ -75,8 +92,8 @@ def _softmax(
 
 @gluon.jit
 def _step(
-    acc, weights, top, total, query, keys, values, keys_full, values_full, keys_read, values_read, step, tile, position,
-    start, end, window, score_scale, cap, EDGE: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, FROM:
+    acc, weights, top, total, query, keys, values, keys_full, values_full, keys_read, values_read, step, tile, entries,
+    done, token, window, score_scale, cap, EDGE: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, FROM:
     gl.constexpr, SOFTCAP: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):
     """Adds the values of the step before, and returns the weights of `tile`, to go with `top` and `total`."""
@@ -93,7 +110,7 @@ def _step(
     # Not with the values below: the next queries may come while this step goes on, if it is the last of a tile.
     mbarrier.arrive(keys_read.index(stage), count=1)
     new, top, total, rescale = _softmax(
-        scores, top, total, tile, position, start, end, window, score_scale, cap, EDGE, CAUSAL, WINDOW, FROM, SOFTCAP,
+        scores, top, total, tile, entries, done, token, window, score_scale, cap, EDGE, CAUSAL, WINDOW, FROM, SOFTCAP,
         BLOCK_N,
     )
     new = gl.convert_layout(new.to(values.dtype), weights.type.layout)
@@ -107,7 +124,7 @@ def _step(
 @gluon.jit
 def _sweep(
     until, acc, weights, top, total, query, keys, values, keys_full, values_full, keys_read, values_read, step, tile,
-    position, start, end, window, score_scale, cap, EDGE: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+    entries, done, token, window, score_scale, cap, EDGE: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
     FROM: gl.constexpr, SOFTCAP: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):
     """Steps from `tile` down to `until`, none if it lies above; returns the next step and tile too."""
@@ -115,7 +132,7 @@ def _sweep(
     for _ in range(gl.maximum(tile + 1 - until, 0)):
         acc, weights, top, total, rescale = _step(
             acc, weights, top, total, query, keys, values, keys_full, values_full, keys_read, values_read, step, tile,
-            position, start, end, window, score_scale, cap, EDGE, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS, BLOCK_N, STAGES,
+            entries, done, token, window, score_scale, cap, EDGE, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS, BLOCK_N, STAGES,
         )
         acc = acc * _along(rescale, layout)
         step += 1
@@ -141,12 +158,21 @@ def _wide_layout(rows, columns):
 
 @gluon.jit
 def _store(
-    acc, top, total, out_ptr, lse_ptr, sinks_ptr, tile_start, query_end, first_head, row, group: gl.constexpr, HEADS:
-    gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr, BLOCK_D: gl.constexpr, RETURN_LSE:
-    gl.constexpr,
+    acc, top, total, out_ptr, lse_ptr, sinks_ptr, k_scale_ptr, v_scale_ptr, stride_k_scale, stride_v_scale, tile_start,
+    query_end, first_head, row, group: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr,
+    D: gl.constexpr, ROWS: gl.constexpr, BLOCK_D: gl.constexpr, RETURN_LSE: gl.constexpr,
 ):
     """Writes what a warpgroup has computed, 64 bytes of a row by four lanes."""
     layout: gl.constexpr = acc.type.layout
+    HEADS: gl.constexpr = KV_HEADS * GROUP
+    # Where a scale is no number, infinity included, results are NaN, but for rows that have seen no key.
+    v_scale = 1.0
+    if v_scale_ptr is not None:
+        scale = gl.load(v_scale_ptr + first_head // GROUP * stride_v_scale)
+        v_scale = gl.where(total == 0.0, 0.0, scale + (scale - scale))
+    if k_scale_ptr is not None:
+        scale = gl.load(k_scale_ptr + first_head // GROUP * stride_k_scale)
+        total = gl.where(total == 0.0, 0.0, total + (scale - scale))
     if sinks_ptr is not None:
         sink = gl.load(sinks_ptr + first_head + row % PACK).to(gl.float32) * LOG2_E
         new_top = gl.maximum(top, sink)
@@ -159,7 +185,7 @@ def _store(
     if RETURN_LSE:
         at = (tile_start + row // PACK).to(gl.int64) * HEADS + first_head + row % PACK
         gl.store(lse_ptr + at, (top + gl.log2(total)) * LN_2, mask=tile_start + row // PACK < query_end)
-    out = (acc * _along(1.0 / total, layout)).to(out_ptr.dtype.element_ty)
+    out = (acc * _along(v_scale / total, layout)).to(out_ptr.dtype.element_ty)
     # As the product leaves it, a warp would write 16 bytes of each of eight rows: 7 % of the time of 8 × 2k.
     wide: gl.constexpr = _wide_layout(ROWS, BLOCK_D)
     out = gl.convert_layout(out, wide)
@@ -175,10 +201,10 @@ def _store(
 @gluon.jit
 def compute(
     group: gl.constexpr, out_ptr, lse_ptr, sinks_ptr, queries, keys, values, queries_full, keys_full, values_full,
-    keys_read, values_read, entries, ring_full, ring_empty, window, score_scale, cap, HEADS: gl.constexpr, PACK:
-    gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, ROLLING: gl.constexpr, SOFTCAP:
-    gl.constexpr, RETURN_LSE: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES:
-    gl.constexpr,
+    keys_read, values_read, entries, ring_full, ring_empty, k_scale_ptr, v_scale_ptr, stride_k_scale, stride_v_scale,
+    window, score_scale, cap, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, CAUSAL:
+    gl.constexpr, WINDOW: gl.constexpr, ROLLING: gl.constexpr, SOFTCAP: gl.constexpr, RETURN_LSE: gl.constexpr, ROWS:
+    gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):
     """What warpgroup number `group` does."""
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -189,6 +215,7 @@ def compute(
     FROM: gl.constexpr = WINDOW or ROLLING
     query = queries.index(group)
     row = group * ROWS + gl.arange(0, ROWS, layout=rows)
+    token = row // PACK
     none = gl.full([ROWS], -float("inf"), gl.float32, rows)
     zero = gl.full([ROWS], 0.0, gl.float32, rows)
     nothing = gl.zeros([ROWS, BLOCK_D], gl.float32, out_layout)
@@ -201,7 +228,7 @@ def compute(
     start = field(entries, 0, START, 4) if FROM else 0
     end = field(entries, 0, END, 4)
     valid = field(entries, 0, VALID, 4)
-    position = first_position + row // PACK
+    scale = _tile_scale(score_scale, k_scale_ptr, stride_k_scale, entries, 0, GROUP)
     mbarrier.wait(queries_full.index(group), 0)
     mbarrier.wait(keys_full.index(0), 0)
     scores = gl.zeros([ROWS, BLOCK_N], gl.float32, scores_layout)
@@ -210,8 +237,8 @@ def compute(
     mbarrier.arrive(keys_read.index(0), count=1)
     mbarrier.arrive(values_read.index(0), count=1)
     weights, top, total, _ = _softmax(
-        scores, none, zero, high - 1, position, start, end, window, score_scale, cap, True, CAUSAL, WINDOW, FROM,
-        SOFTCAP, BLOCK_N,
+        scores, none, zero, high - 1, entries, 0, token, window, scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP,
+        BLOCK_N,
     )
     weights = gl.convert_layout(weights.to(values.dtype), weights_layout)
     acc = nothing
@@ -230,27 +257,19 @@ def compute(
                 left = gl.maximum(left, (first_position + BLOCK_Q - window + BLOCK_N - 1) // BLOCK_N)
             left = gl.minimum(gl.maximum(left, low), right)
         tile = high - 2
-        acc, weights, top, total, step, tile = _sweep(
-            right, acc, weights, top, total, query, keys, values, keys_full, values_full, keys_read, values_read, step,
-            tile, position, start, end, window, score_scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS, BLOCK_N,
-            STAGES,
-        )
-        acc, weights, top, total, step, tile = _sweep(
-            left, acc, weights, top, total, query, keys, values, keys_full, values_full, keys_read, values_read, step,
-            tile, position, start, end, window, score_scale, cap, False, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS, BLOCK_N,
-            STAGES,
-        )
-        if FROM:
-            # Read again, so that the loop above has the registers.
-            low = field(entries, done, LOW, 4)
-            start = field(entries, done, START, 4)
-            end = field(entries, done, END, 4)
-            position = field(entries, done, POSITION, 4) + row // PACK
+        until = right
+        for _ in range(2 if FROM else 1):  # code once, and fewer registers: from the right end, then at the left
             acc, weights, top, total, step, tile = _sweep(
-                low, acc, weights, top, total, query, keys, values, keys_full, values_full, keys_read, values_read,
-                step, tile, position, start, end, window, score_scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS,
+                until, acc, weights, top, total, query, keys, values, keys_full, values_full, keys_read, values_read,
+                step, tile, entries, done, token, window, scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS,
                 BLOCK_N, STAGES,
             )
+            acc, weights, top, total, step, tile = _sweep(
+                left, acc, weights, top, total, query, keys, values, keys_full, values_full, keys_read, values_read,
+                step, tile, entries, done, token, window, scale, cap, False, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS,
+                BLOCK_N, STAGES,
+            )
+            until = field(entries, done, LOW, 4)
 
         # The next tile's first scores, beside the last of this one's values.
         done += 1
@@ -262,11 +281,11 @@ def compute(
         high = field(entries, done, HIGH, 4)
         end = field(entries, done, END, 4)
         valid = field(entries, done, VALID, 4)
-        position = first_position + row // PACK
+        scale = _tile_scale(score_scale, k_scale_ptr, stride_k_scale, entries, done, GROUP)
         mbarrier.wait(queries_full.index(group), done & 1)
         acc, weights, next_top, next_total, _ = _step(
             acc, weights, none, zero, query, keys, values, keys_full, values_full, keys_read, values_read, step,
-            high - 1, position, start, end, window, score_scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS,
+            high - 1, entries, done, token, window, scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP, ROWS,
             BLOCK_N, STAGES,
         )
         step += 1
@@ -275,8 +294,8 @@ def compute(
         first_head = field(entries, done - 1, HEAD, 4)
         release_entry(ring_empty, done - 1)
         _store(
-            acc, top, total, out_ptr, lse_ptr, sinks_ptr, tile_start, query_end, first_head, row, group, HEADS, PACK,
-            D, ROWS, BLOCK_D, RETURN_LSE,
+            acc, top, total, out_ptr, lse_ptr, sinks_ptr, k_scale_ptr, v_scale_ptr, stride_k_scale, stride_v_scale,
+            tile_start, query_end, first_head, row, group, KV_HEADS, GROUP, PACK, D, ROWS, BLOCK_D, RETURN_LSE,
         )
         acc = nothing
         top = next_top
