@@ -67,8 +67,7 @@ def _normalized(deviation, inv, w, b, weight_offset, BIAS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["x_inner"])
 def _layer_norm_kernel(
-    # Bound by memory: x read once and written once; one program a row. Means are divided out exactly (`/` is two units
-    # off), so that a row of one value has no deviation.
+    # Bound by memory: x read once and written once; one program a row.
     out_ptr,
     x_ptr,
     weight_ptr,
@@ -96,7 +95,10 @@ def _layer_norm_kernel(
         x = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
         if EARLY:
             w, b = _parameters(weight_ptr, bias_ptr, cols, mask, BIAS)
-        deviation = tl.where(mask, x - tl.div_rn(tl.sum(x, 0), 1.0 * N), 0.0)
+        # From the first element, which is as near to a mean far from zero as the others: the sum of x itself would be
+        # rounded to units of N times that mean.
+        from_first = tl.where(mask, x - tl.load(x_ptr).to(tl.float32), 0.0)
+        deviation = tl.where(mask, from_first - tl.sum(from_first, 0) / N, 0.0)
         inv = tl.rsqrt(tl.sum(deviation * deviation, 0) / N + eps)
         if not EARLY:
             w, b = _parameters(weight_ptr, bias_ptr, cols, mask, BIAS)
@@ -109,7 +111,7 @@ def _layer_norm_kernel(
             mask = start + cols < N
             count = tl.minimum(N - start, BLOCK).to(tl.float32)
             x = tl.load(x_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
-            block_mean = tl.div_rn(tl.sum(x, 0), count)
+            block_mean = tl.div_rn(tl.sum(x, 0), count)  # exactly, so that a row of one value has no deviation
             deviation = tl.where(mask, x - block_mean, 0.0)
             # Of `start` elements before and `count` now, each about its own mean, to all of them about the common one.
             apart, share = block_mean - mean, count / (start + count)
