@@ -22,7 +22,7 @@ import triton.language as tl
 
 from octavo.kernels.checks import check_contiguous, check_device, check_dtype, check_shape
 from octavo.kernels.launch import empty, launch
-from octavo.kernels.quant import cpu
+from octavo.kernels.quant import cpu, int4_hopper
 from octavo.kernels.quant.packing import packed_shape
 from octavo.kernels.quant.weight_only import check_linear, choose_tiles, store_outputs, token_offsets
 from octavo.kernels.registry import register
@@ -119,6 +119,9 @@ def _int4_linear_cuda(
     k, n = x.shape[-1], scale.shape[1]
     out = empty((*x.shape[:-1], n), x.dtype, x.device)
     m = x.numel() // k
+    if int4_hopper.takes(x, device_properties(x.device)):
+        int4_hopper.linear(out, x, packed, scale, minimum, bias, group_size)
+        return out
     tiles = choose_tiles(m, x.dtype, 4, device_properties(x.device))
     launch(
         _int4_linear_kernel,
