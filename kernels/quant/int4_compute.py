@@ -258,6 +258,7 @@ def _sum(
         s, m = _of_half(scales, minima, 0, dtype)
     packed = _load_words(words.index(2 * stage + group), BLOCKS)
     low = _unpack(packed, s, m, 0, dtype)
+    AGAIN: gl.constexpr = BLOCKS == 2 and (GROUPS > 1 or minimum_ptr is not None)
     for step in range(k + 1, end + 1):
         after, after_phase = _after(stage, phase, STAGES)
         next_stage = gl.where(step < end, after, stage)  # the last step's is itself once more, and for nothing
@@ -269,6 +270,8 @@ def _sum(
         else:
             sums = warpgroup_mma(w, part, acc, is_async=True)
             s, m = _of_half(scales, minima, 1, dtype)
+        if AGAIN:
+            packed = _load_words(words.index(2 * stage + group), BLOCKS)
         high = _unpack(packed, s, m, 1, dtype)
         at, left = _next_group(at, left, group_planes // 4)
         scales_before = scales
@@ -285,7 +288,10 @@ def _sum(
         low = _unpack(packed, s, m, 0, dtype)
         # This has come already. ptxas would move the above down past the wait below; past this wait's loop it does not.
         mbarrier.wait(full.index(next_stage), next_phase)
-        sums, w, low_0, low_1, packed = warpgroup_mma_wait(0, deps=[sums, w, low[0], low[1], packed])
+        if AGAIN:
+            sums, w, low_0, low_1 = warpgroup_mma_wait(0, deps=[sums, w, low[0], low[1]])
+        else:
+            sums, w, low_0, low_1, packed = warpgroup_mma_wait(0, deps=[sums, w, low[0], low[1], packed])
         low = (low_0, low_1)
         mbarrier.arrive(empty.index(stage), count=1)
         if SCALE_SUMS:

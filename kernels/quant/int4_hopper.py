@@ -1,8 +1,8 @@
 """The int4 linear layer on Hopper (sm_90), in Gluon; elsewhere, and in fp32, `int4.py`'s kernel does it.
 
-A program on each multiprocessor: a warp loads packed weights and tokens by TMA, two warpgroups compute
-(`int4_compute.py`). What a program computes is told by `int4_shares.py`. For few tokens the time is that of reading
-the weights, of which as many steps as shared memory holds are on their way.
+A program on each multiprocessor: a warp loads packed weights and tokens by TMA (`int4_loads.py`), two warpgroups
+compute (`int4_compute.py`). What a program computes is told by `int4_shares.py`. For few tokens the time is that of
+reading the weights, of which as many steps as shared memory holds are on their way.
 """
 
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.kernels.launch import INTERPRET, empty, launch
 from octavo.kernels.quant.int4_compute import compute
-from octavo.kernels.quant.int4_shares import place, share_of, step_at
+from octavo.kernels.quant.int4_loads import fetch, load
 from octavo.kernels.tiles import (
     DeviceProperties,
     cdiv,
@@ -46,69 +46,6 @@ def _zero_kernel(counters_ptr, count, BLOCK: tl.constexpr, CHAINED: tl.constexpr
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)
         tl.store(counters_ptr + i, 0, mask=i < count)
-
-
-@gluon.jit
-def _load_packed(
-    desc, words, full, i, first, own, program, programs, shared, k_tiles, row_tiles, token_tiles, width, STAGE_BYTES:
-    gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr,
-):
-    """Begins a step, by loading its weights: 2 · BLOCKS packed tiles."""
-    tile, k = step_at(i, first, own, program, programs, shared, k_tiles)
-    row_tile, _ = place(tile, row_tiles, token_tiles, width)
-    stage = i % STAGES
-    mbarrier.expect(full.index(stage), STAGE_BYTES)
-    for j in gl.static_range(2 * BLOCKS):
-        at = ((row_tile * (2 * BLOCKS) + j) * k_tiles + k) * 32
-        tma.async_copy_global_to_shared(desc, [at, 0], full.index(stage), words.index(stage * 2 * BLOCKS + j))
-
-
-@gluon.jit
-def _load_tokens(
-    desc, x, full, i, first, own, program, programs, shared, k_tiles, row_tiles, token_tiles, width, TOKENS:
-    gl.constexpr, STAGES: gl.constexpr,
-):
-    tile, k = step_at(i, first, own, program, programs, shared, k_tiles)
-    _, token_tile = place(tile, row_tiles, token_tiles, width)
-    stage = i % STAGES
-    for half in gl.static_range(2):
-        at = k * 128 + half * 64
-        tma.async_copy_global_to_shared(desc, [token_tile * TOKENS, at], full.index(stage), x.index(2 * stage + half))
-
-
-@gluon.jit
-def _load(
-    packed_desc, x_desc, words, x, full, empty, k_tiles, tiles, shared, row_tiles, token_tiles, width, BLOCKS:
-    gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr,
-):
-    """What the warp does that loads. Weights come ahead of the wait: the kernel before does not write them."""
-    STAGE_BYTES: gl.constexpr = 2 * BLOCKS * 4096 + TOKENS * 256
-    program = gl.program_id(0)
-    programs = gl.num_programs(0)
-    first, own, steps = share_of(program, programs, tiles, shared, k_tiles)
-    early = gl.minimum(steps, STAGES)
-    for i in range(early):
-        _load_packed(
-            packed_desc, words, full, i, first, own, program, programs, shared, k_tiles, row_tiles, token_tiles, width,
-            STAGE_BYTES, BLOCKS, STAGES,
-        )
-    wait_for_previous(CHAINED)
-    let_next_start(CHAINED)
-    for i in range(early):
-        _load_tokens(
-            x_desc, x, full, i, first, own, program, programs, shared, k_tiles, row_tiles, token_tiles, width, TOKENS,
-            STAGES,
-        )
-    for i in range(early, steps):
-        mbarrier.wait(empty.index(i % STAGES), (i // STAGES - 1) & 1)
-        _load_packed(
-            packed_desc, words, full, i, first, own, program, programs, shared, k_tiles, row_tiles, token_tiles, width,
-            STAGE_BYTES, BLOCKS, STAGES,
-        )
-        _load_tokens(
-            x_desc, x, full, i, first, own, program, programs, shared, k_tiles, row_tiles, token_tiles, width, TOKENS,
-            STAGES,
-        )
 
 
 @gluon.jit(
@@ -146,10 +83,13 @@ def _int4_hopper_kernel(
             1, out_ptr, scale_ptr, minimum_ptr, bias_ptr, workspace_ptr, counters_ptr, words, x, full, empty, M, N,
             k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width, stride_scale_group,
             stride_minimum_group, GROUPS, EVEN, SCALE_SUMS, BLOCKS, TOKENS, STAGES)),
-        (_load, (
-            packed_desc, x_desc, tiles_read, x_read, full, empty, k_tiles, tiles, shared, row_tiles, token_tiles, width,
-            BLOCKS, TOKENS, STAGES, CHAINED)),
-    ], [4, 1], [240, 24])
+        (load, (
+            packed_desc, x_desc, tiles_read, x_read, full, empty, k_tiles, tiles, shared, row_tiles, token_tiles,
+            width, BLOCKS, TOKENS, STAGES, CHAINED)),
+        (fetch, (
+            scale_ptr, minimum_ptr, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width,
+            stride_scale_group, stride_minimum_group, GROUPS, BLOCKS)),
+    ], [4, 1, 1], [240, 24, 24])
 # fmt: on
 
 
@@ -176,7 +116,7 @@ def choose_tiles(m: int, n: int, k: int, group_size: int, with_minimum: bool, pr
     256 outputs by 128 tokens take less memory traffic for a product than 128 by 256, weights being small.
     """
     tokens = next(size for size in (16, 32, 64, 128) if m <= size or size == 128)
-    blocks = 1 if tokens <= 32 else 2
+    blocks = 1 if tokens <= 32 or (tokens == 128 and group_size % 64) else 2  # small groups take registers
     stage = 2 * blocks * TILE_BYTES + tokens * 256
     stages = min((properties.shared_memory - OTHER_BYTES) // stage, 16)
     token_tiles, k_tiles = cdiv(m, tokens), cdiv(k, 128)

@@ -37,8 +37,20 @@ def place(tile, row_tiles, token_tiles, width):
     """The tile's outputs and tokens; `width` tiles of tokens stand side by side before the next outputs come."""
     section = tile // (row_tiles * width)
     inside = tile % (row_tiles * width)
-    columns = gl.minimum(token_tiles - section * width, width)
+    columns = gl.maximum(gl.minimum(token_tiles - section * width, width), 1)  # past the last tile, for nothing, 1
     return inside // columns, section * width + inside % columns
+
+
+@gluon.jit
+def after(
+    i, k, row_tile, token_tile, first, own, program, programs, shared, k_tiles, row_tiles, token_tiles, width
+):
+    """The place and the tile of the step after number i, which are given."""
+    k += 1
+    if (k == k_tiles) | (i + 1 == own):
+        tile, k = step_at(i + 1, first, own, program, programs, shared, k_tiles)
+        row_tile, token_tile = place(tile, row_tiles, token_tiles, width)
+    return k, row_tile, token_tile
 
 
 @gluon.jit
