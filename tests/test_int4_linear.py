@@ -306,9 +306,9 @@ def test_errors(change, error, message):
 
 def launches(dtype):
     """Every tile choice that ships, on meta tensors: tests/test_compile.py compiles them."""
-    for m, x_dtype in ((7, dtype), (64, dtype), (1024, dtype), (7, torch.float32)):
+    for m, x_dtype in ((7, dtype), (20, dtype), (64, dtype), (1024, dtype), (1280, dtype), (7, torch.float32)):
         x = torch.empty(m, 4096, device="meta", dtype=x_dtype)
         packed = torch.empty(64, 32, 64, 32, device="meta", dtype=torch.int16)
-        for group, with_minimum in ((128, False), (128, True), (32, True)):
+        for group, with_minimum in ((128, False), (128, True), (64, True), (32, True)):
             scale = torch.empty(4096 // group, 4096, device="meta", dtype=x_dtype)
             int4._int4_linear_cuda(x, packed, scale, scale if with_minimum else None, None, group)

@@ -218,10 +218,18 @@ def _share(
     complete = gl.atomic_add(counters_ptr + 2 * tile + group, 1, sem="acq_rel") == last - first
     if complete:
         acc = gl.zeros([64 * BLOCKS, TOKENS], gl.float32, layout)
-        for other in range(first, last + 1):
-            slot = slot_of(other, tile, programs, shared, k_tiles)
-            part_ptr = workspace_ptr + (slot.to(gl.int64) * (2 * SIZE) + group * SIZE)
-            acc += gl.load(part_ptr + n * TOKENS + m, cache_modifier=".cg")
+        # Small parts come several at a time, the last again and again: each time takes a round trip to the cache.
+        AT_ONCE: gl.constexpr = 4 if BLOCKS * TOKENS <= 32 else 1
+        for start in range(first, last + 1, AT_ONCE):
+            parts = ()
+            for j in gl.static_range(AT_ONCE):
+                other = start if j == 0 else gl.minimum(start + j, last)
+                slot = slot_of(other, tile, programs, shared, k_tiles)
+                part_ptr = workspace_ptr + (slot.to(gl.int64) * (2 * SIZE) + group * SIZE)
+                parts = parts + (gl.load(part_ptr + n * TOKENS + m, cache_modifier=".cg"),)  # type: ignore[assignment]  # noqa: RUF005
+            acc += parts[0]
+            for j in gl.static_range(1, AT_ONCE):
+                acc += gl.where(start + j <= last, parts[j], 0.0)
     return complete, acc
 
 

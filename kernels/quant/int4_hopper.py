@@ -110,21 +110,26 @@ class Tiles:
     """Tiles of tokens side by side."""
 
 
+def groups_of_step(group_size: int) -> int:
+    """How many groups the kernel looks up for 128 inputs: those of other sizes for each plane of 32 inputs."""
+    return 1 if group_size % 128 == 0 else 2 if group_size == 64 else 4
+
+
 def choose_tiles(m: int, n: int, k: int, group_size: int, with_minimum: bool, properties: DeviceProperties) -> Tiles:
     """Tiles as wide as the tokens; shared, unless whole ones keep 96 % of the multiprocessors busy.
 
     256 outputs by 128 tokens take less memory traffic for a product than 128 by 256, weights being small.
     """
     tokens = next(size for size in (16, 32, 64, 128) if m <= size or size == 128)
-    blocks = 1 if tokens <= 32 or (tokens == 128 and group_size % 64) else 2  # small groups take registers
-    stage = 2 * blocks * TILE_BYTES + tokens * 256
-    stages = min((properties.shared_memory - OTHER_BYTES) // stage, 16)
+    blocks = 1 if tokens <= 32 or (tokens == 128 and groups_of_step(group_size) == 4) else 2  # registers
+    stages = min((properties.shared_memory - OTHER_BYTES) // (2 * blocks * TILE_BYTES + tokens * 256), 16)
+    scale_sums = not with_minimum and group_size % 128 == 0 and tokens <= 64
     token_tiles, k_tiles = cdiv(m, tokens), cdiv(k, 128)
     tiles = cdiv(n, 128 * blocks) * token_tiles
-    programs = min(properties.num_sms, max(tiles, tiles * k_tiles // 2))
-    whole = tiles / (cdiv(tiles, programs) * programs) >= 0.96
-    shared = 0 if whole else tiles % programs + (programs if tiles > programs else 0)
-    scale_sums = not with_minimum and group_size % 128 == 0 and tokens <= 64
+    programs, shared = min(properties.num_sms, tiles), 0
+    if tiles < 0.96 * cdiv(tiles, properties.num_sms) * properties.num_sms:
+        programs = min(properties.num_sms, max(tiles, tiles * k_tiles // 2))
+        shared = tiles % programs + (programs if tiles > programs else 0)
     return Tiles(blocks, tokens, stages, scale_sums, programs, shared, min(token_tiles, 16))
 
 
@@ -172,8 +177,7 @@ def linear(
         counters = empty((2 * tiles.shared,), torch.int32, device)
         launch(_zero_kernel, (1,), counters, 2 * tiles.shared, device=device, num_warps=1, BLOCK=128, CHAINED=chained)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    # Groups of other sizes than multiples of 64 are looked up for each plane of 32 inputs.
-    per_step = 1 if group_size % 128 == 0 else 2 if group_size == 64 else 4
+    per_step = groups_of_step(group_size)
     launch(
         _int4_hopper_kernel,
         (tiles.programs,),
@@ -200,7 +204,7 @@ def linear(
         device=device,
         num_warps=4,
         GROUPS=per_step,
-        EVEN=per_step * group_size == 128,
+        EVEN=per_step == 1 or per_step * group_size == 128,
         SCALE_SUMS=tiles.scale_sums,
         BLOCKS=tiles.blocks,
         TOKENS=tiles.tokens,

@@ -42,9 +42,7 @@ def place(tile, row_tiles, token_tiles, width):
 
 
 @gluon.jit
-def after(
-    i, k, row_tile, token_tile, first, own, program, programs, shared, k_tiles, row_tiles, token_tiles, width
-):
+def after(i, k, row_tile, token_tile, first, own, program, programs, shared, k_tiles, row_tiles, token_tiles, width):
     """The place and the tile of the step after number i, which are given."""
     k += 1
     if (k == k_tiles) | (i + 1 == own):
