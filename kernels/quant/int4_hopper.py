@@ -133,15 +133,15 @@ def choose_tiles(m: int, n: int, k: int, group_size: int, with_minimum: bool, pr
     return Tiles(blocks, tokens, stages, scale_sums, programs, shared, min(token_tiles, 16))
 
 
-def takes(x: torch.Tensor, properties: DeviceProperties) -> bool:
-    """Whether this kernel can do a call with `x`: there are tokens, and the copy engine can read them as they lie."""
+def takes(x: torch.Tensor, packed: torch.Tensor, properties: DeviceProperties) -> bool:
+    """Whether this kernel can do a call: there are tokens, and the copy engine can read them as they lie."""
     return (
         properties.capability[0] == 9
         and torch.version.hip is None
         and not INTERPRET
         and x.dtype in (torch.float16, torch.bfloat16)
         and x.numel() > 0
-        and x.data_ptr() % 16 == 0
+        and x.data_ptr() % 16 == packed.data_ptr() % 16 == 0
         and _token_stride(x) is not None
     )
 
