@@ -227,7 +227,7 @@ def _share(
                 slot = slot_of(other, tile, programs, shared, k_tiles)
                 part_ptr = workspace_ptr + (slot.to(gl.int64) * (2 * SIZE) + group * SIZE)
                 parts = parts + (gl.load(part_ptr + n * TOKENS + m, cache_modifier=".cg"),)  # type: ignore[assignment]  # noqa: RUF005
-            acc += parts[0]
+            acc += parts[0]  # type: ignore[misc]
             for j in gl.static_range(1, AT_ONCE):
                 acc += gl.where(start + j <= last, parts[j], 0.0)
     return complete, acc
