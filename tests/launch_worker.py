@@ -353,9 +353,9 @@ def check_hooks_may_call_ops() -> None:
 def check_token_counts() -> None:
     """A new number of tokens compiles nothing beyond the tile choices that depend on it."""
     pretend()
-    # Tile choices for up to 16, up to 64, and more tokens; two kernels; two, of which both or the second differ
-    # for many sequences. Batch-invariant, there is one choice.
-    variants = {"int4_linear": 3, "int8_linear": 3, "sample": 2, "paged_attention": 4}
+    # Tile choices for up to 16, (32,) 64, and more tokens; two kernels; two, of which both or the second differ for
+    # many sequences. Batch-invariant, there is one choice.
+    variants = {"int4_linear": 4, "int8_linear": 3, "sample": 2, "paged_attention": 4}
     variants |= {f"paged_attention {kind}": 3 for kind in ("of float8", "of int8", "with alibi")}
     variants |= {"paged_attention batch-invariant": 1, "paged_attention of chunks": 2}
     for name in cases(1):

@@ -30,11 +30,9 @@ def run_in_python(x, packed, scale, minimum, bias, group_size, tiles):
 
     m, (groups, n), dtype = len(x), scale.shape, str(x.dtype).removeprefix("torch.")
     out = Pointer(np.full(m * n, np.nan, np.float32), dtype)
-    workspace = counters = None
-    if tiles.shared:
-        size = 2 * tiles.programs * 128 * tiles.blocks * tiles.tokens
-        workspace = Pointer(np.full(size, np.nan, np.float32), "float32")
-        counters = Pointer(np.zeros(2 * tiles.shared, np.int64), "int32")
+    size = 2 * tiles.programs * 128 * tiles.blocks * tiles.tokens if tiles.shared else 1
+    workspace = Pointer(np.full(size, np.nan, np.float32), "float32")
+    counters = Pointer(np.zeros(max(2 * tiles.shared, 1), np.int64), "int32")
     row_tiles, token_tiles = cdiv(n, 128 * tiles.blocks), cdiv(m, tiles.tokens)
     per_step = int4_hopper.groups_of_step(group_size)
     numbers = (m, n, packed.shape[1], groups - 1, group_size // 32, row_tiles * token_tiles, tiles.shared, row_tiles,

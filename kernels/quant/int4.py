@@ -202,10 +202,10 @@ def int4_linear(
         TypeError: a dtype that is not accepted.
         ValueError: a group size, shape, stride or device that does not fit.
 
-    Safe in a CUDA graph. Deterministic; a row's bits may depend on how many other rows there are (16, 64 or more).
-    Fastest on Hopper, where x has one stride from row to row and that is a multiple of 16 bytes. There weights, scales
-    and minima are read while the kernel before this one in the stream may still run: none that lets the next start
-    early (programmatic dependent launch) may write them, and none of octavo's does.
+    Safe in a CUDA graph. Deterministic; a row's bits may depend on how many other rows and outputs there are. Fastest
+    on Hopper, where x has one stride from row to row and that is a multiple of 16 bytes. There weights, scales and
+    minima are read while the kernel before this one in the stream may still run: none that lets the next start early
+    (programmatic dependent launch) may write them, and none of octavo's does.
     On a CPU, weights are kept dequantised: see `octavo.kernels.quant.cpu`. https://arxiv.org/abs/2210.17323
     """
     check_linear(x, {"scale": scale} if minimum is None else {"scale": scale, "minimum": minimum}, bias, group_size)

@@ -344,10 +344,9 @@ def compute(
         )
         i += end - k
         complete = True
-        if counters_ptr is not None:  # noqa: SIM102  (known when it is compiled)
-            if end - k < k_tiles:
-                complete, acc = _share(
-                    acc, workspace_ptr, counters_ptr, group, tile, program, programs, shared, k_tiles, BLOCKS, TOKENS
-                )
+        if end - k < k_tiles:
+            complete, acc = _share(
+                acc, workspace_ptr, counters_ptr, group, tile, program, programs, shared, k_tiles, BLOCKS, TOKENS
+            )
         if complete:
             _store(acc, out_ptr, bias_ptr, row, token_tile * TOKENS, M, N, BLOCKS, TOKENS)

@@ -171,10 +171,11 @@ def linear(
         tiles = choose_tiles(m, n, k, group_size, minimum is not None, device_properties(device))
     row_tiles, token_tiles = cdiv(n, 128 * tiles.blocks), cdiv(m, tiles.tokens)
     chained = chains(device)
-    workspace = counters = None
+    # Never None, or the kernel would be compiled twice.
+    parts = 2 * tiles.programs if tiles.shared else 0
+    workspace = empty((max(parts * 128 * tiles.blocks * tiles.tokens, 1),), torch.float32, device)
+    counters = empty((max(2 * tiles.shared, 1),), torch.int32, device)
     if tiles.shared:
-        workspace = empty((2 * tiles.programs * 128 * tiles.blocks * tiles.tokens,), torch.float32, device)
-        counters = empty((2 * tiles.shared,), torch.int32, device)
         launch(_zero_kernel, (1,), counters, 2 * tiles.shared, device=device, num_warps=1, BLOCK=128, CHAINED=chained)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     per_step = groups_of_step(group_size)
