@@ -32,7 +32,8 @@ import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import octavo
-from octavo.bench.harness import Shape, benchmarks, label, load
+from octavo.bench.bench_paged_attention import TABLES
+from octavo.bench.harness import Inputs, Shape, benchmarks, label, load
 from octavo.bench.store import commit, default_folder, folder_name
 from octavo.bench.timing import SPIN_HZ, spin_up
 from octavo.kernels import norm
@@ -87,9 +88,17 @@ class Subject:
         return {"op": self.name, "shape": self.shape, **costs}
 
 
+def planning(inputs: Inputs) -> Callable[[], torch.Tensor]:
+    """`plan_attention` of paged_attention's inputs; it has no benchmark of its own."""
+    given = [inputs[name] for name in ("query", "key_cache", *TABLES)]
+    options = {"max_seqlen_q": inputs["max_seqlen_q"], "window_size": inputs["window"]}
+    return lambda: octavo.plan_attention(*given, **options)
+
+
 def op(name: str, device: torch.device, kind: str = "", change: Shape | None = None) -> Subject:
     """An op at the smallest of its benchmark's shapes, with a `change` of it, and at other numbers of tokens."""
-    benchmark = load(name)
+    benchmark = load("paged_attention" if name == "plan_attention" else name)
+    make = planning if name == "plan_attention" else benchmark.PROVIDERS["octavo"].make
     dtype = benchmark.DTYPES[0]
     smallest = min(benchmark.shapes(), key=lambda s: benchmark.bytes_moved(s, dtype))
     if "ctx" in smallest:
@@ -99,7 +108,7 @@ def op(name: str, device: torch.device, kind: str = "", change: Shape | None = N
     generator = torch.Generator(device).manual_seed(0)
 
     def call_of(shape: Shape) -> Callable[[], Any]:
-        return benchmark.PROVIDERS["octavo"].make(benchmark.inputs(shape, dtype, device, generator))
+        return make(benchmark.inputs(shape, dtype, device, generator))
 
     call = call_of(smallest)
     with _Watch() as watch:
@@ -168,7 +177,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("launch_cost: needs a GPU; on a CPU nothing is launched")
     device = torch.device("cuda")
-    subjects = yardsticks(device) + [op(name, device) for name in options.op or benchmarks() if name in OPS]
+    names = options.op or [*benchmarks(), "plan_attention"]
+    subjects = yardsticks(device) + [op(name, device) for name in names if name in OPS]
     if "paged_attention" in (options.op or OPS):
         subjects.append(op("paged_attention", device, " of chunks", {"q": 64}))  # other kernels
     spin_up(device)

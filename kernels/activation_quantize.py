@@ -82,8 +82,6 @@ def _activation_quantize_kernel(
     GROUP: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    wait_for_previous(CHAINED)
-    let_next_start(CHAINED)
     program = tl.program_id(0)
     row = program // blocks
     x_ptr += row_offset(row, x_inner, stride_x_outer, stride_x_inner)
@@ -91,6 +89,8 @@ def _activation_quantize_kernel(
     number = program % blocks * GROUPS + tl.arange(0, GROUPS)  # [GROUPS]
     within = tl.arange(0, GROUP)[None, :]
     cols = number[:, None] * piece + within  # [GROUPS, GROUP]
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
     if ONE_BLOCK:
         mask = (within < piece) & (cols < N)
         y = _gated(x_ptr, N, cols, mask, ACTIVATION)

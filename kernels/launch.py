@@ -26,6 +26,8 @@ from triton import knobs
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
+from octavo.kernels.descriptors import behind_encoding, descriptors_of, encoded
+
 INTERPRET: bool = knobs.runtime.interpret
 """True under `TRITON_INTERPRET=1`: kernels run on CPU tensors in Python, without bfloat16 `tl.dot` and inline asm."""
 
@@ -45,6 +47,8 @@ class Ready(NamedTuple):
     """The C function."""
     middle: tuple[Any, ...]
     """What it wants between the stream and the kernel's arguments; the layout is the version's."""
+    descriptors: tuple[Any, ...]
+    """Of each TensorDescriptor among the arguments, what encoding it takes."""
     compiled: Any
     """Triton's own object, so that it stays loaded."""
 
@@ -246,9 +250,12 @@ def _prepare(kernel: Any, args: Args, constexprs: dict[str, Any], num_warps: int
     run = compiled.run  # loads it
     if not hasattr(run, "launch"):
         run()  # it could not be loaded before, and raises that error again
-    if run.global_scratch_size or run.profile_scratch_size:
+    start, descriptors = run.launch, descriptors_of(compiled)
+    if descriptors:
+        start = behind_encoding(start)
+    if start is None or run.global_scratch_size or run.profile_scratch_size:
         return None
-    return Ready(run.launch, starter.middle(compiled), compiled)
+    return Ready(start, starter.middle(compiled), descriptors, compiled)
 
 
 def ready_kernel(
@@ -279,14 +286,6 @@ def tensor_of(pointer: Any) -> torch.Tensor | None:
     return pointer.base if isinstance(pointer, TensorDescriptor) else pointer
 
 
-def moved(described: TensorDescriptor, base: torch.Tensor | None) -> TensorDescriptor:
-    """`described` for another tensor of the same shape, strides and alignment, which are not looked at again."""
-    other = object.__new__(TensorDescriptor)
-    other.__dict__.update(described.__dict__)
-    other.base = base
-    return other
-
-
 def in_three(grid: tuple[int, ...]) -> Grid:
     """The grid with all three of its dimensions."""
     return (*grid, 1, 1)[:3]  # type: ignore[return-value]
@@ -304,7 +303,7 @@ def launch(
     """Starts `kernel` over `grid` on `device`; a grid with no programs starts nothing.
 
     `args` are the kernel's arguments in order: pointers first (tensors or None), then numbers; ahead of both what the
-    copy engine reads, if anything, as Gluon's TensorDescriptor, which Triton encodes at each start. Its constexprs, by
+    copy engine reads, if anything, as Gluon's TensorDescriptor. Its constexprs, by
     name, come last in its signature. One named CHAINED says that the kernel waits by itself for the one before it
     (`octavo.kernels.tiles.chains`); one named REGISTERS limits a thread's registers, where it is not 0.
     """
@@ -327,7 +326,10 @@ def launch(
         _settle(kernel)
         kernel[grid](*args, **_options(constexprs, num_warps, num_stages))
     else:
-        values = *(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args), *[None] * len(constexprs)
+        described = len(ready.descriptors)  # they come first
+        copied = (value for of in zip(args[:described], ready.descriptors, strict=True) for value in encoded(*of))
+        values = *copied, *(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args[described:])
+        values += (None,) * len(constexprs)
         stream = current_stream(device.index)  # type: ignore[misc]
         last = (values,) if starter.one_sequence else values  # type: ignore[union-attr]
         ready.start(*in_three(grid), stream, *ready.middle, *last)

@@ -38,13 +38,14 @@ class _Tiles:
 def choose_tiles(width: int, itemsize: int) -> _Tiles:
     """Rows of one program, elements of a row held at once, and the warps that hold them; wider rows are walked twice.
 
-    A thread holds up to 128 bytes of x: eight 16-byte loads on their way at a time. Narrow rows (heads) share a
-    program. Of rows that are walked twice as few as possible are under way, so that the second walk finds them in L2.
+    A thread holds 64 to 128 bytes of x: some 16-byte loads on their way at a time. Narrow rows (heads) share a program.
+    Of rows that are walked twice as few as possible are under way, so that the second walk finds them in L2.
     """
     block = next_power_of_2(width)
     if block * itemsize > 65536:
         return _Tiles(1, 16384, 32)
-    return _Tiles(max(2048 // block, 1), block, max(block * itemsize // 4096, 4))
+    held = next_power_of_2(width * itemsize + 1) // 2  # the largest power of two up to a row's bytes
+    return _Tiles(max(2048 // block, 1), block, max(held // 2048, 4))
 
 
 @triton.jit

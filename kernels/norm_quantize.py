@@ -87,8 +87,6 @@ def _rms_norm_quantize_kernel(
     GROUP: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    wait_for_previous(CHAINED)
-    let_next_start(CHAINED)
     row = tl.program_id(0)
     x_ptr += row_offset(row, x_inner, stride_x_outer, stride_x_inner)
     if ADD:
@@ -98,6 +96,8 @@ def _rms_norm_quantize_kernel(
     within = tl.arange(0, GROUP)[None, :]
     tile = group[:, None] * piece + within  # [GROUPS, GROUP]
     inside = within < piece
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
     if SCALE == "given":
         inverse = tl.div_rn(1.0, tl.load(scale_ptr))
     else:

@@ -27,6 +27,7 @@ from torch.autograd import profiler
 from torch.utils._device import DeviceContext
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from octavo.kernels.descriptors import Encodings
 from octavo.kernels.launch import (
     DEVICES,
     Recorder,
@@ -35,7 +36,6 @@ from octavo.kernels.launch import (
     hooked,
     in_three,
     is_current,
-    moved,
     recording,
     starter,
     tensor_of,
@@ -82,8 +82,8 @@ def make_plan(given: tuple[torch.Tensor | None, ...], recorder: Recorder, result
         counts.append((len(launch.ready.middle), len(described), len(others)))
         # The copy engine's come before the other pointers. A plan keeps no tensor.
         assert described == list(args[: len(described)])
-        without_base = [moved(a, None) for a in described]
-        bound += [launch.ready.start, *in_three(launch.grid), *launch.ready.middle, *without_base, *others]
+        encodings = [Encodings(*of) for of in zip(described, launch.ready.descriptors, strict=True)]
+        bound += [launch.ready.start, *in_three(launch.grid), *launch.ready.middle, *encodings, *others]
     at = {id(out): i for i, out in enumerate(outputs)}
     returned = tuple(at[id(r)] for r in result) if isinstance(result, tuple) else at.get(id(result))
     present = tuple(t is not None for t in given)
@@ -154,12 +154,11 @@ def _maker(
         body += [f"o{i} = (filled{i} if deterministic() else plain{i})()", f"{address} = o{i}.data_ptr()"]
     if pointers:
         body.append("stream = stream_of(device)")
-    names = [*tensors, *(f"o{i}" for i in range(outputs))]
     for step, (which, (middle, described, others)) in enumerate(zip(pointers, bound, strict=True)):
         start, x, y, z, *values = [f"v{step}_{i}" for i in range(4 + middle + described + others)]
         parameters += [start, x, y, z, *values]
         first = middle + described
-        args = [f"moved({v}, {names[i]})" for v, i in zip(values[middle:first], which, strict=False)]  # type: ignore[index]
+        args = [f"*{v}[{addresses[i]}]" for v, i in zip(values[middle:first], which, strict=False)]  # type: ignore[index]
         args += ["0" if i is None else addresses[i] for i in which[described:]]
         args += values[first:]
         last = f"({', '.join(args)},)" if starter.one_sequence else ", ".join(args)  # type: ignore[union-attr]
@@ -177,7 +176,6 @@ def _maker(
         "__name__": __name__,
         "is_current": is_current,
         "device_of": torch.cuda.device,
-        "moved": moved,
     }
     exec(source, namespace)
     return namespace["make"]

@@ -49,8 +49,8 @@ def _swapped(x, OUTER: tl.constexpr, INNER: tl.constexpr):
 def _as_fp16(q):
     """q [W, M, D] in fp16, each row in units of a power of two with which its largest number is near 2^14; the units.
 
-    Numbers of a float8 cache are exact in fp16, and a third of the instructions away that bf16 is. What of a row is too
-    small for fp16 is 2^-29 of its largest number: it would not reach a sum in fp32 either.
+    Numbers of a quantised cache are exact in fp16, and a third (float8) or two thirds (int8) of the instructions away
+    that bf16 is. What of a row is too small for fp16 is 2^-29 of its largest number: it would not reach a sum in fp32 either.
     """
     q = q.to(tl.float32)
     exponent = tl.max(tl.abs(q), 2).to(tl.int32, bitcast=True) >> 23
@@ -121,7 +121,10 @@ def attend_by_warps(
     acc = tl.zeros([WARPS, BLOCK_M, BLOCK_D], tl.float32)
     INT8: tl.constexpr = key_scale_ptr is not None
     BYTES: tl.constexpr = INT8 and BLOCK_D >= 32
-    if not INT8 and value_ptr.dtype.element_ty.primitive_bitwidth == 8 and q.dtype == tl.bfloat16:
+    TURNED: tl.constexpr = value_ptr.dtype.element_ty.primitive_bitwidth == 8 and q.dtype == tl.bfloat16
+    # Weights of int8 values are in units of the values' scales, for which fp16 has too few exponents.
+    VALUES: tl.constexpr = tl.float16 if TURNED and not INT8 else q.dtype
+    if TURNED:
         q, unit = _as_fp16(q)
         score_scale *= unit[:, :, None]  # [W, M, 1]
     if k_scale_ptr is not None:
@@ -187,7 +190,7 @@ def attend_by_warps(
         total = total * rescale + tl.sum(weights, 2)
         if INT8:
             weights *= v_scales[:, None, :]
-        v = widened(v, q.dtype)
+        v = widened(v, VALUES)
         if BYTES:
             # The tensor core takes values of one element and successive keys, which lie apart. With the elements in
             # this order a thread has four that are side by side, and reads them at once, not byte by byte. (For float8,

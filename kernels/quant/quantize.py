@@ -53,8 +53,9 @@ class _Tiles:
 def choose_tiles(width: int) -> _Tiles:
     """How many elements of a row a program holds at once, and of how many rows; narrow rows share a program."""
     block = min(next_power_of_2(width), 16384)
-    rows = max(1024 // block, 1)
-    return _Tiles(rows, block, min(max(rows * block // 512, 2), 16))
+    rows = max(2048 // block, 1)
+    held = rows * block if rows > 1 else next_power_of_2(width + 1) // 2  # a row of 4544 has the warps of 4096
+    return _Tiles(rows, block, min(max(held // 512, 2), 16))
 
 
 @triton.jit(do_not_specialize=["total", "x_inner"])
@@ -77,13 +78,13 @@ def _quantize_rows_kernel(
     BLOCK: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    wait_for_previous(CHAINED)
-    let_next_start(CHAINED)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     present = row < total
     x_ptrs = x_ptr + row_offset(row // groups, x_inner, stride_x_outer, stride_x_inner) + row % groups * N
     q_ptrs = q_ptr + row.to(tl.int64) * N
     cols = tl.arange(0, BLOCK)
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
     if ONE_BLOCK:
         mask = present[:, None] & (cols < N)[None, :]
         x = tl.load(x_ptrs[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
@@ -109,11 +110,13 @@ def _quantize_rows_kernel(
 def _quantize_cuda(
     x: torch.Tensor, scale: torch.Tensor | None, granularity: str, group_size: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if scale is not None or granularity == "tensor":
+    one_row = 0 < x.numel() == x.shape[-1]  # its scale is the tensor's, and found in one launch
+    if scale is not None or (granularity == "tensor" and not one_row):
         return by_tensor_cuda(x, scale, dtype)
     width = group_size if granularity == "group" else x.shape[-1]
     q = empty(x.shape, dtype, x.device)
-    scale = empty(scale_shape(x.shape, None, width), torch.float32, x.device)
+    shape = (1,) if granularity == "tensor" else scale_shape(x.shape, None, width)
+    scale = empty(shape, torch.float32, x.device)
     tiles = choose_tiles(width)
     total = x.numel() // width
     launch(
