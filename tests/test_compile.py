@@ -11,6 +11,9 @@ import pytest
 
 TESTS = Path(__file__).parent
 MODULES = sorted(p.name for p in TESTS.glob("test_*.py") if "\ndef launches(" in p.read_text())
+SPILLED = {"_prefill_kernel": 40, "_int4_hopper_kernel": 32}
+"""Bytes of the stack that a Gluon kernel may use: the warps that load have few registers, and those that compute may
+keep numbers of a tile in memory. They spill nothing in their innermost loop."""
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -28,12 +31,10 @@ def test_compiles_everywhere(module):
     assert {row["device"] for row in rows} == {"A100", "L40S", "H100"}
     for row in rows:
         assert row["shared"] <= row["shared_limit"], row
-        # The warps that load have 40 registers, and pages may wait in memory; those that compute spill nothing in the
-        # loop over the keys.
-        spilled = 40 if row["kernel"] == "_prefill_kernel" else 0
-        assert row["stack"] <= spilled and row["local"] == 0, row
+        assert row["stack"] <= SPILLED.get(row["kernel"], 0) and row["local"] == 0, row
         chained = "CHAINED" in row["constexprs"] and row["device"] == "H100"
-        assert row["chained"] == chained and row["waits"] == chained, "a chained kernel waits for the one before it"
+        # The compiler may write a wait down twice, on either side of a branch.
+        assert row["chained"] == chained and bool(row["waits"]) == chained, "a chained kernel waits for the one before"
 
 
 def test_kernels_wait_before_they_touch_memory():
@@ -53,7 +54,8 @@ def test_kernels_wait_before_they_touch_memory():
         assert kernel.args.args[-1].arg == "CHAINED", kernel.name
         texts = [ast.unparse(statement) for statement in kernel.body]
         at = texts.index("wait_for_previous(CHAINED)")
-        assert texts[at + 1] == "let_next_start(CHAINED)", kernel.name
+        if kernel.name != "_zero_kernel":  # which is one program, for the next to start beside it
+            assert texts[at + 1] == "let_next_start(CHAINED)", kernel.name
         early = "\n".join(texts[:at])
         assert not any(word in early for word in ("load(", "store(", "atomic", "return")), (kernel.name, early)
 

@@ -12,8 +12,8 @@ fp32 product, a group at a time:
     y = Σ_g scale_g · Σ_{k in g} (q_k − 8) · x_k  +  (minimum_g + 8 · scale_g) · Σ_{k in g} x_k
 
 so no weight is ever rounded to half precision, and q − 8 keeps the two terms from cancelling. The weights are the first
-operand of `tl.dot`: on Hopper they go from registers straight into the tensor cores, and tokens, however few, are the
-short side.
+operand of `tl.dot`, and tokens, however few, are the short side. fp16 and bf16 on Hopper have a kernel of their own
+(`int4_hopper.py`), which does the same for few tokens and large groups, and else rounds weights once.
 """
 
 import torch
@@ -22,7 +22,7 @@ import triton.language as tl
 
 from octavo.kernels.checks import check_contiguous, check_device, check_dtype, check_shape
 from octavo.kernels.launch import empty, launch
-from octavo.kernels.quant import cpu
+from octavo.kernels.quant import cpu, int4_hopper
 from octavo.kernels.quant.packing import packed_shape
 from octavo.kernels.quant.weight_only import check_linear, choose_tiles, store_outputs, token_offsets
 from octavo.kernels.registry import register
@@ -119,6 +119,9 @@ def _int4_linear_cuda(
     k, n = x.shape[-1], scale.shape[1]
     out = empty((*x.shape[:-1], n), x.dtype, x.device)
     m = x.numel() // k
+    if int4_hopper.takes(x, packed, device_properties(x.device)):
+        int4_hopper.linear(out, x, packed, scale, minimum, bias, group_size)
+        return out
     tiles = choose_tiles(m, x.dtype, 4, device_properties(x.device))
     launch(
         _int4_linear_kernel,
@@ -191,13 +194,18 @@ def int4_linear(
         group_size: consecutive inputs that share a scale: a multiple of 32 that divides K, K itself included.
 
     Returns:
-        `[..., N]`, contiguous, in x's dtype. Products and sums are fp32, rounded once; weights are not rounded at all.
+        `[..., N]`, contiguous, in x's dtype. Products and sums are fp32, rounded once. Weights are not rounded, but in
+        Hopper's kernel: its scales, minima and weights are rounded to x's dtype where there are more than 64 tokens, a
+        minimum, or groups that are no multiple of 128.
 
     Raises:
         TypeError: a dtype that is not accepted.
         ValueError: a group size, shape, stride or device that does not fit.
 
-    Safe in a CUDA graph. Deterministic; a row's bits may depend on how many other rows there are (16, 64 or more).
+    Safe in a CUDA graph. Deterministic; a row's bits may depend on how many other rows and outputs there are. Fastest
+    on Hopper, where x has one stride from row to row and that is a multiple of 16 bytes. There weights, scales and
+    minima are read while the kernel before this one in the stream may still run: none that lets the next start early
+    (programmatic dependent launch) may write them, and none of octavo's does.
     On a CPU, weights are kept dequantised: see `octavo.kernels.quant.cpu`. https://arxiv.org/abs/2210.17323
     """
     check_linear(x, {"scale": scale} if minimum is None else {"scale": scale, "minimum": minimum}, bias, group_size)

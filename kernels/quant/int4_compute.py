@@ -1,0 +1,352 @@
+"""The warpgroups of the Hopper int4 kernel (`int4_hopper.py`) that compute, each 64 · BLOCKS outputs of a tile.
+
+Weights are the first operand: they go from shared memory through registers, where they are dequantised, into the tensor
+cores. While these are at 64 inputs, the next 64 are dequantised; and the two warpgroups fill each other's gaps.
+
+Dequantising: a nibble is put into the mantissa of 128 (bf16) or 1024 (fp16), which costs one instruction for two
+weights, and 128 + 8 subtracted, which leaves q - 8; then one fma makes it a weight, rounded once:
+
+    w = (q - 8) · scale + (minimum + 8 · scale)
+"""
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from octavo.kernels.quant.int4_shares import place, program_of, share_of, slot_of, step_at
+
+# Lists of arguments, one a line, would be longer than the code between them.
+# fmt: off
+
+
+@gluon.constexpr_function
+def tile_layout(blocks):
+    """Pairs of packed words as they are copied, two rows of 16 side by side; a thread has what a product wants."""
+    more = [[32 << i, 0] for i in range(blocks.bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[4, 0], [0, 4], [0, 8], *more],
+        lane_bases=[[0, 1], [0, 2], [0, 16], [1, 0], [2, 0]],
+        warp_bases=[[8, 0], [16, 0]],
+        block_bases=[],
+        shape=[32 * blocks, 32],
+    )
+
+
+@gluon.constexpr_function
+def words_layout(blocks):
+    """The same with one row below the other: outputs by pairs of words."""
+    more = [[64 << i, 0] for i in range(blocks.bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[8, 0], [0, 4], [0, 8], *more],
+        lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64 * blocks, 16],
+    )
+
+
+@gluon.constexpr_function
+def out_layout(blocks, tokens):
+    """Outputs by tokens, a thread having eight outputs of a token side by side: 16 bytes."""
+    more = [[64 << i, 0] for i in range(blocks.bit_length() - 1)]
+    more += [[0, 16 << i] for i in range((tokens // 16).bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[1, 0], [2, 0], [4, 0], *more],
+        lane_bases=[[8, 0], [16, 0], [32, 0], [0, 1], [0, 2]],
+        warp_bases=[[0, 4], [0, 8]],
+        block_bases=[],
+        shape=[64 * blocks, tokens],
+    )
+
+
+@gluon.constexpr_function
+def unpack_asm(half, bf16, scales, minima):
+    """PTX that makes a pair of words, four weights each, into two pairs: of planes 2 · half and 2 · half + 1.
+
+    Operands: two results, the words, then the scales (0: none, 1: one for both planes, 2: one a plane) and, if there
+    are any, as many minima; each of them twice in its register.
+    """
+    kind, magic, one, middle = ("bf16x2", 0x4300, 0x3F80, 0xC308) if bf16 else ("f16x2", 0x6400, 0x3C00, 0xE408)
+    lines = [".reg .b32 one, middle, word;"]
+    for name, value in (("one", one), ("middle", middle)):
+        lines.append(f"mov.b32 {name}, {value << 16 | value:#x};")
+    for plane in range(2):
+        shift = 8 * half + 4 * plane
+        result, word = f"${plane}", "$2"
+        if shift:
+            lines.append(f"shr.u32 word, $2, {shift};")
+            word = "word"
+        lines.append(f"lop3.b32 {result}, {word}, 0xF000F, {magic << 16 | magic:#x}, 0xEA;")
+        lines.append(f"fma.rn.{kind} {result}, {result}, one, middle;")
+        scale = f"${3 + plane * (scales - 1)}"
+        minimum = f"${3 + scales + plane * (scales - 1)}"
+        if scales and minima:
+            lines.append(f"fma.rn.{kind} {result}, {result}, {scale}, {minimum};")
+        elif scales:
+            lines.append(f"mul.{kind} {result}, {result}, {scale};")
+    return "{ " + " ".join(lines) + " }"
+
+
+@gluon.constexpr_function
+def unpack_constraints(operands):
+    return ",".join(["=&r"] * 2 + ["r"] * operands)
+
+
+@gluon.jit
+def _unpack(words, scales, minima, half: gl.constexpr, dtype: gl.constexpr):
+    """Pairs of weights of two planes, each `[outputs, 16]`; without scales q - 8.
+
+    scales, minima: tuples of `[outputs]` as `_twice` makes them, of none, one or two (one a plane).
+    """
+    bf16: gl.constexpr = dtype == gl.bfloat16
+    asm: gl.constexpr = unpack_asm(half, bf16, len(scales), len(minima))
+    constraints: gl.constexpr = unpack_constraints(1 + len(scales) + len(minima))
+    operands = (words,)
+    for j in gl.static_range(len(scales)):
+        operands = operands + (gl.expand_dims(scales[j], 1),)  # type: ignore[assignment]  # noqa: RUF005
+    for j in gl.static_range(len(minima)):
+        operands = operands + (gl.expand_dims(minima[j], 1),)  # type: ignore[assignment]  # noqa: RUF005
+    return gl.inline_asm_elementwise(
+        asm, constraints, operands, dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _twice(value, dtype: gl.constexpr):
+    """The value in that dtype, twice in a register."""
+    bits = value.to(dtype).to(gl.uint16, bitcast=True).to(gl.uint32)
+    return (bits << 16 | bits).to(gl.int32, bitcast=True)
+
+
+@gluon.jit
+def _halves(pairs):
+    """Two bytes each of pairs `[outputs, 16]`, as `[outputs, 16, 2]`; shifts would be instructions, this is none."""
+    low, high = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", (pairs,), dtype=(gl.int16, gl.int16), is_pure=True, pack=1
+    )
+    return gl.join(low, high)
+
+
+@gluon.jit
+def _operand(pairs, dtype: gl.constexpr, layout: gl.constexpr):
+    """Pairs of weights of a step's planes as the first operand of a product, `[outputs, 64]` or `[outputs, 128]`."""
+    OUTPUTS: gl.constexpr = pairs[0].shape[0]
+    w = gl.join(_halves(pairs[0]), _halves(pairs[1]))  # [outputs, 16, 2, 2]
+    if len(pairs) == 2:
+        w = gl.permute(w, (0, 3, 1, 2))
+    else:
+        w = gl.join(w, gl.join(_halves(pairs[2]), _halves(pairs[3])))  # [outputs, 16, 2, 2, 2]
+        w = gl.permute(w, (0, 4, 3, 1, 2))
+    w = gl.reshape(w.to(dtype, bitcast=True), [OUTPUTS, 32 * len(pairs)])
+    return gl.convert_layout(w, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _load_words(tile, BLOCKS: gl.constexpr):
+    """A packed tile, pairs of words `[outputs, 16]`."""
+    words = gl.reshape(tile.load(tile_layout(BLOCKS)), [64 * BLOCKS, 16])
+    return gl.convert_layout(words, words_layout(BLOCKS), assert_trivial=True)
+
+
+@gluon.jit
+def _next_group(group, left, group_steps):
+    """The group of the step after one, of whose group so many steps are left, where groups are of whole steps."""
+    ends = left == 1
+    return group + ends.to(gl.int32), gl.where(ends, group_steps, left - 1)
+
+
+@gluon.jit
+def _groups(ptr, stride, rows, step, group, group_planes, last_group, GROUPS: gl.constexpr, EVEN: gl.constexpr):
+    """A step's scales, or minima: one, or where groups are smaller, of each half (64 inputs) or plane (32)."""
+    values = ()
+    for j in gl.static_range(GROUPS):
+        if GROUPS == 1:
+            at = group
+        elif EVEN:
+            at = step * GROUPS + j
+        else:
+            at = (step * 4 + j) // group_planes
+        at = gl.minimum(at, last_group).to(gl.int64)
+        values = values + (gl.load(ptr + at * stride + rows),)  # type: ignore[assignment]  # noqa: RUF005
+    return values
+
+
+@gluon.jit
+def _of_half(scales, minima, half: gl.constexpr, dtype: gl.constexpr):
+    """Of a step's scales and minima those of a half, as `_unpack` takes them."""
+    s = ()
+    m = ()
+    COUNT: gl.constexpr = (len(scales) + 1) // 2
+    START: gl.constexpr = half * (len(scales) // 2)
+    for j in gl.static_range(COUNT):
+        scale = scales[START + j].to(gl.float32)
+        s = s + (_twice(scale, dtype),)  # type: ignore[assignment]  # noqa: RUF005
+        if len(minima):
+            m = m + (_twice(minima[START + j].to(gl.float32) + 8 * scale, dtype),)  # type: ignore[assignment]  # noqa: RUF005
+    return s, m
+
+
+@gluon.jit
+def _store(acc, out_ptr, bias_ptr, row, token, M, N, BLOCKS: gl.constexpr, TOKENS: gl.constexpr):
+    """Adds the bias and writes the outputs from `row` on, turned: 16 bytes of a token by each thread."""
+    layout: gl.constexpr = out_layout(BLOCKS, TOKENS)
+    if bias_ptr is not None:
+        n = row + gl.arange(0, 64 * BLOCKS, layout=gl.SliceLayout(1, acc.type.layout))
+        acc += gl.expand_dims(gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32), 1)
+    out = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), layout)
+    n = gl.expand_dims(row + gl.arange(0, 64 * BLOCKS, layout=gl.SliceLayout(1, layout)), 1)
+    m = gl.expand_dims(token + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, layout)), 0)
+    gl.store(out_ptr + m.to(gl.int64) * N + n, out, mask=(n < N) & (m < M))
+
+
+@gluon.jit
+def _share(
+    acc, workspace_ptr, counters_ptr, group: gl.constexpr, tile, program, programs, shared, k_tiles, BLOCKS:
+    gl.constexpr, TOKENS: gl.constexpr,
+):
+    """Leaves a part of a tile; returns whether all are there now, and then their sum, else what was given."""
+    layout: gl.constexpr = acc.type.layout
+    SIZE: gl.constexpr = 64 * BLOCKS * TOKENS
+    n = gl.expand_dims(gl.arange(0, 64 * BLOCKS, layout=gl.SliceLayout(1, layout)), 1)
+    m = gl.expand_dims(gl.arange(0, TOKENS, layout=gl.SliceLayout(0, layout)), 0)
+    slot = slot_of(program, tile, programs, shared, k_tiles)
+    gl.store(workspace_ptr + (slot.to(gl.int64) * (2 * SIZE) + group * SIZE) + n * TOKENS + m, acc)
+    tl.debug_barrier()
+    first = program_of(tile * k_tiles, programs, shared, k_tiles)
+    last = program_of(tile * k_tiles + k_tiles - 1, programs, shared, k_tiles)
+    complete = gl.atomic_add(counters_ptr + 2 * tile + group, 1, sem="acq_rel") == last - first
+    if complete:
+        acc = gl.zeros([64 * BLOCKS, TOKENS], gl.float32, layout)
+        # Small parts come several at a time, the last again and again: each time takes a round trip to the cache.
+        AT_ONCE: gl.constexpr = 4 if BLOCKS * TOKENS <= 32 else 1
+        for start in range(first, last + 1, AT_ONCE):
+            parts = ()
+            for j in gl.static_range(AT_ONCE):
+                other = start if j == 0 else gl.minimum(start + j, last)
+                slot = slot_of(other, tile, programs, shared, k_tiles)
+                part_ptr = workspace_ptr + (slot.to(gl.int64) * (2 * SIZE) + group * SIZE)
+                parts = parts + (gl.load(part_ptr + n * TOKENS + m, cache_modifier=".cg"),)  # type: ignore[assignment]  # noqa: RUF005
+            acc += parts[0]  # type: ignore[misc]
+            for j in gl.static_range(1, AT_ONCE):
+                acc += gl.where(start + j <= last, parts[j], 0.0)
+    return complete, acc
+
+
+@gluon.jit
+def _after(stage, phase, STAGES: gl.constexpr):
+    """The stage of the next step, and its phase."""
+    wraps = stage == STAGES - 1
+    return gl.where(wraps, 0, stage + 1), phase ^ wraps.to(gl.int32)
+
+
+@gluon.jit
+def _sum(
+    acc, words, x, full, empty, scale_ptr, minimum_ptr, rows, group: gl.constexpr, stage, phase, k, end, last_group,
+    group_planes, stride_scale_group, stride_minimum_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, SCALE_SUMS:
+    gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr,
+):
+    """Adds the steps `k` to `end` of a tile to acc; `stage` and `phase` are the first's. Returns those after the last.
+
+    SCALE_SUMS: not the weights are scaled, but each step's sums. That is fewer instructions for few tokens.
+    """
+    dtype: gl.constexpr = x.dtype
+    layout: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+    s = ()
+    m = ()
+    minima = ()
+    nothing = gl.zeros_like(acc)
+    at = k * 4 // group_planes
+    left = (at + 1) * (group_planes // 4) - k
+    scales = _groups(scale_ptr, stride_scale_group, rows, k, at, group_planes, last_group, GROUPS, EVEN)
+    if minimum_ptr is not None:
+        minima = _groups(minimum_ptr, stride_minimum_group, rows, k, at, group_planes, last_group, GROUPS, EVEN)
+    mbarrier.wait(full.index(stage), phase)
+    if not SCALE_SUMS:
+        s, m = _of_half(scales, minima, 0, dtype)
+    packed = _load_words(words.index(2 * stage + group), BLOCKS)
+    low = _unpack(packed, s, m, 0, dtype)
+    AGAIN: gl.constexpr = BLOCKS == 2 and (GROUPS > 1 or minimum_ptr is not None)
+    for step in range(k + 1, end + 1):
+        after, after_phase = _after(stage, phase, STAGES)
+        next_stage = gl.where(step < end, after, stage)  # the last step's is itself once more, and for nothing
+        next_phase = gl.where(step < end, after_phase, phase)
+        w = _operand(low, dtype, layout)
+        part = x.index(stage).slice(0, 64, 1).permute((1, 0))
+        if SCALE_SUMS:
+            sums = warpgroup_mma(w, part, nothing, use_acc=False, is_async=True)
+        else:
+            sums = warpgroup_mma(w, part, acc, is_async=True)
+            s, m = _of_half(scales, minima, 1, dtype)
+        if AGAIN:
+            packed = _load_words(words.index(2 * stage + group), BLOCKS)
+        high = _unpack(packed, s, m, 1, dtype)
+        at, left = _next_group(at, left, group_planes // 4)
+        scales_before = scales
+        scales = _groups(scale_ptr, stride_scale_group, rows, step, at, group_planes, last_group, GROUPS, EVEN)
+        if minimum_ptr is not None:
+            minima = _groups(minimum_ptr, stride_minimum_group, rows, step, at, group_planes, last_group, GROUPS, EVEN)
+        sums, w, high_0, high_1 = warpgroup_mma_wait(0, deps=[sums, w, high[0], high[1]])
+        w = _operand((high_0, high_1), dtype, layout)
+        sums = warpgroup_mma(w, x.index(stage).slice(64, 64, 1).permute((1, 0)), sums, is_async=True)
+        mbarrier.wait(full.index(next_stage), next_phase)
+        if not SCALE_SUMS:
+            s, m = _of_half(scales, minima, 0, dtype)
+        packed = _load_words(words.index(2 * next_stage + group), BLOCKS)
+        low = _unpack(packed, s, m, 0, dtype)
+        # This has come already. ptxas would move the above down past the wait below; past this wait's loop it does not.
+        mbarrier.wait(full.index(next_stage), next_phase)
+        if AGAIN:
+            sums, w, low_0, low_1 = warpgroup_mma_wait(0, deps=[sums, w, low[0], low[1]])
+        else:
+            sums, w, low_0, low_1, packed = warpgroup_mma_wait(0, deps=[sums, w, low[0], low[1], packed])
+        low = (low_0, low_1)
+        mbarrier.arrive(empty.index(stage), count=1)
+        if SCALE_SUMS:
+            acc += sums * gl.expand_dims(scales_before[0].to(gl.float32), 1)
+        else:
+            acc = sums
+        stage = after
+        phase = after_phase
+    return acc, stage, phase
+
+
+@gluon.jit
+def compute(
+    group: gl.constexpr, out_ptr, scale_ptr, minimum_ptr, bias_ptr, workspace_ptr, counters_ptr, words, x, full, empty,
+    M, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width, stride_scale_group,
+    stride_minimum_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, SCALE_SUMS: gl.constexpr, BLOCKS: gl.constexpr,
+    TOKENS: gl.constexpr, STAGES: gl.constexpr,
+):
+    """What warpgroup number `group` does."""
+    ROWS: gl.constexpr = 64 * BLOCKS
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
+    packed_layout: gl.constexpr = words_layout(BLOCKS)
+    scale_layout: gl.constexpr = gl.SliceLayout(1, acc_layout if SCALE_SUMS else packed_layout)
+    program = gl.program_id(0)
+    programs = gl.num_programs(0)
+    first, own, steps = share_of(program, programs, tiles, shared, k_tiles)
+    i = 0
+    stage = 0
+    phase = 0
+    while i < steps:
+        tile, k = step_at(i, first, own, program, programs, shared, k_tiles)
+        row_tile, token_tile = place(tile, row_tiles, token_tiles, width)
+        row = row_tile * (2 * ROWS) + group * ROWS
+        rows = gl.minimum(row + gl.arange(0, ROWS, layout=scale_layout), N - 1)
+        end = k_tiles
+        if i < own:
+            end = gl.minimum(k_tiles, k + own - i)
+        acc = gl.zeros([ROWS, TOKENS], gl.float32, acc_layout)
+        acc, stage, phase = _sum(
+            acc, words, x, full, empty, scale_ptr, minimum_ptr, rows, group, stage, phase, k, end, last_group,
+            group_planes, stride_scale_group, stride_minimum_group, GROUPS, EVEN, SCALE_SUMS, BLOCKS, STAGES,
+        )
+        i += end - k
+        complete = True
+        if end - k < k_tiles:
+            complete, acc = _share(
+                acc, workspace_ptr, counters_ptr, group, tile, program, programs, shared, k_tiles, BLOCKS, TOKENS
+            )
+        if complete:
+            _store(acc, out_ptr, bias_ptr, row, token_tile * TOKENS, M, N, BLOCKS, TOKENS)

@@ -1,0 +1,106 @@
+"""The warps of the Hopper int4 kernel (`int4_hopper.py`) that load: one packed weights and tokens, by TMA, one scales.
+
+Scales are read by those that compute, from the cache, where a warp of its own has brought them: the time from memory is
+that of several steps. Two rows of a packed tile's words stand side by side here, since the
+copy engine's widest swizzle takes 128 bytes.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from octavo.kernels.quant.int4_shares import after, place, share_of, step_at
+from octavo.kernels.tiles import let_next_start, wait_for_previous
+
+# Lists of arguments, one a line, would be longer than the code between them.
+# fmt: off
+
+
+@gluon.jit
+def _fetch(ptr, stride, row, N, k, group_planes, last_group, GROUPS: gl.constexpr, BLOCKS: gl.constexpr):
+    """Has a step's scales, or minima, brought into the cache (L2): by the time of their step they are there."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    rows = gl.minimum(row + 4 * BLOCKS * gl.arange(0, 32, layout=layout), N - 1)
+    for j in gl.static_range(GROUPS):
+        group = gl.minimum((k * 4 + j * (4 // GROUPS)) // group_planes, last_group).to(gl.int64)
+        gl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", (ptr + group * stride + rows,), dtype=gl.int32,
+            is_pure=False, pack=1,
+        )
+
+
+@gluon.jit
+def _load_packed(
+    desc, words, full, stage, row_tile, k, k_tiles, STAGE_BYTES: gl.constexpr, BLOCKS: gl.constexpr,
+):
+    """Begins a step, by loading its weights: 2 · BLOCKS packed tiles."""
+    mbarrier.expect(full.index(stage), STAGE_BYTES)
+    for j in gl.static_range(2 * BLOCKS):
+        at = ((row_tile * (2 * BLOCKS) + j) * k_tiles + k) * 32
+        tma.async_copy_global_to_shared(desc, [at, 0], full.index(stage), words.index(stage * 2 * BLOCKS + j))
+
+
+@gluon.jit
+def _load_tokens(desc, x, full, stage, token_tile, k, TOKENS: gl.constexpr):
+    for half in gl.static_range(2):
+        at = k * 128 + half * 64
+        tma.async_copy_global_to_shared(desc, [token_tile * TOKENS, at], full.index(stage), x.index(2 * stage + half))
+
+
+@gluon.jit
+def load(
+    packed_desc, x_desc, words, x, full, empty, k_tiles, tiles, shared, row_tiles, token_tiles, width, BLOCKS:
+    gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr,
+):
+    """What the warp does that loads. Weights come ahead of the wait: the kernel before does not write them."""
+    STAGE_BYTES: gl.constexpr = 2 * BLOCKS * 4096 + TOKENS * 256
+    program = gl.program_id(0)
+    programs = gl.num_programs(0)
+    first, own, steps = share_of(program, programs, tiles, shared, k_tiles)
+    early = gl.minimum(steps, STAGES)
+    tile, k = step_at(0, first, own, program, programs, shared, k_tiles)
+    row_tile, token_tile = place(tile, row_tiles, token_tiles, width)
+    for i in range(early):
+        _load_packed(packed_desc, words, full, i, row_tile, k, k_tiles, STAGE_BYTES, BLOCKS)
+        k, row_tile, token_tile = after(
+            i, k, row_tile, token_tile, first, own, program, programs, shared, k_tiles, row_tiles, token_tiles, width
+        )
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
+    tile, k = step_at(0, first, own, program, programs, shared, k_tiles)
+    row_tile, token_tile = place(tile, row_tiles, token_tiles, width)
+    stage = 0
+    phase = 1
+    for i in range(steps):
+        if i >= early:
+            mbarrier.wait(empty.index(stage), phase)
+            _load_packed(packed_desc, words, full, stage, row_tile, k, k_tiles, STAGE_BYTES, BLOCKS)
+        _load_tokens(x_desc, x, full, stage, token_tile, k, TOKENS)
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase ^= 1
+        k, row_tile, token_tile = after(
+            i, k, row_tile, token_tile, first, own, program, programs, shared, k_tiles, row_tiles, token_tiles, width
+        )
+
+
+@gluon.jit
+def fetch(
+    scale_ptr, minimum_ptr, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width,
+    stride_scale_group, stride_minimum_group, GROUPS: gl.constexpr, BLOCKS: gl.constexpr,
+):
+    """What the warp does that runs ahead of all others, for the scales and minima."""
+    program = gl.program_id(0)
+    programs = gl.num_programs(0)
+    first, own, steps = share_of(program, programs, tiles, shared, k_tiles)
+    tile, k = step_at(0, first, own, program, programs, shared, k_tiles)
+    row_tile, token_tile = place(tile, row_tiles, token_tiles, width)
+    for i in range(steps):
+        row = row_tile * (128 * BLOCKS)
+        _fetch(scale_ptr, stride_scale_group, row, N, k, group_planes, last_group, GROUPS, BLOCKS)
+        if minimum_ptr is not None:
+            _fetch(minimum_ptr, stride_minimum_group, row, N, k, group_planes, last_group, GROUPS, BLOCKS)
+        k, row_tile, token_tile = after(
+            i, k, row_tile, token_tile, first, own, program, programs, shared, k_tiles, row_tiles, token_tiles, width
+        )

@@ -1,0 +1,173 @@
+"""The int4 kernel of Hopper: its source run in Python, which calls it takes, and on such a GPU itself."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from gluon_in_python import Descriptor, Number, Pointer, namespace
+from test_int4_linear import case, check
+
+import octavo
+from octavo.kernels.launch import Recorder, recording
+from octavo.kernels.quant import int4_hopper
+from octavo.kernels.tiles import KNOWN_DEVICES, cdiv
+from octavo.testing import without_interpreter
+
+H100 = KNOWN_DEVICES[90]
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+on_hopper = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an sm_90 GPU")]
+MODULES = [f"quant/int4_{name}.py" for name in ("shares", "loads", "compute", "hopper")]
+
+
+def run_in_python(x, packed, scale, minimum, bias, group_size, tiles):
+    """As `int4_hopper.linear` launches it; programs in any order."""
+
+    def pointer(tensor):
+        if tensor is not None:
+            return Pointer(tensor.float().contiguous().view(-1).numpy(), str(tensor.dtype).removeprefix("torch."))
+
+    m, (groups, n), dtype = len(x), scale.shape, str(x.dtype).removeprefix("torch.")
+    out = Pointer(np.full(m * n, np.nan, np.float32), dtype)
+    size = 2 * tiles.programs * 128 * tiles.blocks * tiles.tokens if tiles.shared else 1
+    workspace = Pointer(np.full(size, np.nan, np.float32), "float32")
+    counters = Pointer(np.zeros(max(2 * tiles.shared, 1), np.int64), "int32")
+    row_tiles, token_tiles = cdiv(n, 128 * tiles.blocks), cdiv(m, tiles.tokens)
+    per_step = int4_hopper.groups_of_step(group_size)
+    numbers = (m, n, packed.shape[1], groups - 1, group_size // 32, row_tiles * token_tiles, tiles.shared, row_tiles,
+               token_tiles, tiles.width, n, n)  # fmt: skip
+    for program in random.sample(range(tiles.programs), tiles.programs):
+        namespace(MODULES, program, tiles.programs)["_int4_hopper_kernel"](
+            Descriptor(packed.view(-1, 64).numpy(), "int16", (32, 64)),
+            Descriptor(x.float().numpy(), dtype, (tiles.tokens, 64)),
+            out,
+            *map(pointer, (scale, minimum, bias)),
+            workspace,
+            counters,
+            *map(Number, numbers),
+            per_step,
+            per_step == 1 or per_step * group_size == 128,
+            tiles.scale_sums,
+            tiles.blocks,
+            tiles.tokens,
+            tiles.stages,
+            False,
+        )
+    return torch.from_numpy(out.memory).view(m, n).to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group", "minimum", "bias", "programs", "changes"),
+    [
+        (1, 300, 512, 128, False, False, 5, {}),
+        (16, 300, 256, 128, True, True, 7, {}),
+        (20, 200, 512, 64, True, True, 3, {}),
+        (5, 130, 480, 32, True, False, 3, {}),
+        (7, 520, 480, 96, False, True, 4, {}),
+        (3, 5, 32, 32, False, True, 3, {}),
+        (60, 300, 1024, 256, False, False, 3, {"stages": 2}),
+        (60, 300, 384, 384, True, True, 2, {}),
+        (130, 520, 384, 128, True, True, 5, {"stages": 2}),
+        (300, 260, 256, 64, False, False, 2, {"width": 2}),
+        (40, 300, 2048, 128, False, False, 13, {}),
+    ],
+)
+def test_source(m, n, k, group, minimum, bias, programs, changes):
+    """Tiles whole and shared by two programs and more, inputs and outputs that end within a tile, few stages."""
+    dtype = random.choice((torch.float16, torch.bfloat16))
+    with without_interpreter():
+        q, args = case(n, k, group, "cpu", dtype, minimum, bias)
+    x = torch.randn(m, k).to(dtype)
+    tiles = int4_hopper.choose_tiles(m, n, k, group, minimum, replace(H100, num_sms=programs))
+    tiles = replace(tiles, **changes)
+    out = run_in_python(x, *args, group, tiles)
+    check(out, x, q, args)
+    assert torch.equal(out, run_in_python(x, *args, group, tiles))
+
+
+def test_rounded_scales_of_another_dtype():
+    q, args = case(130, 256, 32, "cpu", torch.float32)
+    x = torch.randn(4, 256).bfloat16()
+    tiles = int4_hopper.choose_tiles(4, 130, 256, 32, True, replace(H100, num_sms=2))
+    check(run_in_python(x, *args, 32, tiles), x, q, args)
+
+
+@pytest.mark.parametrize("m", [1, 16, 17, 64, 100, 256, 1000, 4096])
+@pytest.mark.parametrize(("n", "k"), [(8192, 8192), (28672, 4096), (4096, 14336), (6144, 4096), (32, 32), (49155, 576)])
+@pytest.mark.parametrize("programs", [1, 78, 132])
+def test_every_step_is_computed_once(m, n, k, programs):
+    tiles = int4_hopper.choose_tiles(m, n, k, 32, False, replace(H100, num_sms=programs))
+    count, k_tiles = cdiv(n, 128 * tiles.blocks) * cdiv(m, tiles.tokens), cdiv(k, 128)
+    names = namespace(MODULES[:1], 0, 1)
+    shape = map(Number, (tiles.programs, count, tiles.shared, k_tiles))
+    of, count, shared, k_tiles = shape
+    longest, steps = 0, np.zeros((count, k_tiles), int)
+    for program in map(Number, range(of)):
+        first, own, total = names["share_of"](program, of, count, shared, k_tiles)
+        longest = max(longest, total)
+        for i in {0, own - 1, own, total - 1} & set(range(total)) if total > 300 else range(total):
+            tile, at = names["step_at"](Number(i), first, own, program, of, shared, k_tiles)
+            steps[tile, at] += 1
+            if i < own:
+                assert names["program_of"](tile * k_tiles + at, of, shared, k_tiles) == program
+    assert steps.max() == 1
+    assert longest > 300 or steps.min() == 1
+    assert tiles.programs <= programs
+    assert longest <= max(1.05 * count * k_tiles / of, count * k_tiles / of + 1)
+
+
+def test_which_calls_it_takes(monkeypatch):
+    x = torch.empty(6, 256, dtype=torch.float16, device="meta")
+    packed = torch.empty(1, 2, 64, 32, dtype=torch.int16, device="meta")
+    assert not int4_hopper.takes(x, packed, H100)  # under the interpreter
+    monkeypatch.setattr(int4_hopper, "INTERPRET", False)
+    wide = torch.empty(6, 2, 264, dtype=torch.float16, device="meta")
+    taken = [x, x.bfloat16(), x[:1], x[0], x[None], x[:, :224], wide[:, 0], wide[:, 1, :256], wide]
+    assert all(int4_hopper.takes(x, packed, H100) for x in taken)
+    two_strides = torch.empty(6, 3, 264, dtype=torch.float16, device="meta")[:, :2]
+    unaligned = torch.empty(6, 250, dtype=torch.float16, device="meta")[:, :224]
+    assert not any(int4_hopper.takes(x, packed, H100) for x in (x.float(), x[:0], two_strides, unaligned))
+    assert not any(int4_hopper.takes(x, packed, KNOWN_DEVICES[arch]) for arch in (80, 89))
+
+
+@pytest.mark.parametrize("m", [1, 40, 64, 200, 1000])
+@pytest.mark.parametrize(
+    ("n", "k", "group", "minimum", "bias"),
+    [
+        (300, 4096, 128, False, True),
+        (6144, 4096, 128, False, False),
+        (4544, 4544, 64, True, False),
+        (131, 480, 32, True, True),
+        (49155, 576, 576, False, False),
+        (520, 672, 96, True, True),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("marked", [pytest.param(None, marks=on_hopper)])
+def test_on_a_gpu(m, n, k, group, minimum, bias, dtype, marked):
+    q, args = case(n, k, group, "cuda", dtype, minimum, bias)
+    x = torch.randn(m, k, device="cuda").to(dtype)
+    with recording(Recorder()) as recorder:
+        out = octavo.int4_linear(x, *args, group_size=group)
+    assert recorder.launches[-1].kernel.__name__ == "_int4_hopper_kernel"
+    check(out, x, q, args)
+    for _ in range(10):
+        assert torch.equal(out, octavo.int4_linear(x, *args, group_size=group))
+
+
+@pytest.mark.parametrize("marked", [pytest.param(None, marks=on_hopper)])
+def test_streams_do_not_share_counters(marked):
+    """Calls that run at the same time, each of which sums up parts of its tiles."""
+    _, args = case(1024, 8192, 128, "cuda", torch.bfloat16, minimum=False)
+    xs = [torch.randn(8, 8192, device="cuda").bfloat16() for _ in range(4)]
+    expected = [octavo.int4_linear(x, *args, group_size=128) for x in xs]
+    streams = [torch.cuda.Stream() for _ in xs]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        outs = []
+        for x, stream in zip(xs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                outs.append(octavo.int4_linear(x, *args, group_size=128))
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, outs, expected))
