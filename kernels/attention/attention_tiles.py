@@ -90,8 +90,8 @@ def choose_tiles(
     shared_out = not batch_invariant and rows <= block_m and (block_m == 16 or wgmma)
     workers = (2 if block_m == 16 and dtype != torch.float32 else 1) if shared_out else 0
     if workers == 1 and block_m == 128 and block_d <= 64 and tokens > 32 and not quantised:
-        # Many rows of a narrow head, as of Falcon-7B's one KV head: two programs, so that one multiplies while the other
-        # is at its softmax. 64 sequences of 2048 take 29.0 µs on an H100, not 32.4, of 8192 85 and not 110; 16 of 2048,
-        # which have more parts to merge then, 17.1 and not 14.6.
+        # Many rows of a narrow head, as of Falcon-7B's one KV head: two programs, of which one multiplies while the
+        # other is at its softmax. 64 sequences of 2048 take 29.0 µs on an H100, not 32.4, of 8192 85 and not 110; but
+        # 16 of 2048, which have more parts to merge then, 17.1 and not 14.6.
         num_warps, stages, workers = 4, min(stages, 3), 2
     return Tiles(block_m, block_n, block_d, num_warps, min(max(stages, 1), 3 if own_units else 4), workers)
