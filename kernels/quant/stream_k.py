@@ -1,14 +1,12 @@
-"""A product of matrices whose work is shared out evenly ("stream-K"), in whole tiles where they come out even.
+"""A product of matrices whose work is shared out evenly ("stream-K"), where it has few tiles.
 
-Tiles of the output that fill whole waves of programs are computed one a program. The work on those left over, in steps
-of BLOCK_K inputs, is dealt out in equal shares, which begin and end within tiles. Whoever comes last to a tile adds up
-its parts, in the order of the programs, so that results have the same bits from run to run. Osama et al., "Stream-K"
-(2023), https://arxiv.org/abs/2301.03598.
+The work, in steps of BLOCK_K inputs, is dealt out in equal shares, which begin and end within tiles. Whoever comes last
+to a tile adds up its parts, in the order of the programs, so that results have the same bits from run to run. Osama et
+al., "Stream-K" (2023), https://arxiv.org/abs/2301.03598. They share out the last wave of many tiles as well: on an H100
+that took longer than leaving multiprocessors without work in it.
 
 The counters of those who came to a tile lie in memory that nobody has cleared: `arrive` says how.
 """
-
-from dataclasses import dataclass
 
 import triton
 import triton.language as tl
@@ -22,32 +20,18 @@ SCALE_BLOCK = tl.constexpr(128)
 _ARRIVED = tl.constexpr(0x6F63_7461_766F_0000)
 
 
-@dataclass(frozen=True)
-class Shares:
-    """Who computes what: the first `split` of `tiles` in shares of `share` steps, the others, of `steps`, whole."""
+def share_out(tiles: int, steps: int, slots: int, least: int) -> tuple[int, int]:
+    """Programs, and the steps of each one's share, for tiles of `steps` and at least as many slots, the
+    programs that run at a time.
 
-    programs: int
-    tiles: int
-    steps: int
-    split: int
-    share: int
-
-
-def share_out(tiles: int, steps: int, slots: int, least: int) -> Shares:
-    """Shares for `slots` programs that run at a time; none smaller than `least` steps, unless a tile has fewer.
-
-    Where a tile is cut, its parts cost a way through memory. So a rest that nearly fills the GPU stays whole, and a
-    share is rounded up to end with a tile where that makes the programs' work at most 4 % longer.
+    None has less than `least` steps, unless a tile has fewer. Where a tile is cut, its parts cost a way through memory:
+    so a share is rounded up to end with a tile where that makes it at most 4 % longer.
     """
-    waves, rest = divmod(tiles, slots)
-    share = max(cdiv(rest * steps, slots), min(least, steps))
-    longest = waves * steps + share
+    share = max(cdiv(tiles * steps, slots), min(least, steps))
     even = next(size for size in range(share, steps + 1) if steps % size == 0)
-    if waves * steps + even <= 1.04 * longest:
+    if even <= 1.04 * share:
         share = even
-    if rest == 0 or share >= 0.9 * steps:
-        return Shares(min(tiles, slots), tiles, steps, 0, steps)
-    return Shares(slots if waves else cdiv(rest * steps, share), tiles, steps, rest, share)
+    return cdiv(tiles * steps, share), share
 
 
 @triton.jit
@@ -88,34 +72,34 @@ def is_last(workspace_ptr, tile, steps, share):
 
 
 @triton.jit
-def _parts(workspace_ptr, split, program, begins_tile, SUM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _parts(workspace_ptr, tiles, program, begins_tile, SUM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Where the part `[ROWS, COLS]` of a program starts, the counters lying ahead of them all.
 
     It has at most two: one of the tile in which its share begins, and one of that in which it ends.
     """
-    parts_ptr = (workspace_ptr + split).to(tl.pointer_type(SUM), bitcast=True)
+    parts_ptr = (workspace_ptr + tiles).to(tl.pointer_type(SUM), bitcast=True)
     return parts_ptr + tl.cast(program * 2 + begins_tile, tl.int64) * (ROWS * COLS)
 
 
 @triton.jit
-def store_part(acc, workspace_ptr, begins_tile, split):
+def store_part(acc, workspace_ptr, begins_tile, tiles):
     """Leaves this program's part of a tile; `begins_tile`: 1 where it has the tile's first step, else 0."""
     ROWS: tl.constexpr = acc.shape[0]
     COLS: tl.constexpr = acc.shape[1]
     at = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
-    part_ptr = _parts(workspace_ptr, split, tl.program_id(0), begins_tile, acc.dtype, ROWS, COLS)
+    part_ptr = _parts(workspace_ptr, tiles, tl.program_id(0), begins_tile, acc.dtype, ROWS, COLS)
     tl.store(part_ptr + at, acc)
 
 
 @triton.jit
 def sum_parts(
-    workspace_ptr, tile, split, steps, share, col, SUM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    workspace_ptr, tile, tiles, steps, share, col, SUM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The sums of all parts of a tile, WIDTH columns of it from `col` on, in the order of the programs."""
     at = tl.arange(0, ROWS)[:, None] * COLS + col + tl.arange(0, WIDTH)[None, :]
     first, last = tile * steps // share, (tile * steps + steps - 1) // share
-    total = tl.load(_parts(workspace_ptr, split, first, 1, SUM, ROWS, COLS) + at, cache_modifier=".cg")
+    total = tl.load(_parts(workspace_ptr, tiles, first, 1, SUM, ROWS, COLS) + at, cache_modifier=".cg")
     for program in range(first + 1, last + 1):
-        total += tl.load(_parts(workspace_ptr, split, program, 0, SUM, ROWS, COLS) + at, cache_modifier=".cg")
+        total += tl.load(_parts(workspace_ptr, tiles, program, 0, SUM, ROWS, COLS) + at, cache_modifier=".cg")
     return total

@@ -4,11 +4,11 @@
 
 Sums are int32 or fp32, scaled once; or, with scales of 128 inputs, scaled and added up every 128. Both operands go from
 shared memory into the tensor cores, on Hopper fetched by the copy engine (TMA). Few tokens have the weights as the
-first operand, whose tile has at least 64 rows there, and many programs to read them; `octavo.kernels.quant.stream_k`
-says how programs share the work. Many tokens go to `octavo.kernels.quant.w8a8_hopper` where that can do them.
+first operand, whose tile has at least 64 rows there; `octavo.kernels.quant.stream_k` says how programs share tiles
+where there are too few. Many tokens go to `octavo.kernels.quant.w8a8_hopper` where that can do them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.kernels.launch import INTERPRET, empty, launch
 from octavo.kernels.quant.rounding import check_supported
-from octavo.kernels.quant.stream_k import SCALE_BLOCK, Shares, is_last, share_out, store_part, sum_parts, tile_at
+from octavo.kernels.quant.stream_k import SCALE_BLOCK, is_last, share_out, store_part, sum_parts, tile_at
 from octavo.kernels.quant.w8a8_hopper import w8a8_hopper
 from octavo.kernels.tiles import (
     DeviceProperties,
@@ -45,12 +45,16 @@ class Tiles:
     programs_per_sm: int
     turned: bool
     """Whether the weights are the first operand."""
-    may_split: bool = True
-    """Whether tiles may be shared by programs; parts of one that is 256 wide would spill."""
+    split: bool = False
+    """Whether programs share tiles, of which there are too few."""
     gluon: bool = False
     """Whether `octavo.kernels.quant.w8a8_hopper` computes it, whose tile this is."""
     prefetched: int = 0
     """Bytes of each of its first rows of weights that a program has fetched into the L2 cache while it waits."""
+
+    def count(self, tokens: int, outputs: int) -> int:
+        """How many tiles there are."""
+        return cdiv(tokens, self.block_m) * cdiv(outputs, self.block_n)
 
 
 def choose_tiles(
@@ -64,30 +68,47 @@ def choose_tiles(
             corrections of zero points.
         blocks: whether there are scales of 128 inputs, so that a step has as many.
     """
+    if tokens > 64 and copied and not narrow:
+        return _choose_gluon(tokens, outputs, properties)
     few = min(max(next_power_of_2(tokens), 16), 64)
-    if not copied:
-        if tokens <= 16:
-            return Tiles(16, 64, 128, 8, 3, 2, turned=True)
-        if tokens <= 64:
-            return Tiles(few, 128, 128, 4, 3, 2, turned=True)
-        return Tiles(128, 128, 128, 8, 3, 1, turned=False)
-    if tokens <= 32:
-        return Tiles(few, 64, 128 if blocks else 256, 4, 8 if blocks else 4, 2, turned=True, prefetched=1024)
-    if tokens <= 64:
-        return Tiles(64, 128, 128, 4, 4, 2, turned=True, prefetched=512)
-    split = Tiles(128, 128, 128, 8, 5, 1, turned=False)
-    if narrow:
-        return split
-    # Times in waves of 128 × 128 outputs at the rate of the widest tiles; predicted, not measured.
-    rows, sms = cdiv(tokens, 128), properties.num_sms
-    squares = rows * cdiv(outputs, 128)
-    times = {
-        Tiles(128, 256, 128, 8, 4, 1, turned=False, may_split=False, gluon=True): 2
-        * cdiv(rows * cdiv(outputs, 256), sms),
-        Tiles(128, 128, 128, 8, 6, 1, turned=False, may_split=False, gluon=True): 1.05 * cdiv(squares, sms),
-        split: 1.25 * squares / sms,
-    }
-    return min(times, key=lambda tiles: times[tiles])
+    if tokens > 64:
+        tiles = Tiles(128, 128, 128, 8, 5 if copied else 3, 1, turned=False)
+    elif copied:
+        tiles = _choose_few(few, outputs, properties, blocks)
+    elif tokens <= 16:
+        tiles = Tiles(16, 64, 128, 8, 3, 2, turned=True)
+    else:
+        tiles = Tiles(few, 128, 128, 4, 3, 2, turned=True)
+    # On an H100, 96 tiles take 1.4 to 2.2 times as long if they are shared. 64 take 1 to 4 % longer where reading the
+    # weights is all there is to do, and 9 to 20 % less with 256 tokens.
+    idle = 3 if tiles.turned else 2
+    return replace(tiles, split=idle * tiles.count(tokens, outputs) <= properties.num_sms)
+
+
+def _choose_few(few: int, outputs: int, properties: DeviceProperties, blocks: bool) -> Tiles:
+    """For up to 64 tokens on Hopper.
+
+    One program a multiprocessor with 160 KB on their way is up to 12 % faster than two with half of that each, except
+    where the last wave of tiles leaves many without one: 28672 outputs are 448 tiles, for which two are 2 to 4 %
+    faster. Measured for up to 16 tokens.
+    """
+    tiles, sms = cdiv(outputs, 64), properties.num_sms
+    block_k = 128 if blocks else 256
+    uneven = tiles > sms and tiles < 0.9 * sms * cdiv(tiles, sms)
+    programs = 2 if blocks or uneven else 1
+    stages = min(8, 192 * 1024 // (programs * (few + 64) * block_k))
+    return Tiles(few, 64, block_k, 4, stages, programs, turned=True, prefetched=1024)
+
+
+def _choose_gluon(tokens: int, outputs: int, properties: DeviceProperties) -> Tiles:
+    """For more than 64 tokens on Hopper: tiles of 256 outputs, or of 128 where those need less than twice the waves.
+
+    A wave of the smaller ones takes 0.51 to 0.60 of one of the larger, the more the more tokens there are.
+    """
+    wide = Tiles(128, 256, 128, 8, 4, 1, turned=False, gluon=True)
+    small = Tiles(128, 128, 128, 8, 6, 1, turned=False, gluon=True)
+    waves = {tiles: cdiv(tiles.count(tokens, outputs), properties.num_sms) for tiles in (wide, small)}
+    return small if 0.56 * waves[small] < waves[wide] else wide
 
 
 @triton.jit
@@ -144,14 +165,7 @@ def _finish(acc, first_m, first_n, epilogue, TURNED: tl.constexpr, BLOCKS: tl.co
     tl.store(out_ptr + m.to(tl.int64) * N + n, y.to(out_ptr.dtype.element_ty), mask=present_m & present_n)
 
 
-@triton.jit
-def _halves(acc):
-    """The left and the right half of the columns."""
-    pairs = acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1)
-    return pairs.split()
-
-
-@triton.jit(do_not_specialize=["M", "tiles", "split", "share", "x_inner", "stride_x_scale", "stride_x_zero"])
+@triton.jit(do_not_specialize=["M", "tiles", "share", "x_inner", "stride_x_scale", "stride_x_zero"])
 def _w8a8_kernel(
     # Few tokens: bound by reading the weights. Many: by the tensor cores. A program walks its tiles in one loop.
     x_desc,
@@ -169,7 +183,6 @@ def _w8a8_kernel(
     N,
     K,
     tiles,
-    split,
     share,
     x_inner,
     stride_x_outer,
@@ -195,13 +208,13 @@ def _w8a8_kernel(
     steps = tl.cdiv(K, BLOCK_K)
     m_tiles, n_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     program, programs = tl.program_id(0), tl.num_programs(0)
-    start = tl.minimum(program * share, split * steps)
-    end = tl.minimum(start + share, split * steps)
-    wholes = tl.maximum(tl.cdiv(tiles - split - program, programs), 0)
+    start = program * share if SPLIT else program * steps
+    left = tl.minimum(share, tiles * steps - start) if SPLIT else tl.cdiv(tiles - program, programs) * steps
+    end = start + left
+    tile, step = start // steps, start % steps
     if PREFETCHED > 0:
-        tile = tl.where(start < end, start // steps, split + program)
         rows = tl.minimum(tile_at(tile, m_tiles, n_tiles)[1] * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
-        k = tl.minimum(tl.where(start < end, start % steps, 0) * BLOCK_K, K - PREFETCHED)
+        k = tl.minimum(step * BLOCK_K, K - PREFETCHED)
         _prefetch(weight_ptr + rows.to(tl.int64) * K + k, PREFETCHED)
     wait_for_previous(CHAINED)
     let_next_start(CHAINED)
@@ -211,57 +224,49 @@ def _w8a8_kernel(
         weight_sum_ptr, bias_ptr,
     )  # fmt: skip
     acc = tl.zeros([ROWS, COLS], SUM)
-    for alone in range(0 if SPLIT else 1, 2):  # first the share of the tiles that are split, then whole ones
-        tile = tl.where(alone == 1, split + program, start // steps)
-        step = tl.where(alone == 1, 0, start % steps)
-        begin = step
-        left = tl.where(alone == 1, wholes * steps, end - start)
-        for _ in tl.range(0, left):
-            m_tile, n_tile = tile_at(tile, m_tiles, n_tiles)
-            first_m, first_n, k = m_tile * BLOCK_M, n_tile * BLOCK_N, step * BLOCK_K
-            m = tl.minimum(first_m + tl.arange(0, BLOCK_M), M - 1)  # what is past the last repeats it
-            n = tl.minimum(first_n + tl.arange(0, BLOCK_N), N - 1)
-            w = _load(weight_ptr, weight_desc, n, first_n, k, K, 1, K, 0, BLOCK_K, TAIL)
-            x = _load(x_ptr, x_desc, m, first_m, k, K, x_inner, stride_x_outer, stride_x_inner, BLOCK_K, TAIL)
-            first, second = (w, x.T) if TURNED else (x, w.T)
-            if BLOCKS:
-                x_scale = tl.load(x_scale_ptr + m.to(tl.int64) * stride_x_scale + step)
-                w_scale = tl.load(weight_scale_ptr + first_n // SCALE_BLOCK * stride_weight_scale + step)
-                scale = x_scale * w_scale
-                acc += tl.dot(first, second) * (scale[None, :] if TURNED else scale[:, None])
-            elif PROMOTED:
-                acc += tl.dot(first, second)
+    begin = step
+    for _ in tl.range(0, left):
+        m_tile, n_tile = tile_at(tile, m_tiles, n_tiles)
+        first_m, first_n, k = m_tile * BLOCK_M, n_tile * BLOCK_N, step * BLOCK_K
+        m = tl.minimum(first_m + tl.arange(0, BLOCK_M), M - 1)  # what is past the last repeats it
+        n = tl.minimum(first_n + tl.arange(0, BLOCK_N), N - 1)
+        w = _load(weight_ptr, weight_desc, n, first_n, k, K, 1, K, 0, BLOCK_K, TAIL)
+        x = _load(x_ptr, x_desc, m, first_m, k, K, x_inner, stride_x_outer, stride_x_inner, BLOCK_K, TAIL)
+        first, second = (w, x.T) if TURNED else (x, w.T)
+        if BLOCKS:
+            x_scale = tl.load(x_scale_ptr + m.to(tl.int64) * stride_x_scale + step)
+            w_scale = tl.load(weight_scale_ptr + first_n // SCALE_BLOCK * stride_weight_scale + step)
+            scale = x_scale * w_scale
+            acc += tl.dot(first, second) * (scale[None, :] if TURNED else scale[:, None])
+        elif PROMOTED:
+            acc += tl.dot(first, second)
+        else:
+            acc = tl.dot(first, second, acc, out_dtype=SUM)
+        step += 1
+        left -= 1
+        done = (step == steps) | (left == 0) if SPLIT else step == steps
+        if done:
+            if SPLIT and ((begin > 0) | (step < steps)):
+                store_part(acc, workspace_ptr, tl.where(begin == 0, 1, 0), tiles)
             else:
-                acc = tl.dot(first, second, acc, out_dtype=SUM)
-            step += 1
-            left -= 1
-            done = (step == steps) | (left == 0)
-            if done:
-                if SPLIT and ((begin > 0) | (step < steps)):
-                    store_part(acc, workspace_ptr, tl.where(begin == 0, 1, 0), split)
-                elif COLS == 256:  # a half at a time, so that nothing spills
-                    left_half, right_half = _halves(acc)
-                    _finish(left_half, first_m, first_n, epilogue, TURNED, BLOCKS)
-                    _finish(right_half, first_m, first_n + COLS // 2, epilogue, TURNED, BLOCKS)
-                else:
-                    _finish(acc, first_m, first_n, epilogue, TURNED, BLOCKS)
-                acc = tl.zeros([ROWS, COLS], SUM)
-            tile = tl.where(done, tile + tl.where(alone == 1, programs, 1), tile)
-            step = tl.where(done, 0, step)
-            begin = tl.where(done, 0, begin)
-        if SPLIT and alone == 0:
-            # The tiles in which the share begins and ends, where others have parts of them.
-            first, last = start // steps, tl.cdiv(end, steps) - 1
-            for tile in range(first, last + 1, tl.maximum(last - first, 1)):
-                # Triton would ask both sides of an `and`.
-                if (tile * steps < start) | (tile * steps + steps > end):  # noqa: SIM102
-                    if is_last(workspace_ptr, tile, steps, share):
-                        m_tile, n_tile = tile_at(tile, m_tiles, n_tiles)
-                        for col in range(0, COLS, WIDTH):
-                            y = sum_parts(workspace_ptr, tile, split, steps, share, col, SUM, ROWS, COLS, WIDTH)
-                            first_m = m_tile * BLOCK_M + (col if TURNED else 0)
-                            first_n = n_tile * BLOCK_N + (0 if TURNED else col)
-                            _finish(y, first_m, first_n, epilogue, TURNED, BLOCKS)
+                _finish(acc, first_m, first_n, epilogue, TURNED, BLOCKS)
+            acc = tl.zeros([ROWS, COLS], SUM)
+        tile = tl.where(done, tile + (1 if SPLIT else programs), tile)
+        step = tl.where(done, 0, step)
+        begin = tl.where(done, 0, begin)
+    if SPLIT:
+        # The tiles in which the share begins and ends, where others have parts of them.
+        first, last = start // steps, (end - 1) // steps
+        for tile in range(first, last + 1, tl.maximum(last - first, 1)):
+            # Triton would ask both sides of an `and`.
+            if (tile * steps < start) | (tile * steps + steps > end):  # noqa: SIM102
+                if is_last(workspace_ptr, tile, steps, share):
+                    m_tile, n_tile = tile_at(tile, m_tiles, n_tiles)
+                    for col in range(0, COLS, WIDTH):
+                        y = sum_parts(workspace_ptr, tile, tiles, steps, share, col, SUM, ROWS, COLS, WIDTH)
+                        first_m = m_tile * BLOCK_M + (col if TURNED else 0)
+                        first_n = n_tile * BLOCK_N + (0 if TURNED else col)
+                        _finish(y, first_m, first_n, epilogue, TURNED, BLOCKS)
 
 
 def _may_copy(x: torch.Tensor, weight: torch.Tensor, properties: DeviceProperties) -> bool:
@@ -294,13 +299,6 @@ def _scale_stride(scale: torch.Tensor | None) -> int:
     return 0 if scale is None or scale.numel() == 1 else 1
 
 
-def _shares(m: int, n: int, k: int, tiles: Tiles, properties: DeviceProperties) -> Shares:
-    steps = cdiv(k, tiles.block_k)
-    least = cdiv(512, tiles.block_k) if tiles.may_split else steps
-    slots = properties.num_sms * tiles.programs_per_sm
-    return share_out(cdiv(m, tiles.block_m) * cdiv(n, tiles.block_n), steps, slots, least)
-
-
 def w8a8(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -331,14 +329,16 @@ def w8a8(
     if t.gluon:
         w8a8_hopper(out, x, weight, x_scale, weight_scale, bias, stride_outer, *strides[:2], t.block_n, t.num_stages)
         return out
-    shares = _shares(m, n, k, t, properties)
-    workspace = None
-    if t.may_split:
-        parts = shares.programs * t.block_m * t.block_n if shares.split else 0  # two a program, of 4 bytes a sum
-        workspace = empty((shares.split + parts,), torch.int64, x.device)
+    tiles, steps = t.count(m, n), cdiv(k, t.block_k)
+    slots = properties.num_sms * t.programs_per_sm
+    programs, share, workspace = min(tiles, slots), 0, None
+    if t.split:
+        programs, share = share_out(tiles, steps, slots, cdiv(512, t.block_k))
+        parts = programs * t.block_m * t.block_n  # two a program, of 4 bytes a sum
+        workspace = empty((tiles + parts,), torch.int64, x.device)
     launch(
         _w8a8_kernel,
-        (shares.programs,),
+        (programs,),
         *(_described(x, weight, t) if copied else (None, None)),
         out,
         workspace,
@@ -352,9 +352,8 @@ def w8a8(
         m,
         n,
         k,
-        shares.tiles,
-        shares.split,
-        shares.share,
+        tiles,
+        share,
         inner,
         stride_outer,
         stride_inner,
@@ -366,7 +365,7 @@ def w8a8(
         BLOCK_N=t.block_n,
         BLOCK_K=t.block_k,
         TURNED=t.turned,
-        SPLIT=t.may_split,
+        SPLIT=t.split,
         BLOCKS=blocks,
         PROMOTED=precise or (t.turned and weight.dtype != torch.int8 and not blocks),  # costs few tokens nothing
         TAIL=not copied and k % t.block_k != 0,

