@@ -294,8 +294,10 @@ def _sum(
             s, m = _of_half(scales, minima, 0, dtype)
         packed = _load_words(words.index(2 * next_stage + group), BLOCKS)
         low = _unpack(packed, s, m, 0, dtype)
-        # This has come already. ptxas would move the above down past the wait below; past this wait's loop it does not.
-        mbarrier.wait(full.index(next_stage), next_phase)
+        if not (BLOCKS == 2 and x.shape[1] == 128):
+            # This has come already. ptxas would move the above down past the wait below; past this wait's loop it does
+            # not. The largest tile is up to a tenth faster without: the two warpgroups overlap each other.
+            mbarrier.wait(full.index(next_stage), next_phase)
         if AGAIN:
             sums, w, low_0, low_1 = warpgroup_mma_wait(0, deps=[sums, w, low[0], low[1]])
         else:
