@@ -12,7 +12,7 @@ from test_int4_linear import case, check
 import octavo
 from octavo.kernels.launch import Recorder, recording
 from octavo.kernels.quant import int4_hopper
-from octavo.kernels.tiles import KNOWN_DEVICES, cdiv
+from octavo.kernels.tiles import KNOWN_DEVICES, cdiv, next_power_of_2
 from octavo.testing import without_interpreter
 
 H100 = KNOWN_DEVICES[90]
@@ -118,6 +118,16 @@ def test_every_step_is_computed_once(m, n, k, programs):
         assert longest <= max(1.05 * count * k_tiles / of, count * k_tiles / of + 1)
     else:
         assert longest == cdiv(count, tiles.programs) * k_tiles
+
+
+@pytest.mark.parametrize(("n", "k"), [(8192, 8192), (28672, 4096), (4096, 14336), (6144, 4096)])
+def test_a_warm_up_at_powers_of_two_meets_every_kernel(n, k):
+    def kernel(m):
+        tiles = int4_hopper.choose_tiles(m, n, k, 128, False, H100)
+        return tiles.blocks, tiles.tokens, tiles.stages, tiles.scale_sums, tiles.shared > 0
+
+    for m in range(1, 5000, 37):
+        assert kernel(m) == kernel(next_power_of_2(m))
 
 
 def test_which_calls_it_takes(monkeypatch):

@@ -362,5 +362,8 @@ def test_tiles_fit():
     many = {(256, 8192): 128, (256, 28672): 256, (256, 57344): 128, (1024, 8192): 256, (1024, 6144): 128}
     assert {shape: chosen(*shape).block_n for shape in many} == many
     assert all(chosen(*shape).gluon for shape in many)
+    for tokens, outputs in ((300, 8192), (70, 57344), (1500, 6144)):  # as a warm-up at powers of two meets it
+        power = 1 << tokens.bit_length()
+        assert chosen(tokens, outputs) == chosen(power, outputs)
     narrow = [chosen(256, n, narrow=True) for n in (4096, 6144)]
     assert [(t.split, t.gluon) for t in narrow] == [(True, False), (False, False)]

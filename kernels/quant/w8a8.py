@@ -60,7 +60,7 @@ class Tiles:
 def choose_tiles(
     tokens: int, outputs: int, properties: DeviceProperties, *, copied: bool, narrow: bool, blocks: bool
 ) -> Tiles:
-    """The tile for a number of tokens and outputs.
+    """The tile for a number of tokens and outputs; it changes at powers of two tokens, so that a warm-up meets all.
 
     Args:
         copied: whether the copy engine loads, on Hopper.
@@ -68,9 +68,10 @@ def choose_tiles(
             corrections of zero points.
         blocks: whether there are scales of 128 inputs, so that a step has as many.
     """
+    tokens = next_power_of_2(tokens)
     if tokens > 64 and copied and not narrow:
         return _choose_gluon(tokens, outputs, properties)
-    few = min(max(next_power_of_2(tokens), 16), 64)
+    few = min(max(tokens, 16), 64)
     if tokens > 64:
         tiles = Tiles(128, 128, 128, 8, 5 if copied else 3, 1, turned=False)
     elif copied:
