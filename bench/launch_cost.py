@@ -89,16 +89,21 @@ class Subject:
 
 
 def planning(inputs: Inputs) -> Callable[[], torch.Tensor]:
-    """`plan_attention` of paged_attention's inputs; it has no benchmark of its own."""
+    """`plan_attention` of paged_attention's inputs."""
     given = [inputs[name] for name in ("query", "key_cache", *TABLES)]
     options = {"max_seqlen_q": inputs["max_seqlen_q"], "window_size": inputs["window"]}
     return lambda: octavo.plan_attention(*given, **options)
 
 
+BORROWED = {"plan_attention": ("paged_attention", planning)}
+"""Ops without a benchmark: whose inputs they are given, and how they are called with them."""
+
+
 def op(name: str, device: torch.device, kind: str = "", change: Shape | None = None) -> Subject:
     """An op at the smallest of its benchmark's shapes, with a `change` of it, and at other numbers of tokens."""
-    benchmark = load("paged_attention" if name == "plan_attention" else name)
-    make = planning if name == "plan_attention" else benchmark.PROVIDERS["octavo"].make
+    module, caller = BORROWED.get(name, (name, None))
+    benchmark = load(module)
+    make = caller or benchmark.PROVIDERS["octavo"].make
     dtype = benchmark.DTYPES[0]
     smallest = min(benchmark.shapes(), key=lambda s: benchmark.bytes_moved(s, dtype))
     if "ctx" in smallest:
@@ -177,7 +182,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("launch_cost: needs a GPU; on a CPU nothing is launched")
     device = torch.device("cuda")
-    names = options.op or [*benchmarks(), "plan_attention"]
+    names = options.op or [*benchmarks(), *BORROWED]
     subjects = yardsticks(device) + [op(name, device) for name in names if name in OPS]
     if "paged_attention" in (options.op or OPS):
         subjects.append(op("paged_attention", device, " of chunks", {"q": 64}))  # other kernels

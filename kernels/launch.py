@@ -301,9 +301,9 @@ def launch(
     """Starts `kernel` over `grid` on `device`; a grid with no programs starts nothing.
 
     `args` are the kernel's arguments in order: pointers first (tensors or None), then numbers; ahead of both what the
-    copy engine reads, if anything, as TensorDescriptors, Triton's or Gluon's. Its
-    constexprs, by name, come last in its signature. One named CHAINED says that the kernel waits by itself for the one
-    before it (`octavo.kernels.tiles.chains`); one named REGISTERS limits a thread's registers, where it is not 0.
+    copy engine reads, if anything, as TensorDescriptors, Triton's or Gluon's. Its constexprs, by name, come last in its
+    signature. One named CHAINED says that the kernel waits by itself for the one before it
+    (`octavo.kernels.tiles.chains`); one named REGISTERS limits a thread's registers, where it is not 0.
     """
     recorder = _recorder.get()
     if recorder is not None:

@@ -24,6 +24,7 @@ from octavo.kernels.attention.prefill_tiles import (
     release_entry,
     wait_for_entry,
 )
+from octavo.kernels.gluon_layouts import wide_layout
 
 # Lists of arguments, one a line, would be longer than the code between them.
 # fmt: off
@@ -123,22 +124,6 @@ def _sweep(
     return acc, weights, top, total, step, tile
 
 
-@gluon.constexpr_function
-def _wide_layout(rows, columns):
-    """Of that many rows in four warps, a thread having eight numbers of a row side by side: 16 bytes.
-
-    A product's result is in the same warps, in other lanes of each four.
-    """
-    more = [[0, 32 << i] for i in range((columns // 32).bit_length() - 1)]
-    return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [0, 4], *more, [8, 0]],
-        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]],
-        block_bases=[],
-        shape=[rows, columns],
-    )
-
-
 @gluon.jit
 def _store(
     acc, top, total, out_ptr, lse_ptr, sinks_ptr, tile_start, query_end, first_head, row, group: gl.constexpr, HEADS:
@@ -161,7 +146,7 @@ def _store(
         gl.store(lse_ptr + at, (top + gl.log2(total)) * LN_2, mask=tile_start + row // PACK < query_end)
     out = (acc * _along(1.0 / total, layout)).to(out_ptr.dtype.element_ty)
     # As the product leaves it, a warp would write 16 bytes of each of eight rows: 7 % of the time of 8 × 2k.
-    wide: gl.constexpr = _wide_layout(ROWS, BLOCK_D)
+    wide: gl.constexpr = wide_layout(ROWS, BLOCK_D)
     out = gl.convert_layout(out, wide)
     row = gl.expand_dims(group * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, wide)), 1)
     d = gl.expand_dims(gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, wide)), 0)

@@ -1,8 +1,8 @@
 """The warps of the Hopper int4 kernel (`int4_hopper.py`) that load: one packed weights and tokens, by TMA, one scales.
 
 Scales are read by those that compute, from the cache, where a warp of its own has brought them: the time from memory is
-that of several steps. Two rows of a packed tile's words stand side by side here, since the
-copy engine's widest swizzle takes 128 bytes.
+that of several steps. Two rows of a packed tile's words stand side by side here, since the copy engine's widest swizzle
+takes 128 bytes.
 """
 
 from triton.experimental import gluon

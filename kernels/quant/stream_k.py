@@ -13,8 +13,6 @@ import triton.language as tl
 
 from octavo.kernels.tiles import cdiv
 
-GROUP = tl.constexpr(8)
-"""Rows of tiles that programs walk together, so that those at work at a time read few rows and columns."""
 SCALE_BLOCK = tl.constexpr(128)
 """Inputs, and outputs, of a block of weights that has a scale of its own."""
 _ARRIVED = tl.constexpr(0x6F63_7461_766F_0000)
@@ -35,7 +33,7 @@ def share_out(tiles: int, steps: int, slots: int, least: int) -> tuple[int, int]
 
 
 @triton.jit
-def tile_at(tile, m_tiles, n_tiles):
+def tile_at(tile, m_tiles, n_tiles, GROUP: tl.constexpr):
     """Row and column of a tile: GROUP rows at a time, column by column."""
     width = GROUP * n_tiles
     first = tile // width * GROUP

@@ -32,6 +32,9 @@ from octavo.kernels.tiles import (
 )
 from octavo.reference.w8a8 import in_blocks
 
+GROUP = tl.constexpr(8)
+"""Rows of tiles that programs walk together, so that those at work at a time read few rows and columns."""
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -214,7 +217,7 @@ def _w8a8_kernel(
     end = start + left
     tile, step = start // steps, start % steps
     if PREFETCHED > 0:
-        rows = tl.minimum(tile_at(tile, m_tiles, n_tiles)[1] * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
+        rows = tl.minimum(tile_at(tile, m_tiles, n_tiles, GROUP)[1] * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
         k = tl.minimum(step * BLOCK_K, K - PREFETCHED)
         _prefetch(weight_ptr + rows.to(tl.int64) * K + k, PREFETCHED)
     wait_for_previous(CHAINED)
@@ -227,7 +230,7 @@ def _w8a8_kernel(
     acc = tl.zeros([ROWS, COLS], SUM)
     begin = step
     for _ in tl.range(0, left):
-        m_tile, n_tile = tile_at(tile, m_tiles, n_tiles)
+        m_tile, n_tile = tile_at(tile, m_tiles, n_tiles, GROUP)
         first_m, first_n, k = m_tile * BLOCK_M, n_tile * BLOCK_N, step * BLOCK_K
         m = tl.minimum(first_m + tl.arange(0, BLOCK_M), M - 1)  # what is past the last repeats it
         n = tl.minimum(first_n + tl.arange(0, BLOCK_N), N - 1)
@@ -262,7 +265,7 @@ def _w8a8_kernel(
             # Triton would ask both sides of an `and`.
             if (tile * steps < start) | (tile * steps + steps > end):  # noqa: SIM102
                 if is_last(workspace_ptr, tile, steps, share):
-                    m_tile, n_tile = tile_at(tile, m_tiles, n_tiles)
+                    m_tile, n_tile = tile_at(tile, m_tiles, n_tiles, GROUP)
                     for col in range(0, COLS, WIDTH):
                         y = sum_parts(workspace_ptr, tile, tiles, steps, share, col, SUM, ROWS, COLS, WIDTH)
                         first_m = m_tile * BLOCK_M + (col if TURNED else 0)

@@ -17,7 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from octavo.kernels.gluon_layouts import wide_layout
 from octavo.kernels.launch import launch
+from octavo.kernels.quant.stream_k import tile_at
 from octavo.kernels.tiles import cdiv, device_properties
 
 BLOCK_M, BLOCK_K = 128, 128
@@ -32,15 +34,6 @@ With 16, int8 takes up to 9 % less for 1024 tokens and more than with 8, and fp8
 
 
 @gluon.jit
-def _tile_at(tile, m_tiles, n_tiles, GROUP: gl.constexpr):
-    """Row and column of a tile: GROUP rows at a time, column by column."""
-    width = GROUP * n_tiles
-    first = tile // width * GROUP
-    rows = gl.minimum(m_tiles - first, GROUP)
-    return first + tile % width % rows, tile % width // rows
-
-
-@gluon.jit
 def _load(
     x_desc, weight_desc, x, weight, full, empty, m_tiles, n_tiles, steps, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
@@ -48,7 +41,7 @@ def _load(
     """What the warp that loads does."""
     i = 0
     for tile in range(gl.program_id(0), m_tiles * n_tiles, gl.num_programs(0)):
-        m, n = _tile_at(tile, m_tiles, n_tiles, GROUP)
+        m, n = tile_at(tile, m_tiles, n_tiles, GROUP)
         for step in range(steps):
             stage = i % STAGES
             mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
@@ -57,19 +50,6 @@ def _load(
             tma.async_copy_global_to_shared(x_desc, [m * BLOCK_M, at], full.index(stage), x.index(stage))
             tma.async_copy_global_to_shared(weight_desc, [n * BLOCK_N, at], full.index(stage), weight.index(stage))
             i += 1
-
-
-@gluon.constexpr_function
-def _wide_layout(rows, columns):
-    """Of that many rows in four warps, a thread having eight numbers of a row side by side: 16 bytes."""
-    more = [[0, 32 << i] for i in range((columns // 32).bit_length() - 1)]
-    return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [0, 4], *more, [8, 0]],
-        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]],
-        block_bases=[],
-        shape=[rows, columns],
-    )
 
 
 @gluon.jit
@@ -92,7 +72,7 @@ def _store(acc, first_m, first_n, epilogue):
     y = acc.to(gl.float32) * gl.expand_dims(x_scale, 1) * gl.expand_dims(weight_scale, 0)
     if bias_ptr is not None:
         y += gl.expand_dims(gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32), 0)
-    wide: gl.constexpr = _wide_layout(ROWS, COLS)
+    wide: gl.constexpr = wide_layout(ROWS, COLS)
     y = gl.convert_layout(y.to(out_ptr.dtype.element_ty), wide)
     m = gl.expand_dims(first_m + gl.arange(0, ROWS, layout=gl.SliceLayout(1, wide)), 1)
     n = gl.expand_dims(first_n + gl.arange(0, COLS, layout=gl.SliceLayout(0, wide)), 0)
@@ -121,7 +101,7 @@ def _compute(
             i += 1
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
-        m, n = _tile_at(tile, m_tiles, n_tiles, GROUP)
+        m, n = tile_at(tile, m_tiles, n_tiles, GROUP)
         first_m, first_n = m * BLOCK_M + group * ROWS, n * BLOCK_N
         left, right = _halves(acc)  # one after the other, so that nothing spills
         _store(left, first_m, first_n, epilogue)
