@@ -47,21 +47,42 @@ Granularity = Literal["token", "tensor", "group"]
 class _Tiles:
     rows: int
     block: int
+    rest: int
     num_warps: int
 
 
 def choose_tiles(width: int) -> _Tiles:
-    """How many elements of a row a program holds at once, and of how many rows; narrow rows share a program."""
+    """How many elements of a row a program holds at once, and of how many rows; narrow rows share a program.
+
+    A row of 4544 is held as 4096 and 512, not as 8192 of which half are nothing: what is held is computed with.
+    """
     block = min(next_power_of_2(width), 16384)
     rows = max(2048 // block, 1)
-    held = rows * block if rows > 1 else next_power_of_2(width + 1) // 2  # a row of 4544 has the warps of 4096
-    return _Tiles(rows, block, min(max(held // 512, 2), 16))
+    rest = 0
+    if rows == 1 and width < block:
+        below = next_power_of_2(width - block // 2)
+        if below < block // 2:
+            block, rest = block // 2, below
+    return _Tiles(rows, block, rest, min(max(rows * block // 512, 2), 16))
+
+
+@triton.jit
+def _load(x_ptrs, present, cols, N):
+    return tl.load(x_ptrs[:, None] + cols[None, :], mask=present[:, None] & (cols < N)[None, :], other=0.0).to(
+        tl.float32
+    )  # [ROWS, columns]
+
+
+@triton.jit
+def _store(q_ptrs, x, inverse, present, cols, N, LIMIT: tl.constexpr, NATIVE: tl.constexpr):
+    q = rounded(x * inverse[:, None], q_ptrs.dtype.element_ty, LIMIT, NATIVE)
+    tl.store(q_ptrs[:, None] + cols[None, :], q, mask=present[:, None] & (cols < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["total", "x_inner"])
 def _quantize_rows_kernel(
     # Bound by memory: x read once, a byte an element written. A row is what shares a scale: `groups` of them make up a
-    # row of x. A program keeps ROWS of them in registers, or walks a wider one twice.
+    # row of x. A program keeps ROWS of them in registers, as BLOCK and REST columns, or walks a wider one twice.
     q_ptr,
     scale_ptr,
     x_ptr,
@@ -73,9 +94,10 @@ def _quantize_rows_kernel(
     stride_x_inner,
     LIMIT: tl.constexpr,
     NATIVE: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    REST: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
@@ -85,25 +107,27 @@ def _quantize_rows_kernel(
     cols = tl.arange(0, BLOCK)
     wait_for_previous(CHAINED)
     let_next_start(CHAINED)
-    if ONE_BLOCK:
-        mask = present[:, None] & (cols < N)[None, :]
-        x = tl.load(x_ptrs[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
-        scale = scale_of(tl.max(magnitude(x), 1), LIMIT)  # [ROWS]
-        q = rounded(x * tl.div_rn(1.0, scale)[:, None], q_ptr.dtype.element_ty, LIMIT, NATIVE)
-        tl.store(q_ptrs[:, None] + cols[None, :], q, mask=mask)
+    if IN_REGISTERS:
+        x = _load(x_ptrs, present, cols, N)
+        largest = tl.max(magnitude(x), 1)  # [ROWS]
+        if REST > 0:
+            rest_cols = BLOCK + tl.arange(0, REST)
+            rest = _load(x_ptrs, present, rest_cols, N)
+            largest = tl.maximum(largest, tl.max(magnitude(rest), 1))
+        scale = scale_of(largest, LIMIT)
+        inverse = tl.div_rn(1.0, scale)
+        _store(q_ptrs, x, inverse, present, cols, N, LIMIT, NATIVE)
+        if REST > 0:
+            _store(q_ptrs, rest, inverse, present, rest_cols, N, LIMIT, NATIVE)
     else:
-        largest = tl.zeros([ROWS, BLOCK], tl.float32)
+        held = tl.zeros([ROWS, BLOCK], tl.float32)
         for start in range(0, N, BLOCK):
-            mask = present[:, None] & (start + cols < N)[None, :]
-            x = tl.load(x_ptrs[:, None] + (start + cols)[None, :], mask=mask, other=0.0).to(tl.float32)
-            largest = tl.maximum(largest, magnitude(x))
-        scale = scale_of(tl.max(largest, 1), LIMIT)
-        inverse = tl.div_rn(1.0, scale)[:, None]
+            held = tl.maximum(held, magnitude(_load(x_ptrs, present, start + cols, N)))
+        scale = scale_of(tl.max(held, 1), LIMIT)
+        inverse = tl.div_rn(1.0, scale)
         for start in range(0, N, BLOCK):
-            mask = present[:, None] & (start + cols < N)[None, :]
-            x = tl.load(x_ptrs[:, None] + (start + cols)[None, :], mask=mask, other=0.0).to(tl.float32)
-            q = rounded(x * inverse, q_ptr.dtype.element_ty, LIMIT, NATIVE)
-            tl.store(q_ptrs[:, None] + (start + cols)[None, :], q, mask=mask)
+            x = _load(x_ptrs, present, start + cols, N)
+            _store(q_ptrs, x, inverse, present, start + cols, N, LIMIT, NATIVE)
     tl.store(scale_ptr + row, scale, mask=present)
 
 
@@ -132,9 +156,10 @@ def _quantize_cuda(
         device=x.device,
         num_warps=tiles.num_warps,
         **rounding(dtype, x.device),
-        ONE_BLOCK=tiles.block >= width,
+        IN_REGISTERS=tiles.block + tiles.rest >= width,
         ROWS=tiles.rows,
         BLOCK=tiles.block,
+        REST=tiles.rest,
         CHAINED=chains(x.device),
     )
     return q, scale
