@@ -21,6 +21,7 @@ from octavo.kernels.quant.rounding import (
     FP8,
     check_group_size,
     check_static_scale,
+    largest_of,
     magnitude,
     rounded,
     rounding,
@@ -109,11 +110,11 @@ def _quantize_rows_kernel(
     let_next_start(CHAINED)
     if IN_REGISTERS:
         x = _load(x_ptrs, present, cols, N)
-        largest = tl.max(magnitude(x), 1)  # [ROWS]
+        largest = largest_of(x) if ROWS == 1 else tl.max(magnitude(x), 1)  # [ROWS]
         if REST > 0:
             rest_cols = BLOCK + tl.arange(0, REST)
             rest = _load(x_ptrs, present, rest_cols, N)
-            largest = tl.maximum(largest, tl.max(magnitude(rest), 1))
+            largest = tl.maximum(largest, largest_of(rest))
         scale = scale_of(largest, LIMIT)
         inverse = tl.div_rn(1.0, scale)
         _store(q_ptrs, x, inverse, present, cols, N, LIMIT, NATIVE)
