@@ -394,7 +394,7 @@ PEERS = [
 
 @pytest.mark.parametrize(("name", "shape", "provider"), PEERS, ids=[f"{n}-{p}-{label(s)}" for n, s, p in PEERS])
 def test_a_missing_peer_is_an_import_error(name, shape, provider, monkeypatch):
-    for package in ("flashinfer", "vllm", "liger_kernel", "conch"):
+    for package in ("flashinfer", "vllm", "liger_kernel", "conch", "gemlite"):
         for loaded in [m for m in sys.modules if m.split(".")[0] == package]:
             monkeypatch.delitem(sys.modules, loaded)
         monkeypatch.setitem(sys.modules, package, None)
