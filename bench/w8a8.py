@@ -34,7 +34,7 @@ def draw(
             return torch.randint(-127, 128, (rows, k), generator=generator, device=device, dtype=operand)
         out = torch.empty(rows, k, device=device, dtype=operand)
         for piece in out.split(max(1, PIECE // k)):
-            piece.copy_(torch.randn(piece.shape, generator=generator, device=device) * 100)
+            piece.copy_((torch.randn(piece.shape, generator=generator, device=device) * 100).clamp_(-448, 448))
         return out
 
     def scales(*size: int) -> torch.Tensor:
