@@ -230,20 +230,21 @@ class TestOnHopper:
         assert_accurate(out, plain * share[..., None], low * share[..., None].bfloat16())
         assert_accurate(lse, torch.logaddexp(log, sinks.double().expand_as(log)), low_log.float().logaddexp(sinks))
 
-    def test_rings(self):
+    @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, *features.FLOAT8], ids=str)
+    def test_rings(self, cache_dtype):
         """A ring holds what a window needs: the result is that of the full cache."""
-        args, _ = case([(100, 500), (60, 60), (33, 1000)])
-        for name in ("key_cache", "value_cache"):
-            args[name] = args[name].clone()
+        lengths = [(100, 500), (60, 60), (33, 1000)]
+        args = case(lengths)[0] if cache_dtype == torch.bfloat16 else float8_case(lengths, cache_dtype)
         options = dict(max_seqlen_q=100, window_size=50)
         width = 10  # of 16 slots, for 149 keys
         ring = args | {name: torch.full_like(args[name], torch.nan) for name in ("key_cache", "value_cache")}
         ring["block_table"] = torch.arange(3 * width, device="cuda", dtype=torch.int32).view(3, width)
-        for b, keys in enumerate((500, 60, 1000)):
+        for b, (_, keys) in enumerate(lengths):
             j = torch.arange(max(0, keys - width * 16), keys, device="cuda")
             for name in ("key_cache", "value_cache"):
                 page = ring["block_table"][b, j // 16 % width].long()
                 ring[name][page, j % 16] = args[name][args["block_table"][b, j // 16].long(), j % 16]
+        assert launched(ring, 100, window_size=50, rolling=True) == ["_reset_kernel", "_prefill_kernel"]
         out = octavo.paged_attention(**ring, **options, rolling=True)
         assert torch.equal(out, octavo.paged_attention(**args, **options))
 
@@ -264,6 +265,12 @@ class TestOnHopper:
             assert launched(args, 1000) == ["_reset_kernel", "_prefill_kernel"]
             features.check(args, 1000)
             features.check(args, 1000, window_size=70)
+
+    @pytest.mark.parametrize("layout", ["heads first", "halves of pages, heads first", "halves of heads"])
+    def test_float8_caches_in_any_order(self, layout):
+        args = float8_case([(200, 700), (90, 90)], torch.float8_e4m3fn, layout=layout, page_size=32)
+        assert launched(args, 1000) == ["_reset_kernel", "_prefill_kernel"]
+        features.check(args, 1000)
 
     @pytest.mark.parametrize("cache_dtype", features.FLOAT8, ids=str)
     def test_float8_caches_of_long_sequences(self, cache_dtype):

@@ -192,7 +192,7 @@ def _prefill_kernel(
             raw_keys, raw_values, keys, values, raw_keys_full, raw_values_full, raw_keys_read, raw_values_read,
             keys_full, values_full, queries_read, keys_read, values_read, entries, ring_full, ring_empty, k_scale_ptr,
             stride_k_scale, GROUP, BLOCK_N, STAGES, RAW_KEYS, RAW_VALUES)),
-    ][:PARTITIONS], [4, 1, 1, 1, 4][:PARTITIONS - 1], [208 if IN_FLOAT8 else 240, 40, 40, 40, 56][:PARTITIONS - 1])
+    ][:PARTITIONS], [4, 1, 1, 1, 4][:PARTITIONS - 1], [216 if IN_FLOAT8 else 240, 40, 40, 40, 40][:PARTITIONS - 1])
     # fmt: on
 
 

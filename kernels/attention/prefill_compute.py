@@ -305,8 +305,12 @@ def compute(
                 left = gl.maximum(left, (first_position + BLOCK_Q - window + BLOCK_N - 1) // BLOCK_N)
             left = gl.minimum(gl.maximum(left, low), right)
         tile = high - 2
-        until = right
-        for _ in range(2 if FROM else 1):  # code once, and fewer registers: from the right end, then at the left
+        for part in range(2 if FROM else 1):  # code once, and fewer registers: from the right end, then at the left
+            # Not carried from part to part: of a number that is but a bound of inner loops, the compiler (Triton 3.6
+            # and 3.7) takes the first value for all.
+            until = right
+            if FROM:
+                until = gl.where(part == 0, right, field(entries, done, LOW, 4))
             acc, weights, top, total, step, tile = _sweep(
                 until, acc, weights, top, total, query, keys, values, keys_full, values_full, keys_read, values_read,
                 step, tile, entries, done, token, window, scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP, D, ROWS,
@@ -317,7 +321,6 @@ def compute(
                 step, tile, entries, done, token, window, scale, cap, False, CAUSAL, WINDOW, FROM, SOFTCAP, D, ROWS,
                 BLOCK_N, STAGES,
             )
-            until = field(entries, done, LOW, 4)
 
         # The next tile's first scores, beside the last of this one's values.
         done += 1

@@ -1,7 +1,7 @@
 """The warpgroup of the prefill kernel (`prefill.py`) that converts a float8 cache to the dtype of the queries.
 
 Beside queries of 16 bits, the tensor cores take keys and values of 16 bits, from shared memory. They come as float8,
-half the bytes; a tile is read into registers, its place given back, and written again where the products look for it.
+half the bytes; a tile is read into registers and written again where the products look for it.
 """
 
 from triton.experimental import gluon
@@ -44,24 +44,23 @@ def _widened(x, dtype: gl.constexpr):
 def _convert(raw, raw_read, out, out_read, phase, out_full, flip, first, last):
     """One tile, with the bits of `flip` inverted, and zeros for what lies outside of rows `first` to `last`."""
     COLUMNS: gl.constexpr = raw.shape[1]
+    ROWS: gl.constexpr = 4096 // COLUMNS  # at a time, for which there are registers
     layout: gl.constexpr = _layout(COLUMNS)
+    mbarrier.wait(out_read, phase)
     if (flip == 0) & (first <= 0) & (last >= raw.shape[0]):
-        x = raw.load(layout)
-        mbarrier.arrive(raw_read, count=1)  # the next tile may come while this one waits for its place
-        mbarrier.wait(out_read, phase)
-        out.store(_widened(x, out.dtype))
+        for piece in gl.static_range(raw.shape[0] // ROWS):
+            out.slice(piece * ROWS, ROWS).store(_widened(raw.slice(piece * ROWS, ROWS).load(layout), out.dtype))
     else:
-        ROWS: gl.constexpr = 4096 // COLUMNS  # at a time, for which there are registers
-        mbarrier.wait(out_read, phase)
         for piece in gl.static_range(raw.shape[0] // ROWS):
             row = gl.expand_dims(piece * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), 1)
             bits = raw.slice(piece * ROWS, ROWS).load(layout).to(gl.int8, bitcast=True) ^ flip
             bits = gl.where((row >= first) & (row < last), bits, gl.zeros([ROWS, COLUMNS], gl.int8, layout))
             out.slice(piece * ROWS, ROWS).store(_widened(bits.to(raw.dtype, bitcast=True), out.dtype))
-        mbarrier.arrive(raw_read, count=1)
-    # What these threads have written, the tensor cores are to see.
+    # What these threads have written, the tensor cores are to see. And only now, with what was read used, is the place
+    # that it came from given back: neither a barrier nor an arrival waits for loads that are still under way.
     fence_async_shared()
     mbarrier.arrive(out_full, count=1)
+    mbarrier.arrive(raw_read, count=1)
 
 
 @gluon.jit

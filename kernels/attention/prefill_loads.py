@@ -166,10 +166,8 @@ def load_values(
             place = step % PLACES
             ids = _page_ids(table_ptr, tile, start, end, num_pages, table_width, PAGE_SIZE, BOX, ROLLING, BLOCK_N)
             mbarrier.wait(values_read.index((step + LATE) % PLACES), (step + LATE) // PLACES & 1 ^ 1)
-            cut = ((tile + 1) * BLOCK_N > end) | (tile * BLOCK_N < start)
-            if FLOAT8:
-                cut = False  # zeroed when it is converted
-            if cut:
+            # Of a float8 cache, what is not there is zeroed when it is converted.
+            if not FLOAT8 and ((tile + 1) * BLOCK_N > end) | (tile * BLOCK_N < start):
                 full = cut_off.index(0)
                 _load_tile(
                     value_desc, value_boxes, full, place, tile, head // GROUP, ids, PAGE_SIZE, BOX, BLOCK_N, BLOCK_D
