@@ -58,7 +58,14 @@ def run_in_python(x, packed, scale, minimum, bias, group_size, tiles):
     for tile in range(tiles.shared):
         for chunk in range(cdiv(min(m, tiles.tokens) * tiles.outputs, tiles.parts_block)):
             namespace((MODULES[0], MODULES[3]), (tile, chunk), tiles.shared)["_int4_parts_kernel"](
-                out, pointer(bias), workspace, *map(Number, numbers), tiles.outputs, tiles.tokens, tiles.parts_block, False
+                out,
+                pointer(bias),
+                workspace,
+                *map(Number, numbers),
+                tiles.outputs,
+                tiles.tokens,
+                tiles.parts_block,
+                False,
             )
     return torch.from_numpy(out.memory).view(m, n).to(x.dtype)
 

@@ -317,3 +317,8 @@ def launches(dtype):
         for group, with_minimum in ((128, False), (128, True), (64, True), (32, True)):
             scale = torch.empty(4096 // group, 4096, device="meta", dtype=x.dtype)
             int4._int4_linear_cuda(x, packed, scale, scale if with_minimum else None, None, group)
+    # Hopper's kernel has other tiles, or shares them, where there are more outputs or inputs.
+    for m, n, k in ((7, 28672, 4096), (7, 4096, 14336), (20, 28672, 4096), (20, 4096, 14336), (256, 28672, 4096)):
+        x = torch.empty(m, k, device="meta", dtype=dtype)
+        packed = torch.empty(n // 64, k // 128, 64, 32, device="meta", dtype=torch.int16)
+        int4._int4_linear_cuda(x, packed, torch.empty(k // 128, n, device="meta", dtype=dtype), None, None, 128)

@@ -366,7 +366,6 @@ def compute(
                 mbarrier.wait(left.index(side), parity)
                 for other in gl.static_range(TURNS - 1):
                     acc += turns.index(other * SIDES + side).load(acc_layout)
-                mbarrier.arrive(taken.index(side), count=1)
             token = token_tile * TOKENS
             if end - k < k_tiles:
                 slot = slot_of(program, tile, programs, shared, k_tiles)
@@ -374,4 +373,6 @@ def compute(
                 _leave(acc, part_ptr, M - token, OUTPUTS, TOKENS)
             else:
                 _store(acc, out_ptr, bias_ptr, row, token, M, N, BLOCKS, TOKENS)
+            if TURNS > 1:  # behind the use of what was loaded, so that it has come
+                mbarrier.arrive(taken.index(side), count=1)
         parity ^= 1
