@@ -171,8 +171,13 @@ def groups_of_step(group_size: int) -> int:
     return 1 if group_size % 128 == 0 else 2 if group_size == 64 else 4
 
 
-STEP_US = {16: (0.14, 0.14), 32: (0.15, 0.15), 64: (0.28, 0.25), 128: (0.416, 0.378)}
-"""By the tokens and the blocks of a tile, what a multiprocessor takes for a packed tile of a step at best."""
+CUTS = {
+    16: {(1, 4, 1): 0.14, (2, 2, 1): 0.14},
+    32: {(1, 4, 1): 0.15, (2, 2, 1): 0.15},
+    64: {(2, 2, 1): 0.21, (2, 1, 1): 0.28, (2, 1, 2): 0.25},
+    128: {(2, 1, 1): 0.416, (2, 1, 2): 0.378},
+}
+"""By tokens: sides, turns and blocks, and the microseconds that a packed tile takes a multiprocessor at best."""
 BYTES_A_US = 3.05e6
 """Of reading weights."""
 PARTS_US, PART_BYTES_A_US = 2.5, 2e6
@@ -210,7 +215,8 @@ def _time(tiles: Tiles, m: int, n: int, k: int) -> float:
 
     def of_steps(steps: float, programs: int) -> float:
         memory = step_tiles * 1.03 * TILE_BYTES * programs / BYTES_A_US
-        return steps * max(step_tiles * STEP_US[tiles.tokens][tiles.blocks - 1], memory if tiles.tokens <= 64 else 0)
+        own = step_tiles * CUTS[tiles.tokens][tiles.sides, tiles.turns, tiles.blocks]
+        return steps * max(own, memory if tiles.tokens <= 64 else 0)
 
     if tiles.shared:
         parts = (tiles.programs + tiles.shared) * tiles.outputs * min(m, tiles.tokens) * 4
@@ -225,10 +231,12 @@ def _fastest(
 ) -> tuple[tuple[int, int, int], int, bool, int]:
     """What `cut` takes from `warpgroups` to `stages`, by `_time`, for m a power of two."""
     tokens = min(max(m, 16), 128)
-    if tokens <= 32:
-        possible, stages = [(1, 4, 1), (2, 2, 1)], 16
-    else:  # two blocks of 128 tokens have no registers for four scales
-        possible, stages = [(2, 1, blocks) for blocks in (1, 2) if blocks == 1 or tokens == 64 or per_step < 4], 11
+    possible = list(CUTS[tokens])
+    if tokens == 64 and not scale_sums:
+        possible.remove((2, 2, 1))  # registers
+    if tokens == 128 and per_step == 4:
+        possible.remove((2, 1, 2))
+    stages = 16 if tokens <= 32 else 11
     choices = [(groups, tokens, sharing, stages) for groups in possible for sharing in (False, True)]
     return min(choices, key=lambda choice: _time(cut(m, n, k, *choice, properties, scale_sums), m, n, k))
 

@@ -40,7 +40,7 @@ def _int4_parts_kernel(
             part_ptr = workspace_ptr + slot.to(gl.int64) * (OUTPUTS * TOKENS)
             parts = parts + (gl.load(part_ptr + inside, mask=wanted & (start + j <= last), other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
         for j in gl.static_range(AT_ONCE):
-            total += parts[j]  # type: ignore[misc]
+            total += parts[j]
     if bias_ptr is not None:
         total += gl.load(bias_ptr + n, mask=wanted, other=0.0).to(gl.float32)
     gl.store(out_ptr + m.to(gl.int64) * N + n, total.to(out_ptr.dtype.element_ty), mask=wanted)
