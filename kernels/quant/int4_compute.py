@@ -1,7 +1,9 @@
 """The warpgroups of the Hopper int4 kernel (`int4_hopper.py`) that compute, each 64 · BLOCKS outputs of a tile.
 
 Weights are the first operand: they go from shared memory through registers, where they are dequantised, into the tensor
-cores. While these are at 64 inputs, the next 64 are dequantised; and the two warpgroups fill each other's gaps.
+cores. While these are at 64 inputs, the next 64 are dequantised; and the warpgroups, two or four, fill each other's
+gaps. SIDES of them stand side by side; TURNS of them take turns at the steps of the same outputs, and the first adds up
+their sums, in their order.
 
 Dequantising: a nibble is put into the mantissa of 128 (bf16) or 1024 (fp16), which costs one instruction for two
 weights, and 128 + 8 subtracted, which leaves q - 8; then one fma makes it a weight, rounded once:

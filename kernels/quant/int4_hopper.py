@@ -166,6 +166,10 @@ class Tiles:
         return 512 if self.tokens <= 32 else 2048
 
 
+Cut = tuple[tuple[int, int, int], int, bool, int]
+"""What `cut` takes from `warpgroups` to `stages`."""
+
+
 def groups_of_step(group_size: int) -> int:
     """How many groups the kernel looks up for 128 inputs: those of other sizes for each plane of 32 inputs."""
     return 1 if group_size % 128 == 0 else 2 if group_size == 64 else 4
@@ -226,10 +230,8 @@ def _time(tiles: Tiles, m: int, n: int, k: int) -> float:
 
 
 @cache
-def _fastest(
-    m: int, n: int, k: int, per_step: int, scale_sums: bool, properties: DeviceProperties
-) -> tuple[tuple[int, int, int], int, bool, int]:
-    """What `cut` takes from `warpgroups` to `stages`, by `_time`, for m a power of two."""
+def _fastest(m: int, n: int, k: int, per_step: int, scale_sums: bool, properties: DeviceProperties) -> Cut:
+    """The fastest by `_time`, for m a power of two."""
     tokens = min(max(m, 16), 128)
     possible = list(CUTS[tokens])
     if tokens == 64 and not scale_sums:
@@ -237,8 +239,11 @@ def _fastest(
     if tokens == 128 and per_step == 4:
         possible.remove((2, 1, 2))
     stages = 16 if tokens <= 32 else 11
-    choices = [(groups, tokens, sharing, stages) for groups in possible for sharing in (False, True)]
-    return min(choices, key=lambda choice: _time(cut(m, n, k, *choice, properties, scale_sums), m, n, k))
+
+    def time(choice: Cut) -> float:
+        return _time(cut(m, n, k, *choice, properties, scale_sums), m, n, k)
+
+    return min(((groups, tokens, sharing, stages) for groups in possible for sharing in (False, True)), key=time)
 
 
 def choose_tiles(m: int, n: int, k: int, group_size: int, with_minimum: bool, properties: DeviceProperties) -> Tiles:
