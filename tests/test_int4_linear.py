@@ -305,6 +305,24 @@ def test_errors(change, error, message):
         octavo.int4_linear(**args)
 
 
+HOPPER_CUTS = [
+    (7, 8704, 1024, 128, False),
+    (7, 28672, 4096, 128, False),
+    (7, 4096, 14336, 128, False),
+    (20, 8704, 1024, 128, False),
+    (20, 8704, 1024, 32, True),
+    (20, 17408, 1024, 128, False),
+    (20, 17408, 1024, 32, True),
+    (20, 512, 4096, 128, False),
+    (20, 1024, 8192, 128, False),
+    (64, 17408, 1024, 128, False),
+    (64, 2048, 28672, 128, False),
+    (256, 512, 1024, 128, False),
+    (256, 2048, 28672, 128, False),
+]
+"""Tokens, outputs, inputs, group size and minimum, for each of which Hopper's kernel is cut or shared in another way."""
+
+
 def launches(dtype):
     """Every tile choice that ships, on meta tensors: tests/test_compile.py compiles them.
 
@@ -317,8 +335,8 @@ def launches(dtype):
         for group, with_minimum in ((128, False), (128, True), (64, True), (32, True)):
             scale = torch.empty(4096 // group, 4096, device="meta", dtype=x.dtype)
             int4._int4_linear_cuda(x, packed, scale, scale if with_minimum else None, None, group)
-    # Hopper's kernel has other tiles, or shares them, where there are more outputs or inputs.
-    for m, n, k in ((7, 28672, 4096), (7, 4096, 14336), (20, 28672, 4096), (20, 4096, 14336), (256, 28672, 4096)):
+    for m, n, k, group, with_minimum in HOPPER_CUTS:
         x = torch.empty(m, k, device="meta", dtype=dtype)
         packed = torch.empty(n // 64, k // 128, 64, 32, device="meta", dtype=torch.int16)
-        int4._int4_linear_cuda(x, packed, torch.empty(k // 128, n, device="meta", dtype=dtype), None, None, 128)
+        scale = torch.empty(k // group, n, device="meta", dtype=dtype)
+        int4._int4_linear_cuda(x, packed, scale, scale if with_minimum else None, None, group)

@@ -176,14 +176,14 @@ def groups_of_step(group_size: int) -> int:
 
 
 CUTS = {
-    16: {(1, 4, 1): 0.14, (2, 2, 1): 0.14},
-    32: {(1, 4, 1): 0.15, (2, 2, 1): 0.15},
-    64: {(2, 2, 1): 0.21, (2, 1, 1): 0.28, (2, 1, 2): 0.25},
+    16: {(1, 4, 1): 0.14, (2, 2, 1): 0.14, (4, 1, 1): 0.14},
+    32: {(1, 4, 1): 0.15, (2, 2, 1): 0.15, (4, 1, 1): 0.15},
+    64: {(2, 2, 1): 0.21, (4, 1, 1): 0.21, (2, 1, 1): 0.28, (2, 1, 2): 0.25},
     128: {(2, 1, 1): 0.416, (2, 1, 2): 0.378},
 }
 """By tokens: sides, turns and blocks, and the microseconds that a packed tile takes a multiprocessor at best."""
-BYTES_A_US = 3.05e6
-"""Of reading weights."""
+MEMORY_BYTES_A_US, CACHE_BYTES_A_US = 3.05e6, 6.5e6
+"""What comes from memory, which is the weights, and from the cache, with the tokens that each program reads again."""
 PARTS_US, PART_BYTES_A_US = 2.5, 2e6
 """What adding up the parts of shared tiles takes, and how fast they are written and read."""
 
@@ -217,10 +217,13 @@ def _time(tiles: Tiles, m: int, n: int, k: int) -> float:
     k_tiles, step_tiles = cdiv(k, 128), tiles.sides * tiles.blocks
     count = cdiv(n, tiles.outputs) * cdiv(m, tiles.tokens)
 
+    own = step_tiles * CUTS[tiles.tokens][tiles.sides, tiles.turns, tiles.blocks]
+    weights = step_tiles * 1.03 * TILE_BYTES  # and scales
+    from_cache = weights + min(m, tiles.tokens) * 256
+
     def of_steps(steps: float, programs: int) -> float:
-        memory = step_tiles * 1.03 * TILE_BYTES * programs / BYTES_A_US
-        own = step_tiles * CUTS[tiles.tokens][tiles.sides, tiles.turns, tiles.blocks]
-        return steps * max(own, memory if tiles.tokens <= 64 else 0)
+        memory = weights * programs / MEMORY_BYTES_A_US if tiles.tokens <= 64 else 0  # else it is read several times
+        return steps * max(own, memory, from_cache * programs / CACHE_BYTES_A_US)
 
     if tiles.shared:
         parts = (tiles.programs + tiles.shared) * tiles.outputs * min(m, tiles.tokens) * 4
@@ -234,10 +237,11 @@ def _fastest(m: int, n: int, k: int, per_step: int, scale_sums: bool, properties
     """The fastest by `_time`, for m a power of two."""
     tokens = min(max(m, 16), 128)
     possible = list(CUTS[tokens])
+    # The others have too few registers.
     if tokens == 64 and not scale_sums:
-        possible.remove((2, 2, 1))  # registers
-    if tokens == 128 and per_step == 4:
-        possible.remove((2, 1, 2))
+        possible = [(2, 1, 1), (2, 1, 2)]
+    elif tokens == 128 and per_step == 4:
+        possible = [(2, 1, 1)]
     stages = 16 if tokens <= 32 else 11
 
     def time(choice: Cut) -> float:
