@@ -320,7 +320,7 @@ HOPPER_CUTS = [
     (256, 512, 1024, 128, False),
     (256, 2048, 28672, 128, False),
 ]
-"""Tokens, outputs, inputs, group size and minimum, for each of which Hopper's kernel is cut or shared in another way."""
+"""Tokens, outputs, inputs, group size and minimum, each of which Hopper's kernel cuts or shares in another way."""
 
 
 def launches(dtype):
