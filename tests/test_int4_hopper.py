@@ -79,7 +79,7 @@ def run_in_python(x, packed, scale, minimum, bias, group_size, tiles):
         (5, 130, 480, 32, True, False, 3, {}),
         (7, 520, 480, 96, False, True, 4, {}),
         (3, 5, 32, 32, False, True, 3, {}),
-        (60, 300, 1024, 256, False, False, 3, {"stages": 2}),
+        (60, 300, 1024, 256, False, False, 3, {"stages": 4}),
         (60, 300, 384, 384, True, True, 2, {}),
         (130, 520, 384, 128, True, True, 5, {"stages": 2}),
         (300, 260, 256, 64, False, False, 2, {"width": 2}),

@@ -38,8 +38,8 @@ from octavo.kernels.tiles import (
 
 TILE_BYTES = 4096
 """Of a packed tile: 64 outputs by 128 inputs."""
-OTHER_BYTES = 6144
-"""Of shared memory: barriers, and the results' way from lane to lane."""
+OTHER_BYTES = 2048
+"""Of shared memory: the results' way from lane to lane, for each warpgroup that writes some; and as much for barriers."""
 
 
 # Lists of arguments, one a line, would be longer than the code between them.
@@ -207,7 +207,7 @@ def cut(
     if sharing:
         programs = min(properties.num_sms, max(tiles, tiles * cdiv(k, 128) // 2))
         shared = tiles % programs + (programs if tiles > programs else 0)
-    room = properties.shared_memory - OTHER_BYTES - (turns - 1) * sides * blocks * tokens * 256
+    room = properties.shared_memory - (sides + 1) * OTHER_BYTES - (turns - 1) * sides * blocks * tokens * 256
     stages = min(room // (sides * blocks * TILE_BYTES + tokens * 256), stages) // turns * turns
     return Tiles(sides, turns, blocks, tokens, stages, scale_sums, programs, shared, min(token_tiles, 16))
 
