@@ -4,14 +4,15 @@ A program on each multiprocessor: two warps load, by TMA (`int4_loads.py`), two 
 (`int4_compute.py`). What a program computes is told by `int4_shares.py`; tiles that programs share are added up by a
 second kernel (`int4_parts.py`), which is launched only where there are some.
 
-What bounds a step of few tokens, 64 outputs by 128 inputs, 4 KiB: from memory it comes in 300 cycles of an H100's
-multiprocessor (3.05 TB/s among 132 of them, 1.75 GHz). Unpacking it takes a warp 32 LOP3, 24 shifts and 32 HFMA2, the
-rest of the loop some 100 instructions, and a warpgroup has a warp on each of four schedulers: 190 cycles to issue, 112
-of the pipe that does LOP3 and shifts. So instructions leave room, but not their latencies: a step is two products that
-depend on each other, a wait for each, and four barriers, which two warpgroups (in 1077 cycles a pair of steps, as
-measured) cannot hide. So for few tokens there are four, one step each at a time, of the same 64 outputs where tiles
-that small fill the GPU: then nothing is shared, and nothing added up but the four, in shared memory. Four chains need
-300 · 4 = 1200 cycles a step or less to keep up with the memory.
+What bounds few tokens. A step of 64 outputs by 128 inputs is 4 KiB, which come from memory in 310 cycles of an H100's
+multiprocessor (3.05 TB/s for 132 of them, at 1.75 GHz). To unpack it takes each warp of a warpgroup, one on each of the
+four schedulers, 32 LOP3, 24 shifts and 32 HFMA2, of the 185 instructions of its loop (SASS; there were 200 before scales
+were loaded behind their use): 185 cycles to issue them, 112 of the pipe of LOP3 and shifts. So instructions leave room;
+what does not is latency. A step is two products, the second of which adds to the first's sums, with a wait for each and
+four barriers of the warpgroup, and two warpgroups took 1077 cycles a step each, as measured. So up to 64 tokens there
+are four, which must take 1240 or less to keep up with the memory. With turns at the same 64 outputs they make tiles so
+small that 8192 outputs are 128 of them, and nothing is shared. Not measured yet: with the 3 µs that a launch and its
+first and last step take, 8192 × 8192 should take 14.5 µs at one token, 28672 × 4096 23, 4096 × 14336 16.
 """
 
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from octavo.kernels.tiles import (
 TILE_BYTES = 4096
 """Of a packed tile: 64 outputs by 128 inputs."""
 OTHER_BYTES = 2048
-"""Of shared memory: the results' way from lane to lane, for each warpgroup that writes some; and as much for barriers."""
+"""Of shared memory, for barriers, and as much for each warpgroup that writes results: their way from lane to lane."""
 
 
 # Lists of arguments, one a line, would be longer than the code between them.
