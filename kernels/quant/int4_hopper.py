@@ -6,7 +6,7 @@ second kernel (`int4_parts.py`), which is launched only where there are some.
 
 What bounds few tokens. A step of 64 outputs by 128 inputs is 4 KiB, which come from memory in 310 cycles of an H100's
 multiprocessor (3.05 TB/s for 132 of them, at 1.75 GHz). To unpack it takes each warp of a warpgroup, one on each of the
-four schedulers, 32 LOP3, 24 shifts and 32 HFMA2, of the 185 instructions of its loop (SASS; there were 200 before scales
+four schedulers, 32 LOP3, 24 shifts and 32 HFMA2, of the 185 instructions of its loop (SASS; it was 200 before scales
 were loaded behind their use): 185 cycles to issue them, 112 of the pipe of LOP3 and shifts. So instructions leave room;
 what does not is latency. A step is two products, the second of which adds to the first's sums, with a wait for each and
 four barriers of the warpgroup, and two warpgroups took 1077 cycles a step each, as measured. So up to 64 tokens there
