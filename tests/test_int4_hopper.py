@@ -109,6 +109,7 @@ def test_source(m, n, k, group, minimum, bias, programs, changes):
         (5, 600, 512, 128, False, (4, 1, 1), 16, True, 4, 5),
         (60, 600, 512, 128, False, (2, 1, 2), 64, True, 4, 5),
         (130, 520, 384, 32, True, (2, 1, 1), 128, True, 2, 7),
+        (260, 300, 384, 128, True, (2, 1, 1), 256, True, 2, 5),
     ],
 )
 def test_source_of_every_cut(m, n, k, group, minimum, warpgroups, tokens, sharing, stages, programs):
@@ -119,7 +120,7 @@ def test_source_of_every_cut(m, n, k, group, minimum, warpgroups, tokens, sharin
     x = torch.randn(m, k).to(dtype)
     device = replace(H100, num_sms=programs)
     scale_sums = not minimum and tokens <= 64
-    tiles = int4_hopper.cut(m, n, k, warpgroups, tokens, sharing, stages, device, scale_sums)
+    tiles = int4_hopper.cut(m, n, k, warpgroups, tokens, sharing, device, scale_sums, stages)
     assert (tiles.shared > 0) == sharing
     check(run_in_python(x, *args, group, tiles), x, q, args)
 

@@ -9,10 +9,14 @@ multiprocessor (3.05 TB/s for 132 of them, at 1.75 GHz). To unpack it takes each
 four schedulers, 32 LOP3, 24 shifts and 32 HFMA2, of the 185 instructions of its loop (SASS; it was 200 before scales
 were loaded behind their use): 185 cycles to issue them, 112 of the pipe of LOP3 and shifts. So instructions leave room;
 what does not is latency. A step is two products, the second of which adds to the first's sums, with a wait for each and
-four barriers of the warpgroup, and two warpgroups took 1077 cycles a step each, as measured. So up to 64 tokens there
-are four, which must take 1240 or less to keep up with the memory. With turns at the same 64 outputs they make tiles so
-small that 8192 outputs are 128 of them, and nothing is shared. Not measured yet: with the 3 µs that a launch and its
-first and last step take, 8192 × 8192 should take 14.5 µs at one token, 28672 × 4096 23, 4096 × 14336 16.
+four barriers of the warpgroup, and two warpgroups took 1077 cycles a step each, as measured. So up to 32 tokens there
+are four. With turns at the same 64 outputs they make tiles so small that 8192 outputs are 128 of them, and nothing is
+shared; with outputs of their own they take 300 cycles a tile (`CUTS`), as long as it takes to come from memory, with
+turns 340 to 450, for those add up in shared memory. On an H100, one token, Marlin's or Machete's best of another day
+beside it: 8192 × 8192 19.0 µs (18.2), 28672 × 4096 25.3 (30.9), 4096 × 14336 17.4 (23.6), 6144 × 4096 11.0 (11.6).
+
+From 256 tokens on a tile of 256 makes the most of what is unpacked: 8192 × 8192 and 1024 tokens take 174 µs, with 128
+tokens and two blocks 216. (`linear_tiles.txt`, 3, has all that was timed.)
 """
 
 from dataclasses import dataclass
@@ -167,8 +171,8 @@ class Tiles:
         return 512 if self.tokens <= 32 else 2048
 
 
-Cut = tuple[tuple[int, int, int], int, bool, int]
-"""What `cut` takes from `warpgroups` to `stages`."""
+Cut = tuple[tuple[int, int, int], int, bool]
+"""What `cut` takes from `warpgroups` to `sharing`."""
 
 
 def groups_of_step(group_size: int) -> int:
@@ -177,15 +181,19 @@ def groups_of_step(group_size: int) -> int:
 
 
 CUTS = {
-    16: {(1, 4, 1): 0.14, (2, 2, 1): 0.14, (4, 1, 1): 0.14},
-    32: {(1, 4, 1): 0.15, (2, 2, 1): 0.15, (4, 1, 1): 0.15},
-    64: {(2, 2, 1): 0.21, (4, 1, 1): 0.21, (2, 1, 1): 0.28, (2, 1, 2): 0.25},
-    128: {(2, 1, 1): 0.416, (2, 1, 2): 0.378},
+    16: {(1, 4, 1): 0.26, (2, 2, 1): 0.195, (4, 1, 1): 0.17},
+    32: {(1, 4, 1): 0.27, (2, 2, 1): 0.2, (4, 1, 1): 0.18},
+    64: {(2, 1, 1): 0.27, (2, 1, 2): 0.25},
+    128: {(2, 1, 1): 0.385, (2, 1, 2): 0.405},
+    256: {(2, 1, 1): 0.68},
 }
-"""By tokens: sides, turns and blocks, and the microseconds that a packed tile takes a multiprocessor at best."""
-MEMORY_BYTES_A_US, CACHE_BYTES_A_US = 3.05e6, 6.5e6
+"""By tokens: sides, turns and blocks, and the microseconds that a packed tile takes a multiprocessor (measured, but for
+32 tokens)."""
+STAGE_BYTES = 160 * 1024
+"""Of stages, up to 64 tokens: of more, or of more than 8 stages, a program's first tokens come late (1 µs of 26)."""
+MEMORY_BYTES_A_US, CACHE_BYTES_A_US = 3.25e6, 7.4e6
 """What comes from memory, which is the weights, and from the cache, with the tokens that each program reads again."""
-PARTS_US, PART_BYTES_A_US = 2.5, 2e6
+PARTS_US, PART_BYTES_A_US = 4.2, 3e6
 """What adding up the parts of shared tiles takes, and how fast they are written and read."""
 
 
@@ -196,9 +204,9 @@ def cut(
     warpgroups: tuple[int, int, int],
     tokens: int,
     sharing: bool,
-    stages: int,
     properties: DeviceProperties,
     scale_sums: bool,
+    stages: int | None = None,
 ) -> Tiles:
     """Tiles of so many `sides`, `turns` and `blocks`, and of so many tokens; fewer stages where memory is short."""
     sides, turns, blocks = warpgroups
@@ -209,7 +217,10 @@ def cut(
         programs = min(properties.num_sms, max(tiles, tiles * cdiv(k, 128) // 2))
         shared = tiles % programs + (programs if tiles > programs else 0)
     room = properties.shared_memory - (sides + 1) * OTHER_BYTES - (turns - 1) * sides * blocks * tokens * 256
-    stages = min(room // (sides * blocks * TILE_BYTES + tokens * 256), stages) // turns * turns
+    stage_bytes = sides * blocks * TILE_BYTES + tokens * 256
+    if stages is None:
+        stages = min(STAGE_BYTES // stage_bytes, 8) if tokens <= 64 else 5
+    stages = min(room // stage_bytes, stages) // turns * turns
     return Tiles(sides, turns, blocks, tokens, stages, scale_sums, programs, shared, min(token_tiles, 16))
 
 
@@ -228,7 +239,7 @@ def _time(tiles: Tiles, m: int, n: int, k: int) -> float:
 
     if tiles.shared:
         parts = (tiles.programs + tiles.shared) * tiles.outputs * min(m, tiles.tokens) * 4
-        return of_steps(1.05 * count * k_tiles / tiles.programs, tiles.programs) + PARTS_US + parts / PART_BYTES_A_US
+        return of_steps(count * k_tiles / tiles.programs, tiles.programs) + PARTS_US + parts / PART_BYTES_A_US
     waves, rest = divmod(count, tiles.programs)
     return of_steps(waves * k_tiles, tiles.programs) + of_steps(k_tiles if rest else 0, rest)
 
@@ -236,19 +247,22 @@ def _time(tiles: Tiles, m: int, n: int, k: int) -> float:
 @cache
 def _fastest(m: int, n: int, k: int, per_step: int, scale_sums: bool, properties: DeviceProperties) -> Cut:
     """The fastest by `_time`, for m a power of two."""
-    tokens = min(max(m, 16), 128)
-    possible = list(CUTS[tokens])
-    # The others have too few registers.
-    if tokens == 64 and not scale_sums:
-        possible = [(2, 1, 1), (2, 1, 2)]
-    elif tokens == 128 and per_step == 4:
-        possible = [(2, 1, 1)]
-    stages = 16 if tokens <= 32 else 11
+    widths = [min(max(m, 16), 128)] + [256] * (m > 128 and per_step == 1)
+    possible = [(groups, tokens) for tokens in widths for groups in CUTS[tokens]]
+    if per_step == 4:
+        possible = [of for of in possible if of != ((2, 1, 2), 128)]  # which has too few registers
 
     def time(choice: Cut) -> float:
         return _time(cut(m, n, k, *choice, properties, scale_sums), m, n, k)
 
-    return min(((groups, tokens, sharing, stages) for groups in possible for sharing in (False, True)), key=time)
+    def may_share(groups: tuple[int, int, int], tokens: int) -> bool:
+        # Shares of tiles of four blocks, which are few steps, end unevenly (4096 × 14336: 19.4 µs, two by two 17.4). Of
+        # many tiles a part is all that the last wave wastes (8192 × 8192, 4096 tokens: 898 µs shared, 785 whole).
+        tiles = cdiv(n, 64 * groups[0] * groups[2]) * cdiv(m, tokens)
+        return groups != (4, 1, 1) and tiles <= 5 * properties.num_sms
+
+    choices = [(*of, False) for of in possible] + [(*of, True) for of in possible if may_share(*of)]
+    return min(choices, key=time)
 
 
 def choose_tiles(m: int, n: int, k: int, group_size: int, with_minimum: bool, properties: DeviceProperties) -> Tiles:
