@@ -4,9 +4,8 @@ Integers are multiplied, and scale and minimum applied to their sums, a group at
 
     y = x_scale · Σ_g (scale_g · Σ_{k in g} (q_k - 8) · x_k  +  (minimum_g + 8 · scale_g) · Σ_{k in g} x_k)
 
-The weights are the first operand of `tl.dot`: they are unpacked in registers, as 16 · (q - 8), which is the nibble in
-the upper half of a byte, its highest bit turned: half an instruction a weight. The scale makes up for the 16. Where
-there is a minimum, a kernel of its own makes the sums of x beforehand, which all programs want.
+The weights are the first operand of `tl.dot`, unpacked in registers, as 16 · (q - 8): the scale makes up for the 16.
+Where there is a minimum, a kernel of its own makes the sums of x beforehand, which all programs want.
 """
 
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import triton.language as tl
 
 from octavo.kernels.launch import INTERPRET, empty, launch
 from octavo.kernels.quant.stream_k import is_last, store_part, sum_parts, tile_at
+from octavo.kernels.quant.w4a8_weights import prefetch, unpacked
 from octavo.kernels.quant.weight_only import token_offsets
 from octavo.kernels.tiles import (
     DeviceProperties,
@@ -46,6 +46,8 @@ class Tiles:
     num_stages: int
     programs_per_sm: int
     """How many are at work at a time; where there are fewer tiles, several programs share one."""
+    prefetched: bool = False
+    """Whether a program has its first weights, and scales, fetched into the L2 cache while it waits."""
 
     def splits(self, tiles: int, steps: int, properties: DeviceProperties) -> int:
         """How many programs share a tile of `steps`; each has at least four of them, unless a tile has fewer."""
@@ -62,9 +64,9 @@ def choose_tiles(tokens: int, unit: int, with_minimum: bool, properties: DeviceP
     """
     tokens, hopper = next_power_of_2(max(tokens, 16)), properties.capability[0] == 9
     if tokens <= 32:
-        return Tiles(64, tokens, 4, 5, 4)
+        return Tiles(64, tokens, 4, 5, 4, prefetched=hopper)
     if with_minimum:
-        return Tiles(64, 64 if hopper or unit > 32 else 32, 4, 4, 2)
+        return Tiles(64, 64 if hopper or unit == 128 else 32, 4, 4, 2)
     if tokens <= 64:
         return Tiles(128, 64, 8, 4, 2) if hopper else Tiles(64, 64, 4, 4, 2)
     return Tiles(128, 128, 8, 4 if hopper else 3, 1)
@@ -92,35 +94,6 @@ def _sums_kernel(
     x_ptrs = x_ptr + token_offsets(m, M, x_inner, stride_x_outer, stride_x_inner)[:, None] + k
     x = tl.load(x_ptrs, mask=k < K, other=0).to(tl.int32)  # [BLOCK_M, UNIT]
     tl.store(sum_ptr + unit * M + m, tl.sum(x, 1).to(tl.float32), mask=m < M)
-
-
-@triton.jit
-def _plane(words, PLANE: tl.constexpr, PTX: tl.constexpr):
-    """16 · (q - 8) of a nibble plane of packed words, as int8."""
-    if PTX:
-        # Four words are two registers, of which a byte each is taken: the lower ones for planes 0 and 1.
-        take: tl.constexpr = "prmt.b32 $0, $1, $2, 0x6420; " if PLANE < 2 else "prmt.b32 $0, $1, $2, 0x7531; "
-        up: tl.constexpr = "shl.b32 $0, $0, 4; " if PLANE % 2 == 0 else ""
-        turn: tl.constexpr = "lop3.b32 $0, $0, 0xF0F0F0F0, 0x80808080, 0x6A;"  # ($0 & …) ^ …
-        asm: tl.constexpr = take + up + turn
-        return tl.inline_asm_elementwise(asm, "=r,r,r", [words], dtype=tl.int8, is_pure=True, pack=4)
-    else:
-        return ((((words >> (4 * PLANE)) & 15) - 8) * 16).to(tl.int8)
-
-
-@triton.jit
-def _weights(words, FIRST: tl.constexpr, PLANES: tl.constexpr, PTX: tl.constexpr):
-    """PLANES planes of packed words `[outputs, 32]` from FIRST on, side by side: `[outputs, 32 · PLANES]`."""
-    if PLANES == 1:
-        return _plane(words, FIRST, PTX)
-    elif PLANES == 2:
-        pair = tl.join(_plane(words, FIRST, PTX), _plane(words, FIRST + 1, PTX))
-        return pair.permute(0, 2, 1).reshape(words.shape[0], 64)
-    else:
-        even = tl.join(_plane(words, 0, PTX), _plane(words, 2, PTX))
-        odd = tl.join(_plane(words, 1, PTX), _plane(words, 3, PTX))
-        # [outputs, 32, 2, 2], whose last dimension is the lower bit of the plane's number.
-        return tl.join(even, odd).permute(0, 2, 3, 1).reshape(words.shape[0], 128)
 
 
 @triton.jit
@@ -230,10 +203,9 @@ def _int4_int8_linear_kernel(
     TAIL: tl.constexpr,  # K ends within a packed tile
     SPLIT: tl.constexpr,
     PTX: tl.constexpr,
+    PREFETCHED: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    wait_for_previous(CHAINED)
-    let_next_start(CHAINED)
     AHEAD: tl.constexpr = UNIT == 128 and not ONE_GROUP  # scales are
     SUM: tl.constexpr = tl.int32 if ONE_GROUP else tl.float32
     WIDTH: tl.constexpr = min(BLOCK_M, 32)  # of a sum of parts: more would spill
@@ -245,13 +217,20 @@ def _int4_int8_linear_kernel(
     first_n, first_m = n_tile * BLOCK_N, m_tile * BLOCK_M
     n = tl.minimum(first_n + tl.arange(0, BLOCK_N), N - 1)  # what is past the last repeats it
     m = tl.minimum(first_m + tl.arange(0, BLOCK_M), M - 1)
+    first_step, last_step = part * share, tl.minimum(part * share + share, steps)
+    if PREFETCHED:
+        prefetch(
+            packed_ptr, scale_ptr, stride_scale_group, first_n, first_step, last_step, steps, N, units_of_group,
+            BLOCK_N, AHEAD,
+        )  # fmt: skip
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
+
     c = tl.arange(0, UNIT)
     last_unit = K // UNIT - 1
     packed_rows = (n // 64).to(tl.int64) * steps * 2048 + n % 64 * 32
     packed_ptrs = packed_ptr + packed_rows[:, None] + tl.arange(0, 32)[None, :]
     x_ptrs = x_ptr + row_offset(m, x_inner, stride_x_outer, stride_x_inner)[None, :] + c[:, None]
-
-    first_step, last_step = part * share, tl.minimum(part * share + share, steps)
     if AHEAD:
         following = _of_unit(first_step, n, m, M, units_of_group, last_unit, pointers, PTX)
     acc = tl.zeros([BLOCK_N, BLOCK_M], SUM)
@@ -266,7 +245,7 @@ def _int4_int8_linear_kernel(
                 x = tl.load(x_ptrs + k, mask=(k + c < K)[:, None], other=0)  # [UNIT, BLOCK_M]
             else:
                 x = tl.load(x_ptrs + k)
-            w = _weights(words, unit * UNIT // 32, UNIT // 32, PTX)
+            w = unpacked(words, unit * UNIT // 32, UNIT // 32, PTX)
             if ONE_GROUP:
                 acc = tl.dot(w, x, acc, out_dtype=tl.int32)
             else:
@@ -364,6 +343,7 @@ def w4a8(
         TAIL=k % 128 != 0,
         SPLIT=splits > 1,
         PTX=not INTERPRET and torch.version.hip is None,
+        PREFETCHED=t.prefetched and packed.data_ptr() % 16 == 0,
         CHAINED=chained,
     )
     return out
