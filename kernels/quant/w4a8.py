@@ -66,7 +66,7 @@ def choose_tiles(tokens: int, unit: int, with_minimum: bool, properties: DeviceP
     if tokens <= 32:
         return Tiles(64, tokens, 4, 5, 4, prefetched=hopper)
     if with_minimum:
-        return Tiles(64, 64 if hopper or unit == 128 else 32, 4, 4, 2)
+        return Tiles(64, 64 if unit == 128 else 32, 4, 4, 2)
     if tokens <= 64:
         return Tiles(128, 64, 8, 4, 2) if hopper else Tiles(64, 64, 4, 4, 2)
     return Tiles(128, 128, 8, 4 if hopper else 3, 1)
