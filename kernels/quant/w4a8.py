@@ -63,10 +63,10 @@ def choose_tiles(tokens: int, unit: int, with_minimum: bool, properties: DeviceP
         with_minimum: whether sums of x come beside them; what registers hold is smaller then.
     """
     tokens, hopper = next_power_of_2(max(tokens, 16)), properties.capability[0] == 9
-    if tokens <= 32:
-        return Tiles(64, tokens, 4, 5, 4, prefetched=hopper)
+    if tokens <= 32 or (with_minimum and unit < 128):
+        return Tiles(64, min(tokens, 32), 4, 5, 4, prefetched=hopper)
     if with_minimum:
-        return Tiles(64, 64 if unit == 128 else 32, 4, 4, 2)
+        return Tiles(64, 64, 4, 4, 2)
     if tokens <= 64:
         return Tiles(128, 64, 8, 4, 2) if hopper else Tiles(64, 64, 4, 4, 2)
     return Tiles(128, 128, 8, 4 if hopper else 3, 1)
