@@ -2,6 +2,8 @@
 
 import torch
 
+from octavo.reference.quant import dequantize_int4
+
 BLOCK = 128
 
 
@@ -49,4 +51,19 @@ def fp8_linear(
         y = (x.float() * x_scale.repeat_interleave(BLOCK, -1)) @ (weight.float() * scale).t()
     else:
         y = scaled(x.float() @ weight.float().t(), x_scale, weight_scale)
+    return (y if bias is None else y + bias.float()).to(out_dtype)
+
+
+def int4_int8_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    x_scale: torch.Tensor,
+    scale: torch.Tensor,
+    minimum: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    group_size: int,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    y = x.float() @ dequantize_int4(packed, scale, minimum, group_size).t()
+    y = y * (x_scale.view(()) if x_scale.numel() == 1 else x_scale.view(*x.shape[:-1], 1))
     return (y if bias is None else y + bias.float()).to(out_dtype)
