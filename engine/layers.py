@@ -86,7 +86,8 @@ def make_linear(
     if all(isinstance(w, Int8Weight) for w in weights):
         q, scale = (_stack(weights, field, device) for field in ("q", "scale"))
         return Int8Linear(q, scale.t().contiguous(), bias, q.shape[1] // scale.shape[1])
-    return DenseLinear(torch.cat([w.to(device, dtype) for w in weights if isinstance(w, torch.Tensor)]), bias)
+    dense = [w.to(device, dtype) for w in weights if isinstance(w, torch.Tensor)]
+    return DenseLinear(dense[0] if len(dense) == 1 else torch.cat(dense), bias)
 
 
 def _dense(weight: Fp8Weight, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

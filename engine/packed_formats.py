@@ -1,7 +1,7 @@
 """Quantised weights in safetensors, as GPTQ, AWQ and compressed-tensors lay them out, and as octavo's layers take them.
 
 A linear layer of theirs is several tensors under one module's name. Nothing is rounded: codes, scales and zero points
-become those of an `Int4Weight`, `Int8Weight` or `Fp8Weight`, exactly.
+become those of an `Int4Weight`, `Int8Weight` or `Fp8Weight`, exactly. bitsandbytes' NF4 alone is dequantised (nf4.py).
 
 | format | codes | zero points |
 | --- | --- | --- |
@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from octavo.engine.checkpoint import Fp8Weight, Int4Weight, Int8Weight
+from octavo.engine.checkpoint import Fp8Weight, Int4Weight, Int8Weight, Weight
+from octavo.engine.nf4 import NF4_OPTIONAL, NF4_REQUIRED, read_nf4
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -33,21 +34,33 @@ Parts = Mapping[str, torch.Tensor]
 class PackedFormat:
     """What a checkpoint's `quantization_config` says of its linear layers' tensors."""
 
-    read: Callable[[str, Parts], Int4Weight | Int8Weight | Fp8Weight]
+    read: Callable[[str, Parts], Weight]
     required: frozenset[str]
     """Suffixes of the tensors that make up a quantised layer."""
     optional: frozenset[str] = frozenset()
+    codes: str = "weight"
+    """The tensor that tells the layer's size."""
+    size: Callable[[int, int], tuple[int, int] | None] = lambda n, k: (n, k)
+    """Outputs and inputs by the shape of `codes`; None where that does not tell."""
 
-    def weight(self, module: str, parts: Parts) -> Int4Weight | Int8Weight | Fp8Weight:
-        """The weight of a layer from its tensors.
+    def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
+        """`(out_features, in_features)` by the shapes of the tensors, None where only their data tell.
 
         Raises:
-            ValueError: a tensor is missing or does not fit the others.
+            ValueError: the codes are not of two dimensions.
         """
-        missing = self.required.difference(parts)
-        if missing:
-            raise ValueError(f"{module}.{min(missing)}: missing from the checkpoint, which has {module}.{min(parts)}")
-        return self.read(module, parts)
+        if len(shapes[self.codes]) != 2:
+            raise ValueError(f"{self.codes}: shape {shapes[self.codes]}; expected two dimensions")
+        return self.size(*shapes[self.codes])
+
+    def weight(self, module: str, parts: Parts, dtype: torch.dtype) -> Weight:
+        """The weight of a layer from its tensors; `dtype` is that of one that is dequantised.
+
+        Raises:
+            ValueError: a tensor does not fit the others.
+        """
+        weight = self.read(module, parts)
+        return weight.to(dtype) if isinstance(weight, torch.Tensor) else weight
 
 
 def _gptq(module: str, parts: Parts, zero_offset: int) -> Int4Weight:
@@ -74,7 +87,7 @@ def _packed(module: str, parts: Parts) -> Int4Weight:
     if "weight_zero_point" in parts:
         zero = _nibbles(module, "weight_zero_point", parts["weight_zero_point"], dim=0).to(torch.int32)
     else:
-        zero = torch.full(scale.shape, 8)
+        zero = torch.full(scale.shape, 8, device=scale.device)
     return _int4(module, "weight_zero_point", q, scale, zero, order)
 
 
@@ -117,14 +130,14 @@ def packed_format(config: Mapping[str, Any]) -> tuple[PackedFormat, list[str]]:
         version = config.get("checkpoint_format", "gptq")
         if version not in ("gptq", "gptq_v2"):
             raise _unsupported("checkpoint_format", version, "gptq, gptq_v2")
+        read = partial(_gptq, zero_offset=1 if version == "gptq" else 0)
         required = frozenset({"qweight", "qzeros", "scales"})
-        return PackedFormat(
-            partial(_gptq, zero_offset=1 if version == "gptq" else 0), required, frozenset({"g_idx"})
-        ), []
+        return PackedFormat(read, required, frozenset({"g_idx"}), "qweight", lambda k, n: (n, 8 * k)), []
     if method == "awq":
         _expect(config, "bits" if "bits" in config else "w_bit", (4,))
         _expect(config, "version", ("gemm", "GEMM"), default="gemm")
-        return PackedFormat(_awq, frozenset({"qweight", "qzeros", "scales"})), []
+        required = frozenset({"qweight", "qzeros", "scales"})
+        return PackedFormat(_awq, required, frozenset(), "qweight", lambda k, n: (8 * n, k)), []
     if method == "compressed-tensors":
         return _compressed_tensors(config)
     if method == "fp8":
@@ -133,7 +146,11 @@ def packed_format(config: Mapping[str, Any]) -> tuple[PackedFormat, list[str]]:
         return PackedFormat(partial(_float8, block=block), frozenset({"weight", "weight_scale_inv"}), optional), [
             _DENSE
         ]
-    raise _unsupported("quant_method", method, "gptq, awq, compressed-tensors, fp8; and GGUF files")
+    if method == "bitsandbytes":
+        _expect(config, "load_in_4bit", (True,))
+        _expect(config, "bnb_4bit_quant_type", ("nf4",), default="fp4")
+        return PackedFormat(read_nf4, NF4_REQUIRED, NF4_OPTIONAL, "weight", lambda n, k: None), [_NF4]
+    raise _unsupported("quant_method", method, "gptq, awq, compressed-tensors, fp8, bitsandbytes (nf4); and GGUF files")
 
 
 def _compressed_tensors(config: Mapping[str, Any]) -> tuple[PackedFormat, list[str]]:
@@ -161,7 +178,8 @@ def _compressed_tensors(config: Mapping[str, Any]) -> tuple[PackedFormat, list[s
     if name == "pack-quantized":
         _expect(weights, "num_bits", (4,))
         optional = frozenset({"weight_zero_point", "weight_g_idx"})
-        return PackedFormat(_packed, frozenset({"weight_packed", "weight_scale", "weight_shape"}), optional), notes
+        required = frozenset({"weight_packed", "weight_scale", "weight_shape"})
+        return PackedFormat(_packed, required, optional, "weight_packed", lambda n, k: (n, 8 * k)), notes
     if name == "int-quantized":
         _expect(weights, "num_bits", (8,))
         return PackedFormat(_integers, frozenset({"weight", "weight_scale"}), frozenset({"input_scale"})), notes
@@ -169,6 +187,7 @@ def _compressed_tensors(config: Mapping[str, Any]) -> tuple[PackedFormat, list[s
 
 
 _PLAIN_ACTIVATIONS = "activations are not quantised, though the checkpoint was made for that: weights alone are"
+_NF4 = "NF4 weights are dequantised to the dtype of the activations: four times the memory"
 _DENSE = "fp8 weights are kept dense, in the dtype of the activations: twice the memory, or four times"
 
 
@@ -241,7 +260,7 @@ def _order(
 ) -> torch.Tensor | None:
     """The order of the inputs in which those of a group are neighbours (act-order); None where they are as they lie."""
     k, groups = q.shape[1], scale.shape[1]
-    in_order = torch.arange(k) // (k // groups)
+    in_order = torch.arange(k, device=scale.device) // (k // groups)
     if g_idx is None or torch.equal(g_idx.long(), in_order):
         return None
     if g_idx.shape != (k,) or not torch.equal(g_idx.long().sort().values, in_order):
