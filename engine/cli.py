@@ -97,6 +97,20 @@ def chat(
         messages.append({"role": "assistant", "content": _print_stream(llm.stream(messages, params))})
 
 
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A .gguf file, or a folder with config.json and safetensors.")],
+    target: Annotated[Path, typer.Argument(help="A folder, or a .gguf file, that is to be made of it.")],
+) -> None:
+    """Convert GGUF to safetensors or back, where every weight keeps its value; what has no equal is refused."""
+    from octavo.engine.convert import convert
+
+    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        convert(source, target, lambda done, total: progress.update(task, completed=done, total=total))
+
+
 bench = typer.Typer(help="Measure octavo on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
@@ -205,7 +219,7 @@ def main() -> None:
     """Entry point: what a user got wrong becomes one readable line and exit code 2."""
     try:
         app()
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
         console.print(f"octavo: {escape(str(error))}", style="red", soft_wrap=True)
         sys.exit(2)
 

@@ -89,22 +89,22 @@ class GgufCheckpoint:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
             with data:
-                self.metadata, self._tensors = _read_header(data)
+                self.metadata, self.table = _read_header(data)
             if self.metadata.get("split.count", 1) > 1:
                 raise ValueError(
                     f"split.count: one of {self.metadata['split.count']} parts; supported: a single file, which "
                     "llama-gguf-split --merge makes of them"
                 )
             self.config = ModelConfig.from_gguf(
-                self.metadata, {t.name: t.type.name for t in self._tensors.values()}, self._rope_factors()
+                self.metadata, {t.name: t.type.name for t in self.table.values()}, self._rope_factors()
             )
-            self.index = {_hugging_face_name(t.name): Entry(path, t.shape) for t in self._tensors.values()}
-            for tensor in self._tensors.values():
+            self.index = {_hugging_face_name(t.name): Entry(path, t.shape) for t in self.table.values()}
+            for tensor in self.table.values():
                 _check_type(tensor)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        self.num_bytes = sum(t.num_bytes for t in self._tensors.values())
-        self.notes = _notes(self._tensors)
+        self.num_bytes = sum(t.num_bytes for t in self.table.values())
+        self.notes = _notes(self.table)
 
     def tensors(
         self,
@@ -114,7 +114,7 @@ class GgufCheckpoint:
     ) -> Iterator[tuple[str, Weight]]:
         """Reads one tensor at a time; see `Checkpoint`."""
         readers = {True: Reader(device, progress), False: Reader(CPU, progress)}
-        for tensor in self._tensors.values():
+        for tensor in self.table.values():
             as_it_is = tensor.type.name in DENSE or tensor.type.name in QUANTISED
             raw = readers[as_it_is].read(self.path, tensor.start, tensor.num_bytes)
             try:
@@ -134,7 +134,7 @@ class GgufCheckpoint:
             raise ValueError(f"{self.path}: {error}") from None
 
     def _rope_factors(self) -> torch.Tensor | None:
-        tensor = self._tensors.pop(ROPE_FACTORS, None)
+        tensor = self.table.pop(ROPE_FACTORS, None)
         if tensor is None:
             return None
         if tensor.type.name != "F32":

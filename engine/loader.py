@@ -36,7 +36,7 @@ def load_model(
             file. These are found before anything is read.
     """
     config = checkpoint.config
-    _check_index(checkpoint)
+    check_index(checkpoint)
     collector = _Collector(config, device, dtype)
     for name, weight in checkpoint.tensors(device, dtype, progress):
         if not _is_ignored(name, config):
@@ -66,7 +66,12 @@ def _is_ignored(name: str, config: ModelConfig) -> bool:
     return stored_twice or name.endswith(("rotary_emb.inv_freq", *_CACHE_SCALES))
 
 
-def _check_index(checkpoint: Checkpoint) -> None:
+def check_index(checkpoint: Checkpoint) -> None:
+    """Compares what a checkpoint's headers tell with what its configuration wants.
+
+    Raises:
+        ValueError: a tensor that is missing, unexpected or of another shape; names it and its file.
+    """
     expected = _expected_shapes(checkpoint.config)
     index = {name: at for name, at in checkpoint.index.items() if not _is_ignored(name, checkpoint.config)}
     for name, at in index.items():
