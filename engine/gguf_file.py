@@ -165,6 +165,8 @@ def _decode(rows: torch.Tensor, tensor: GgufTensor, dtype: torch.dtype, device: 
     for row in range(0, len(rows), ROWS_AT_A_TIME):
         some = slice(row, row + ROWS_AT_A_TIME)
         weight[some] = torch.from_numpy(dequantize(rows[some].numpy(), tensor.type))
+    if not weight.isfinite().all():
+        raise ValueError(f"dequantised it holds what {str(dtype).removeprefix('torch.')} does not: the file is broken")
     return weight
 
 

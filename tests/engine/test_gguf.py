@@ -267,6 +267,20 @@ def test_broken_scales_are_refused(tmp_path):
         gguf_file._blocks(raw, "Q4_0")
 
 
+def test_broken_scales_of_k_quants_are_refused(tmp_path):
+    write_gguf(tmp_path / "m.gguf", overrides={"blk.0.ffn_down.weight": Type.Q4_K})
+    content = bytearray((tmp_path / "m.gguf").read_bytes())
+    tensor = next(t for t in open_checkpoint(tmp_path / "m.gguf").table.values() if t.type == Type.Q4_K)
+    content[tensor.start : tensor.start + 2] = np.array([60000], np.float16).tobytes()
+    (tmp_path / "m.gguf").write_bytes(content)
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    with pytest.raises(
+        ValueError, match=r"m\.gguf: blk\.0\.ffn_down\.weight: dequantised it holds what float16 does not"
+    ):
+        list(checkpoint.tensors(dtype=torch.float16))
+    assert dict(checkpoint.tensors(dtype=torch.float32))["model.layers.0.mlp.down_proj.weight"].abs().max() > 65504
+
+
 def test_heads_that_do_not_fit_are_named(tmp_path):
     write_gguf(tmp_path / "m.gguf", keys={"llama.attention.key_length": 32})
     with pytest.raises(ValueError, match=r"attn_q\.weight: 64 rows; expected 4 heads of 32"):
