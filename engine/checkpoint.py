@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -16,6 +16,18 @@ if TYPE_CHECKING:
 
 GROUP_SIZE = 32
 """Weights that share a scale: the block of every GGUF format that stays quantised."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """How the inputs of a layer become numbers of its weights' dtype (W8A8).
+
+    By `scale`, one fp32 element found beforehand, where it is there; else by scales computed as they come: of each
+    token, of each 128 inputs of a token ("group"), or of all ("tensor").
+    """
+
+    granularity: Literal["token", "group", "tensor"]
+    scale: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -37,12 +49,13 @@ class Int4Weight:
 class Int8Weight:
     """weight = q · scale, over groups along the input dimension.
 
-    `q` is `[N, K]` int8, `scale` is `[N, K / group_size]`, fp16, bf16 or fp32.
+    `q` is `[N, K]` int8, `scale` is `[N, K / group_size]`, fp16, bf16 or fp32. With `activations` a group is a row.
     """
 
     q: torch.Tensor
     scale: torch.Tensor
     group_size: int = GROUP_SIZE
+    activations: Activations | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,7 @@ class Fp8Weight:
     q: torch.Tensor
     scale: torch.Tensor
     block: tuple[int, int]
+    activations: Activations | None = None
 
 
 Weight = torch.Tensor | Int4Weight | Int8Weight | Fp8Weight

@@ -309,7 +309,8 @@ def test_formats_that_are_not_supported(config, message):
 
 def test_what_the_user_is_told():
     assert packed_format(compressed())[1] == []
-    (note,) = packed_format(compressed("int-quantized", num_bits=8, activations=dict(num_bits=8, dynamic=True)))[1]
+    asymmetric = dict(num_bits=8, dynamic=True, symmetric=False)
+    (note,) = packed_format(compressed("int-quantized", num_bits=8, activations=asymmetric))[1]
     assert "activations are not quantised" in note
     (note, _) = packed_format(
         compressed("float-quantized", **FP8, strategy="tensor") | dict(kv_cache_scheme={"num_bits": 8})
