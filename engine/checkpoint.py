@@ -81,6 +81,9 @@ class Checkpoint(Protocol):
     """
 
     @property
+    def path(self) -> Path: ...
+
+    @property
     def config(self) -> ModelConfig: ...
 
     @property
@@ -89,8 +92,12 @@ class Checkpoint(Protocol):
     @property
     def notes(self) -> list[str]: ...
 
-    def tensors(self) -> Iterator[tuple[str, Weight]]:
-        """Reads one tensor at a time, on the CPU, under Hugging Face's names, laid out for NeoX rotary pairing."""
+    def tensors(self, *, prefix: str = "") -> Iterator[tuple[str, Weight]]:
+        """Reads one tensor at a time, on the CPU, under Hugging Face's names, laid out for NeoX rotary pairing.
+
+        Args:
+            prefix: of the names wanted; nothing else is read.
+        """
         ...
 
     def tokenizer(self) -> "Tokenizer":
@@ -131,12 +138,12 @@ class SafetensorsCheckpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.path = folder
         self.notes: list[str] = []
-        config = _read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
         generation = folder / "generation_config.json"
         try:
-            self.config = ModelConfig.from_hf(config, _read_json(generation) if generation.exists() else None)
+            self.config = ModelConfig.from_hf(config, read_json(generation) if generation.exists() else None)
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from None
         quantization = config.get("quantization_config") or config.get("compression_config")
@@ -151,12 +158,15 @@ class SafetensorsCheckpoint:
         self._names = _locate(folder)
         self.num_bytes = sum(path.stat().st_size for path in self._names)
 
-    def tensors(self) -> Iterator[tuple[str, Weight]]:
-        """Reads one tensor at a time, or those of one quantised layer."""
+    def tensors(self, *, prefix: str = "") -> Iterator[tuple[str, Weight]]:
+        """Reads one tensor at a time, or those of one quantised layer; see `Checkpoint`."""
         layers = self._quantised_layers()
         for path, names in self._names.items():
+            wanted = [name for name in names if name.startswith(prefix)]
+            if not wanted:
+                continue
             with _open_safetensors(path) as shard:
-                for name in names:
+                for name in wanted:
                     module, _, suffix = name.rpartition(".")
                     parts = layers.get(module, {})
                     if suffix == "bias" and parts and not self._has_bias(module):
@@ -195,7 +205,7 @@ class SafetensorsCheckpoint:
         """Builds the tokenizer of the folder."""
         from octavo.engine.tokenizer import Tokenizer
 
-        return Tokenizer.from_folder(self.folder, self.config.eos_token_ids)
+        return Tokenizer.from_folder(self.path, self.config.eos_token_ids)
 
 
 def _locate(folder: Path) -> dict[Path, list[str]]:
@@ -214,7 +224,7 @@ def _locate(folder: Path) -> dict[Path, list[str]]:
         ggufs = sorted(folder.glob("*.gguf"))
         advice = f": to use the GGUF, give its file, {ggufs[0]}" if ggufs else ""
         raise FileNotFoundError(f"{folder}: neither {whole.name} nor {index_path.name} is there{advice}")
-    weight_map = _read_json(index_path).get("weight_map")
+    weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise ValueError(f"{index_path}: weight_map: {str(weight_map)[:80]}; expected a dictionary, tensor → file")
     names: dict[Path, list[str]] = {}
@@ -239,7 +249,7 @@ def _open_safetensors(path: Path) -> Any:
         raise ValueError(f"{path}: cut off or broken ({error}): fetch it again") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     try:

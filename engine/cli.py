@@ -22,6 +22,7 @@ import torch
 
 import octavo
 from octavo.engine.llm import LLM, Token
+from octavo.engine.quantize.command import quantize_command
 from octavo.engine.sequence import SamplingParams
 
 app = typer.Typer(
@@ -91,6 +92,8 @@ def chat(
         messages.append({"role": "user", "content": line})
         messages.append({"role": "assistant", "content": _print_stream(llm.stream(messages, params))})
 
+
+app.command("quantize")(quantize_command)
 
 bench = typer.Typer(help="Measure octavo on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")

@@ -100,14 +100,17 @@ class GgufCheckpoint:
         self.num_bytes = sum(t.num_bytes for t in self._tensors.values())
         self.notes = _notes(self._tensors, self.config.dtype)
 
-    def tensors(self) -> Iterator[tuple[str, Weight]]:
+    def tensors(self, *, prefix: str = "") -> Iterator[tuple[str, Weight]]:
         """Reads one tensor at a time; see `Checkpoint`."""
         for tensor in self._tensors.values():
+            name = _hugging_face_name(tensor.name)
+            if not name.startswith(prefix):
+                continue
             try:
                 weight = self._read(tensor)
             except (ValueError, NotImplementedError) as error:
                 raise ValueError(f"{self.path}: {tensor.name}: {error}") from None
-            yield _hugging_face_name(tensor.name), weight
+            yield name, weight
 
     def tokenizer(self) -> "Tokenizer":
         """Builds the tokenizer that the metadata describes."""

@@ -81,6 +81,10 @@ class Tokenizer:
         )
         return cls(fast, eos_token_ids)
 
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json and what goes with it, from which `from_folder` and transformers make the same."""
+        self._backend.save_pretrained(folder)
+
     @property
     def has_chat_template(self) -> bool:
         """Whether `apply_chat_template` will work."""
