@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -17,6 +17,18 @@ if TYPE_CHECKING:
 
 GROUP_SIZE = 32
 """Weights that share a scale: the block of every GGUF format that stays quantised."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """How the inputs of a layer become numbers of its weights' dtype (W8A8).
+
+    By `scale`, one fp32 element found beforehand, where it is there; else by scales computed as they come: of each
+    token, of each 128 inputs of a token ("group"), or of all ("tensor").
+    """
+
+    granularity: Literal["token", "group", "tensor"]
+    scale: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -38,12 +50,13 @@ class Int4Weight:
 class Int8Weight:
     """weight = q · scale, over groups along the input dimension.
 
-    `q` is `[N, K]` int8, `scale` is `[N, K / group_size]`, fp16, bf16 or fp32.
+    `q` is `[N, K]` int8, `scale` is `[N, K / group_size]`, fp16, bf16 or fp32. With `activations` a group is a row.
     """
 
     q: torch.Tensor
     scale: torch.Tensor
     group_size: int = GROUP_SIZE
+    activations: Activations | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,7 @@ class Fp8Weight:
     q: torch.Tensor
     scale: torch.Tensor
     block: tuple[int, int]
+    activations: Activations | None = None
 
 
 Weight = torch.Tensor | Int4Weight | Int8Weight | Fp8Weight
@@ -99,6 +113,8 @@ class Checkpoint(Protocol):
         device: torch.device = CPU,
         dtype: torch.dtype | None = None,
         progress: Callable[[int], None] | None = None,
+        *,
+        prefix: str = "",
     ) -> Iterator[tuple[str, Weight]]:
         """Reads one weight at a time, under Hugging Face's names, laid out for NeoX rotary pairing.
 
@@ -107,6 +123,7 @@ class Checkpoint(Protocol):
             dtype: of weights in formats that octavo's layers do not compute with, which are dequantised in fp32 and
                 rounded once; by default the configuration's.
             progress: called with the number of bytes of each piece that was read; `num_bytes` in all.
+            prefix: of the names wanted; nothing else is read.
 
         Raises:
             ValueError: a weight whose tensors do not fit each other; names it and its file.
@@ -159,10 +176,10 @@ class FolderCheckpoint:
     def __init__(self, path: Path, allow_pickle: bool = False) -> None:
         self.path = path
         self.notes: list[str] = []
-        config = _read_json(path / "config.json")
+        config = read_json(path / "config.json")
         generation = path / "generation_config.json"
         try:
-            self.config = ModelConfig.from_hf(config, _read_json(generation) if generation.exists() else None)
+            self.config = ModelConfig.from_hf(config, read_json(generation) if generation.exists() else None)
         except ValueError as error:
             raise ValueError(f"{path / 'config.json'}: {error}") from None
         quantization = config.get("quantization_config") or config.get("compression_config")
@@ -184,10 +201,14 @@ class FolderCheckpoint:
         device: torch.device = CPU,
         dtype: torch.dtype | None = None,
         progress: Callable[[int], None] | None = None,
+        *,
+        prefix: str = "",
     ) -> Iterator[tuple[str, Weight]]:
         """Reads one tensor at a time, or those of one quantised layer; see `Checkpoint`."""
         reader, before = Reader(device, progress), None
         for name, file in self._where.items():
+            if not name.startswith(prefix):
+                continue
             if before is not None and before is not file:
                 before.close()
             before = file
@@ -222,12 +243,10 @@ class FolderCheckpoint:
                 layers.setdefault(module, {})[suffix] = file
         layers = {module: parts for module, parts in layers.items() if parts.keys() != {"weight"}}
         for module, parts in layers.items():
-            missing = self._format.required.difference(parts)
-            if missing:
-                raise ValueError(
-                    f"{self.path}: {module}.{min(missing)}: missing from the checkpoint, which has "
-                    f"{module}.{min(parts)} in {parts[min(parts)].path.name}"
-                )
+            try:
+                self._format.check(module, parts)
+            except ValueError as error:
+                raise ValueError(f"{parts[min(parts)].path}: {error}") from None
         return layers
 
     def _index(self) -> dict[str, Entry]:
@@ -300,7 +319,7 @@ def _locate(folder: Path, allow_pickle: bool) -> dict[str, TensorFile]:
 
 
 def _locate_shards(index_path: Path, open_file: Callable[[Path], TensorFile]) -> dict[str, TensorFile]:
-    weight_map = _read_json(index_path).get("weight_map")
+    weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise ValueError(f"{index_path}: weight_map: {str(weight_map)[:80]}; expected a dictionary, tensor → file")
     names: dict[str, list[str]] = {}
@@ -323,7 +342,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     try:

@@ -22,6 +22,7 @@ import torch
 
 import octavo
 from octavo.engine.llm import LLM, Token
+from octavo.engine.quantize.command import quantize_command
 from octavo.engine.sequence import SamplingParams
 
 app = typer.Typer(
@@ -110,6 +111,8 @@ def convert(
         task = progress.add_task("", total=None)
         convert(source, target, lambda done, total: progress.update(task, completed=done, total=total))
 
+
+app.command("quantize")(quantize_command)
 
 bench = typer.Typer(help="Measure octavo on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")

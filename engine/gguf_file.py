@@ -111,10 +111,15 @@ class GgufCheckpoint:
         device: torch.device = CPU,
         dtype: torch.dtype | None = None,
         progress: Callable[[int], None] | None = None,
+        *,
+        prefix: str = "",
     ) -> Iterator[tuple[str, Weight]]:
         """Reads one tensor at a time; see `Checkpoint`."""
         readers = {True: Reader(device, progress), False: Reader(CPU, progress)}
         for tensor in self.table.values():
+            name = _hugging_face_name(tensor.name)
+            if not name.startswith(prefix):
+                continue
             as_it_is = tensor.type.name in DENSE or tensor.type.name in QUANTISED
             raw = readers[as_it_is].read(self.path, tensor.start, tensor.num_bytes)
             try:
@@ -122,7 +127,7 @@ class GgufCheckpoint:
                 weight = _decode(rows, tensor, dtype or self.config.dtype, device)
             except ValueError as error:
                 raise ValueError(f"{self.path}: {tensor.name}: {error}") from None
-            yield _hugging_face_name(tensor.name), weight
+            yield name, weight
 
     def tokenizer(self) -> "Tokenizer":
         """Builds the tokenizer that the metadata describes."""

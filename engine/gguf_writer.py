@@ -106,6 +106,8 @@ def encode(name: str, weight: Weight, config: ModelConfig) -> tuple[str, np.ndar
     elif isinstance(weight, Int4Weight):
         kind, rows = _int4(weight)
     elif isinstance(weight, Int8Weight):
+        if weight.activations is not None:
+            raise ValueError("layers whose activations are quantised too (W8A8) have no equal in a GGUF")
         kind, rows = (
             "Q8_0",
             torch.cat((_per_block(weight, weight.scale, "scale"), _in_blocks(weight.q)), dim=2).flatten(1),

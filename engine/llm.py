@@ -93,7 +93,7 @@ class LLM:
         checkpoint = open_checkpoint(resolve(str(model), allow_pickle), allow_pickle)
         self.config = checkpoint.config
         self.notes = checkpoint.notes
-        self.device = _device(device)
+        self.device = choose_device(device)
         self.max_model_len = max_model_len or self.config.max_position_embeddings
         self.tokenizer = checkpoint.tokenizer()
         self.eos_token_ids = frozenset(self.config.eos_token_ids) | frozenset(self.tokenizer.eos_token_ids)
@@ -101,7 +101,7 @@ class LLM:
             self.model = load_model(
                 checkpoint,
                 self.device,
-                dtype or _dtype(self.config, self.device),
+                dtype or choose_dtype(self.config, self.device),
                 self.max_model_len,
                 _accumulate(progress, checkpoint.num_bytes),
             )
@@ -250,7 +250,12 @@ class LLM:
         return max(min(room // bytes_per_token, max_num_seqs * self.max_model_len), page_size)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device that a user means, by default the GPU where there is one.
+
+    Raises:
+        ValueError: a name that is none, or a GPU that is not there.
+    """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -262,7 +267,8 @@ def _device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def _dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+def choose_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """Of activations, where the user does not say: fp32 on a CPU, half precision on a GPU."""
     if device.type == "cpu":
         return torch.float32
     return config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
