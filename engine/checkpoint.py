@@ -222,12 +222,10 @@ class FolderCheckpoint:
                 layers.setdefault(module, {})[suffix] = file
         layers = {module: parts for module, parts in layers.items() if parts.keys() != {"weight"}}
         for module, parts in layers.items():
-            missing = self._format.required.difference(parts)
-            if missing:
-                raise ValueError(
-                    f"{self.path}: {module}.{min(missing)}: missing from the checkpoint, which has "
-                    f"{module}.{min(parts)} in {parts[min(parts)].path.name}"
-                )
+            try:
+                self._format.check(module, parts)
+            except ValueError as error:
+                raise ValueError(f"{parts[min(parts)].path}: {error}") from None
         return layers
 
     def _index(self) -> dict[str, Entry]:

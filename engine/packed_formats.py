@@ -13,7 +13,7 @@ become those of an `Int4Weight`, `Int8Weight` or `Fp8Weight`, exactly. bitsandby
 | Hugging Face's "fp8" | the same by block, scales under the name `weight_scale_inv` | none |
 """  # noqa: E501  (a table)
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,6 +43,14 @@ class PackedFormat:
     size: Callable[[int, int], tuple[int, int] | None] = lambda n, k: (n, k)
     """Outputs and inputs by the shape of `codes`; None where that does not tell."""
 
+    def check(self, module: str, suffixes: Collection[str]) -> None:
+        """Raises ValueError where a tensor that makes up the layer is not among those that are there."""
+        missing = self.required.difference(suffixes)
+        if missing:
+            raise ValueError(
+                f"{module}.{min(missing)}: missing from the checkpoint, which has {module}.{min(suffixes)}"
+            )
+
     def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
         """`(out_features, in_features)` by the shapes of the tensors, None where only their data tell.
 
@@ -53,12 +61,13 @@ class PackedFormat:
             raise ValueError(f"{self.codes}: shape {shapes[self.codes]}; expected two dimensions")
         return self.size(*shapes[self.codes])
 
-    def weight(self, module: str, parts: Parts, dtype: torch.dtype) -> Weight:
+    def weight(self, module: str, parts: Parts, dtype: torch.dtype = torch.float32) -> Weight:
         """The weight of a layer from its tensors; `dtype` is that of one that is dequantised.
 
         Raises:
-            ValueError: a tensor does not fit the others.
+            ValueError: a tensor is missing or does not fit the others.
         """
+        self.check(module, parts)
         weight = self.read(module, parts)
         return weight.to(dtype) if isinstance(weight, torch.Tensor) else weight
 

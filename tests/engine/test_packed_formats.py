@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from quantised_models import CONFIG, FORMATS, FP8, compressed, save_quantised, written
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from octavo.engine.checkpoint import open_checkpoint
 from octavo.engine.packed_formats import packed_format
@@ -106,6 +106,21 @@ def test_what_the_user_is_told():
         compressed("float-quantized", **FP8, strategy="tensor") | dict(kv_cache_scheme={"num_bits": 8})
     )[1]
     assert "KV cache is not quantised" in note
+
+
+def test_a_layer_without_all_of_its_tensors_is_refused_before_any_reading(tmp_path):
+    save_quantised(tmp_path, "gptq")
+    for file in tmp_path.glob("*.safetensors"):
+        tensors = load_file(file)
+        tensors.pop("model.layers.1.mlp.up_proj.scales", None)
+        save_file(tensors, file)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["model.layers.1.mlp.up_proj.scales"]
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        ValueError, match=r"model-\d\.safetensors: model\.layers\.1\.mlp\.up_proj\.scales: missing from the"
+    ):
+        open_checkpoint(tmp_path)
 
 
 def test_a_bias_that_is_none(tmp_path):
