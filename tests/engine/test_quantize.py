@@ -1,7 +1,9 @@
 """`octavo quantize`: what it writes is what others read, interrupted or not, and its methods do what they are for."""
 
 import json
+import re
 from dataclasses import replace
+from importlib.resources import files
 
 import pytest
 import torch
@@ -469,6 +471,15 @@ def test_the_command(source, tmp_path):
         assert done.exit_code == 1 and message in str(done.exception)
 
 
+def test_the_calibration_text_is_not_what_is_evaluated():
+    def runs(text):
+        words = re.findall(r"\w+", text.lower())
+        return {tuple(words[i : i + 5]) for i in range(len(words) - 4)}
+
+    evaluated = (files("octavo.bench") / "text/founding.txt").read_text(encoding="utf-8")
+    assert len(runs(default_calibration())) > 7000 and not runs(default_calibration()) & runs(evaluated)
+
+
 CONFIGURATIONS = [
     CONFIG,
     transformers.MistralConfig(num_hidden_layers=1, sliding_window=None, rope_theta=1e6),
@@ -496,6 +507,18 @@ def test_a_gguf_becomes_a_folder(tmp_path):
     assert llm.tokenizer.apply_chat_template(question) == shipped.tokenizer.apply_chat_template(question)
     ids = shipped.tokenizer.encode(default_calibration()[-800:])
     assert perplexity(llm, ids, 512) == pytest.approx(perplexity(shipped, ids, 512), rel=0.1)  # few tokens
+
+
+@pytest.mark.slow
+def test_smollm2_by_gptq_is_better_than_rounded(tmp_path):
+    evaluated = (files("octavo.bench") / "text/founding.txt").read_text(encoding="utf-8")
+    options = dict(group_size=64, calibration_tokens=4096)
+    rounded, made_up_for = (
+        quantize("smollm2", tmp_path / method, Settings("int4", method=method, **options), evaluation=evaluated)
+        for method in ("rtn", "gptq")
+    )
+    assert rounded.perplexity_before == pytest.approx(14.14, rel=0.01)  # README's, by the engine
+    assert made_up_for.perplexity_after < rounded.perplexity_after
 
 
 @pytest.mark.gpu
