@@ -509,18 +509,6 @@ def test_a_gguf_becomes_a_folder(tmp_path):
     assert perplexity(llm, ids, 512) == pytest.approx(perplexity(shipped, ids, 512), rel=0.1)  # few tokens
 
 
-@pytest.mark.slow
-def test_smollm2_by_gptq_is_better_than_rounded(tmp_path):
-    evaluated = (files("octavo.bench") / "text/founding.txt").read_text(encoding="utf-8")
-    options = dict(group_size=64, calibration_tokens=4096)
-    rounded, made_up_for = (
-        quantize("smollm2", tmp_path / method, Settings("int4", method=method, **options), evaluation=evaluated)
-        for method in ("rtn", "gptq")
-    )
-    assert rounded.perplexity_before == pytest.approx(14.14, rel=0.01)  # README's, by the engine
-    assert made_up_for.perplexity_after < rounded.perplexity_after
-
-
 @pytest.mark.gpu
 def test_on_a_gpu_as_on_a_cpu(quantised, source, tmp_path):
     name, folder, report = quantised
