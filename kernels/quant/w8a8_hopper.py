@@ -15,14 +15,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from octavo.kernels.gluon_layouts import wide_layout
 from octavo.kernels.launch import launch
 from octavo.kernels.quant.stream_k import tile_at
-from octavo.kernels.tiles import cdiv, device_properties
+from octavo.kernels.quant.w8a8_epilogue import finish_gluon
+from octavo.kernels.quant.w8a8_loads import BLOCK_K, described, prefetch
+from octavo.kernels.tiles import cdiv, chains, device_properties, let_next_start, wait_for_previous
 
-BLOCK_M, BLOCK_K = 128, 128
+BLOCK_M = 128
 GROUPS = {torch.int8: 16, torch.float8_e4m3fn: 8}
 """Rows of tiles that programs walk together, so that those at work at a time read few rows and columns.
 
@@ -35,10 +35,16 @@ With 16, int8 takes up to 9 % less for 1024 tokens and more than with 8, and fp8
 
 @gluon.jit
 def _load(
-    x_desc, weight_desc, x, weight, full, empty, m_tiles, n_tiles, steps, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    x_desc, weight_desc, weight_ptr, x, weight, full, empty, N, K, m_tiles, n_tiles, steps, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, PREFETCHED: gl.constexpr,
+    CHAINED: gl.constexpr,
 ):
     """What the warp that loads does."""
+    if CHAINED:
+        first_n = tile_at(gl.program_id(0), m_tiles, n_tiles, GROUP)[1] * BLOCK_N
+        prefetch(weight_ptr, first_n, 0, N, K, BLOCK_N, PREFETCHED)
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
     i = 0
     for tile in range(gl.program_id(0), m_tiles * n_tiles, gl.num_programs(0)):
         m, n = tile_at(tile, m_tiles, n_tiles, GROUP)
@@ -59,36 +65,16 @@ def _halves(acc):
 
 
 @gluon.jit
-def _store(acc, first_m, first_n, epilogue):
-    """Scales a warpgroup's sums, adds the bias and writes them, 64 bytes of a row by four lanes."""
-    out_ptr, M, N, x_scale_ptr, stride_x_scale, weight_scale_ptr, stride_weight_scale, bias_ptr = epilogue
-    layout: gl.constexpr = acc.type.layout
-    ROWS: gl.constexpr = acc.shape[0]
-    COLS: gl.constexpr = acc.shape[1]
-    m = first_m + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    n = first_n + gl.arange(0, COLS, layout=gl.SliceLayout(0, layout))
-    x_scale = gl.load(x_scale_ptr + m * stride_x_scale, mask=m < M, other=0.0)
-    weight_scale = gl.load(weight_scale_ptr + n * stride_weight_scale, mask=n < N, other=0.0)
-    y = acc.to(gl.float32) * gl.expand_dims(x_scale, 1) * gl.expand_dims(weight_scale, 0)
-    if bias_ptr is not None:
-        y += gl.expand_dims(gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32), 0)
-    wide: gl.constexpr = wide_layout(ROWS, COLS)
-    y = gl.convert_layout(y.to(out_ptr.dtype.element_ty), wide)
-    m = gl.expand_dims(first_m + gl.arange(0, ROWS, layout=gl.SliceLayout(1, wide)), 1)
-    n = gl.expand_dims(first_n + gl.arange(0, COLS, layout=gl.SliceLayout(0, wide)), 0)
-    gl.store(out_ptr + m.to(gl.int64) * N + n, y, mask=(m < M) & (n < N))
-
-
-@gluon.jit
 def _compute(
     group: gl.constexpr, epilogue, x, weight, full, empty, m_tiles, n_tiles, steps, BLOCK_M: gl.constexpr, BLOCK_N:
-    gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, ACTIVATED: gl.constexpr, CHAINED: gl.constexpr,
 ):
     """What warpgroup number `group` does."""
     ROWS: gl.constexpr = BLOCK_M // 2
     SUM: gl.constexpr = gl.int32 if x.dtype == gl.int8 else gl.float32
     WIDTH: gl.constexpr = 128 if x.dtype == gl.int8 else BLOCK_N  # of an instruction: Triton has no wider one for int8
     acc = gl.zeros([ROWS, BLOCK_N], SUM, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32]))
+    wait_for_previous(CHAINED)
     i = 0
     for tile in range(gl.program_id(0), m_tiles * n_tiles, gl.num_programs(0)):
         for step in range(steps):
@@ -104,16 +90,17 @@ def _compute(
         m, n = tile_at(tile, m_tiles, n_tiles, GROUP)
         first_m, first_n = m * BLOCK_M + group * ROWS, n * BLOCK_N
         left, right = _halves(acc)  # one after the other, so that nothing spills
-        _store(left, first_m, first_n, epilogue)
-        _store(right, first_m, first_n + left.shape[1], epilogue)
+        finish_gluon(left, first_m, first_n, epilogue, False, ACTIVATED)
+        finish_gluon(right, first_m, first_n + left.shape[1], epilogue, False, ACTIVATED)
 
 
 @gluon.jit(do_not_specialize=["M", "stride_x_scale", "m_tiles"])
 def _w8a8_hopper_kernel(
     # Bound by the tensor cores. One program a multiprocessor.
-    x_desc, weight_desc, out_ptr, x_scale_ptr, weight_scale_ptr, bias_ptr, M, N, stride_x_scale, stride_weight_scale,
-    m_tiles, n_tiles, steps, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr,
+    x_desc, weight_desc, out_ptr, weight_ptr, x_scale_ptr, weight_scale_ptr, bias_ptr, residual_ptr, M, N, K,
+    stride_x_scale, stride_weight_scale, m_tiles, n_tiles, steps, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K:
+    gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, ACTIVATED: gl.constexpr, PREFETCHED: gl.constexpr, CHAINED:
+    gl.constexpr,
 ):
     x = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
     weight = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], weight_desc.layout)
@@ -123,21 +110,22 @@ def _w8a8_hopper_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    epilogue = out_ptr, M, N, x_scale_ptr, stride_x_scale, weight_scale_ptr, stride_weight_scale, bias_ptr
+    epilogue = (
+        out_ptr, M, N, x_scale_ptr, stride_x_scale, weight_scale_ptr, stride_weight_scale, None, 0, None, bias_ptr,
+        residual_ptr,
+    )
     gl.warp_specialize([
-        (_compute, (0, epilogue, x, weight, full, empty, m_tiles, n_tiles, steps, BLOCK_M, BLOCK_N, STAGES, GROUP)),
-        (_compute, (1, epilogue, x, weight, full, empty, m_tiles, n_tiles, steps, BLOCK_M, BLOCK_N, STAGES, GROUP)),
+        (_compute, (
+            0, epilogue, x, weight, full, empty, m_tiles, n_tiles, steps, BLOCK_M, BLOCK_N, STAGES, GROUP, ACTIVATED,
+            CHAINED)),
+        (_compute, (
+            1, epilogue, x, weight, full, empty, m_tiles, n_tiles, steps, BLOCK_M, BLOCK_N, STAGES, GROUP, ACTIVATED,
+            CHAINED)),
         (_load, (
-            x_desc, weight_desc, x, weight, full, empty, m_tiles, n_tiles, steps, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
-            GROUP)),
+            x_desc, weight_desc, weight_ptr, x, weight, full, empty, N, K, m_tiles, n_tiles, steps, BLOCK_M, BLOCK_N,
+            BLOCK_K, STAGES, GROUP, PREFETCHED, CHAINED)),
     ], [4, 1], [240, 24])
 # fmt: on
-
-
-def _described(x: torch.Tensor, shape: list[int], stride: int, rows: int) -> TensorDescriptor:
-    """`x` as a matrix, for copies of `rows` of it."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-    return TensorDescriptor(x, shape, [stride, 1], [rows, BLOCK_K], layout)
 
 
 def w8a8_hopper(
@@ -147,6 +135,8 @@ def w8a8_hopper(
     x_scale: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activated: bool,
     stride_row: int,
     stride_x_scale: int,
     stride_weight_scale: int,
@@ -160,14 +150,17 @@ def w8a8_hopper(
     launch(
         _w8a8_hopper_kernel,
         (min(device_properties(x.device).num_sms, m_tiles * n_tiles),),
-        _described(x, [m, k], stride_row, BLOCK_M),
-        _described(weight, [n, k], k, block_n),
+        described(x, [m, k], stride_row, BLOCK_M),
+        described(weight, [n, k], k, block_n),
         out,
+        weight,
         x_scale,
         weight_scale,
         bias,
+        residual,
         m,
         n,
+        k,
         stride_x_scale,
         stride_weight_scale,
         m_tiles,
@@ -180,4 +173,7 @@ def w8a8_hopper(
         BLOCK_K=BLOCK_K,
         STAGES=stages,
         GROUP=GROUPS[weight.dtype],
+        ACTIVATED=activated,
+        PREFETCHED=min(stages * BLOCK_K, k),
+        CHAINED=chains(x.device),
     )
