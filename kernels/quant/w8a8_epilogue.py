@@ -71,6 +71,12 @@ def finish(
 
 
 @gluon.jit
+def halves(acc):
+    """The left and the right half of the columns."""
+    return acc.reshape([acc.shape[0], 2, acc.shape[1] // 2]).permute([0, 2, 1]).split()
+
+
+@gluon.jit
 def finish_gluon(acc, first_m, first_n, epilogue, TURNED: gl.constexpr, ACTIVATED: gl.constexpr):
     """`finish` for sums in the layout of Hopper's tensor cores, of one warpgroup.
 

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from octavo.kernels.launch import empty, launch
-from octavo.kernels.quant.w8a8_epilogue import finish, finish_gluon
+from octavo.kernels.quant.w8a8_epilogue import finish, finish_gluon, halves
 from octavo.kernels.quant.w8a8_loads import BLOCK_K, described, prefetch
 from octavo.kernels.tiles import (
     DeviceProperties,
@@ -108,6 +108,10 @@ def _compute(
         else:
             m, n = rows, first_n + cols
         gl.store(parts_ptr + (part * M + m).to(gl.int64) * N + n, acc, mask=(m < M) & (n < N))
+    elif TOKENS > 64:
+        left, right = halves(acc)  # one after the other, so that nothing spills
+        finish_gluon(left, 0, first_n, epilogue, TURNED, ACTIVATED)
+        finish_gluon(right, TOKENS // 2, first_n, epilogue, TURNED, ACTIVATED)
     else:
         finish_gluon(acc, 0, first_n, epilogue, TURNED, ACTIVATED)
 

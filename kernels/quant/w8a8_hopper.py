@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from octavo.kernels.launch import launch
 from octavo.kernels.quant.stream_k import tile_at
-from octavo.kernels.quant.w8a8_epilogue import finish_gluon
+from octavo.kernels.quant.w8a8_epilogue import finish_gluon, halves
 from octavo.kernels.quant.w8a8_loads import BLOCK_K, described, prefetch
 from octavo.kernels.tiles import cdiv, chains, device_properties, let_next_start, wait_for_previous
 
@@ -59,12 +59,6 @@ def _load(
 
 
 @gluon.jit
-def _halves(acc):
-    """The left and the right half of the columns."""
-    return acc.reshape([acc.shape[0], 2, acc.shape[1] // 2]).permute([0, 2, 1]).split()
-
-
-@gluon.jit
 def _compute(
     group: gl.constexpr, epilogue, x, weight, full, empty, m_tiles, n_tiles, steps, BLOCK_M: gl.constexpr, BLOCK_N:
     gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, ACTIVATED: gl.constexpr, CHAINED: gl.constexpr,
@@ -89,7 +83,7 @@ def _compute(
         mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
         m, n = tile_at(tile, m_tiles, n_tiles, GROUP)
         first_m, first_n = m * BLOCK_M + group * ROWS, n * BLOCK_N
-        left, right = _halves(acc)  # one after the other, so that nothing spills
+        left, right = halves(acc)  # one after the other, so that nothing spills
         finish_gluon(left, first_m, first_n, epilogue, False, ACTIVATED)
         finish_gluon(right, first_m, first_n + left.shape[1], epilogue, False, ACTIVATED)
 
