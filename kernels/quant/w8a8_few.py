@@ -207,7 +207,7 @@ def choose_few(
         size, tokens = 32, 64
     elif tokens == 64 and cdiv(outputs, 128) >= 2 * sms:
         size = 128
-    # A part takes 2 µs to add up: the time in which a multiprocessor reads 64 KB.
+    # Parts take a second kernel, which is not worth its time where a program has little to read: 256 KB, at least.
     parts = max(1, min(sms // cdiv(outputs, size), size * inputs // 2**18))
     return FewTiles(tokens, size, stages_of(tokens, size, properties), parts)
 
