@@ -132,10 +132,9 @@ def test_source_of_many(m, n, k, bias, with_residual, activation, block_n, opera
             descriptor(args["x"], 128),
             descriptor(args["weight"], block_n),
             out,
-            None,
             *map(pointer, names_of(args)),
-            *map(Number, (m, n, k, *strides(args)[:2], m_tiles, n_tiles, cdiv(k, 128))),
-            *(128, block_n, 128, 3, 8, activation is not None, 128, False),
+            *map(Number, (m, n, *strides(args)[:2], m_tiles, n_tiles, cdiv(k, 128))),
+            *(128, block_n, 128, 3, 8, activation is not None),
         )
     check(torch.from_numpy(out.memory).view(m, width).to(HALF), args)
 
