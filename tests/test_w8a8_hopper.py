@@ -101,7 +101,7 @@ def few_in_python(args, tiles, out_dtype, width):
         (30, 96, 528, "zero", False, True, "silu_and_mul", FewTiles(32, 64, 3, 1)),
         (64, 208, 1024, "tensor", True, False, "silu_and_mul", FewTiles(64, 128, 2, 1)),
         (60, 112, 1168, "zero", True, True, "silu_and_mul", FewTiles(64, 64, 3, 3)),
-        (100, 70, 256, "token", True, True, None, FewTiles(128, 64, 4, 1)),
+        (100, 70, 256, "token", True, True, None, FewTiles(128, 64, 4, 2)),
     ],
 )
 def test_source_of_few(m, n, k, kind, bias, with_residual, activation, tiles, operand):

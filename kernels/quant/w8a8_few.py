@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from octavo.kernels.launch import empty, launch
-from octavo.kernels.quant.w8a8_epilogue import finish, finish_gluon, halves
+from octavo.kernels.quant.w8a8_epilogue import finish, finish_gluon, residual_of
 from octavo.kernels.quant.w8a8_loads import BLOCK_K, described, prefetch
 from octavo.kernels.tiles import (
     DeviceProperties,
@@ -80,6 +80,8 @@ def _compute(
     zeros = gl.zeros([ROWS, COLS], SUM, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 32]))
     acc = zeros
     wait_for_previous(CHAINED)
+    if PARTS == 1:
+        residual = residual_of(0, first_n, epilogue, ROWS, COLS, TURNED, ACTIVATED)
     for i in range(steps):
         stage, before = i % STAGES, (i + STAGES - 1) % STAGES
         mbarrier.wait(full.index(stage), i // STAGES & 1)
@@ -108,12 +110,8 @@ def _compute(
         else:
             m, n = rows, first_n + cols
         gl.store(parts_ptr + (part * M + m).to(gl.int64) * N + n, acc, mask=(m < M) & (n < N))
-    elif TOKENS > 64:
-        left, right = halves(acc)  # one after the other, so that nothing spills
-        finish_gluon(left, 0, first_n, epilogue, TURNED, ACTIVATED)
-        finish_gluon(right, TOKENS // 2, first_n, epilogue, TURNED, ACTIVATED)
     else:
-        finish_gluon(acc, 0, first_n, epilogue, TURNED, ACTIVATED)
+        finish_gluon(acc, residual, 0, first_n, epilogue, TURNED, ACTIVATED)
 
 
 @gluon.jit(do_not_specialize=["M", "stride_x_scale", "stride_x_zero", "part_steps"])
