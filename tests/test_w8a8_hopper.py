@@ -189,7 +189,9 @@ def test_tiles_that_were_fastest(tokens, outputs, inputs, expected):
 
 @pytest.mark.parametrize("operand", [INT8, FP8], ids=str)
 @pytest.mark.parametrize("m", [1, 16, 30, 64, 128, 200])
-@pytest.mark.parametrize(("n", "k"), [(4096, 14336), (6144, 4096), (57344, 1024), (576, 1536), (1040, 144)])
+@pytest.mark.parametrize(
+    ("n", "k"), [(4096, 14336), (6144, 4096), (9008, 8192), (57344, 1024), (576, 1536), (1040, 144)]
+)
 @pytest.mark.parametrize("marked", [pytest.param(None, marks=on_hopper)])
 def test_on_a_gpu(m, n, k, operand, marked):
     for kind in ("token", "zero", "tensor")[:: 1 if operand == INT8 else 2]:
