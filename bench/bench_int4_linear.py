@@ -54,4 +54,5 @@ PROVIDERS = {
     "marlin": Provider(lambda i: weight_only.marlin(i, bits=4), "vllm", package="vllm"),
     "machete": Provider(_machete, "vllm", package="vllm"),
     "conch": Provider(lambda i: weight_only.conch(i, bits=4), "triton-peers", package="conch-triton-kernels"),
+    "gemlite": Provider(weight_only.gemlite, "triton-peers", package="gemlite"),
 }

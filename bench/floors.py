@@ -12,9 +12,8 @@ from typing import Any
 from octavo.bench.harness import parse_label
 from octavo.bench.store import Row, read
 
-READERS = frozenset(
-    {"paged_attention", "cascade_attention", "int4_linear", "int8_linear", "int8_int8_linear", "fp8_linear"}
-)
+_LINEARS = {"int4_linear", "int8_linear", "int8_int8_linear", "int4_int8_linear", "fp8_linear"}
+READERS = frozenset({"paged_attention", "cascade_attention"} | _LINEARS)
 """Ops that read far more than they write: their roof is the bandwidth of reading, the others' that of copying."""
 
 _PEAKS = {

@@ -56,6 +56,8 @@ ATTENTION_ONLY = (FALCON_40B, LLAMA_3_2_1B, PHI_3_MINI, GEMMA_2_9B)
 # One decode step of 1 to 1024 sequences, and a prefill; the GEMMs' largest is what a server's token budget allows.
 TOKENS = (1, 16, 64, 256, 1024, 8192)
 GEMM_TOKENS = (1, 16, 64, 256, 1024, 4096)
+# Between those, of two layers: whether a choice of tiles makes a cliff.
+BETWEEN_TOKENS = (2, 3, 8, 32, 48, 96, 128, 192, 512)
 
 
 def linears(model: Model) -> dict[str, tuple[int, int]]:
@@ -122,6 +124,13 @@ def kv_layouts() -> list[Shape]:
 def linear_shapes(models: Iterable[Model]) -> list[Shape]:
     """N and K of the models' linear layers."""
     return _each_once({"N": n, "K": k} for model in models for n, k in linears(model).values())
+
+
+def gemm_shapes() -> list[Shape]:
+    """M, N and K of the layers of Llama-3-8B and Llama-2-70B, with more numbers of tokens for two of them."""
+    every = [{"M": m} | layer for layer in linear_shapes((LLAMA_3_8B, LLAMA_2_70B)) for m in GEMM_TOKENS]
+    two = [linears(LLAMA_2_70B)["o"], linears(LLAMA_3_8B)["down"]]
+    return every + [{"M": m, "N": n, "K": k} for n, k in two for m in BETWEEN_TOKENS]
 
 
 def models_of(shape: Mapping[str, int]) -> list[str]:

@@ -11,16 +11,15 @@ import torch
 
 from octavo.bench.harness import Inputs, Shape, Unsupported
 from octavo.bench.providers import PIECE, full_fp32, wide_dtype
-from octavo.bench.shapes import GEMM_TOKENS, LLAMA_2_70B, LLAMA_3_8B, linear_shapes, linears
+from octavo.bench.shapes import LLAMA_2_70B, gemm_shapes, linears
 
 BLOCK = 128
 
 
 def shapes() -> list[Shape]:
     """Every layer at every number of tokens, and a cube, where tensor cores alone count."""
-    layers = [{"M": tokens} | layer for layer in linear_shapes((LLAMA_3_8B, LLAMA_2_70B)) for tokens in GEMM_TOKENS]
     n, k = linears(LLAMA_2_70B)["o"]
-    return [*layers, {"M": n, "N": n, "K": k}]
+    return [*gemm_shapes(), {"M": n, "N": n, "K": k}]
 
 
 def draw(
@@ -35,7 +34,7 @@ def draw(
             return torch.randint(-127, 128, (rows, k), generator=generator, device=device, dtype=operand)
         out = torch.empty(rows, k, device=device, dtype=operand)
         for piece in out.split(max(1, PIECE // k)):
-            piece.copy_(torch.randn(piece.shape, generator=generator, device=device) * 100)
+            piece.copy_((torch.randn(piece.shape, generator=generator, device=device) * 100).clamp_(-448, 448))
         return out
 
     def scales(*size: int) -> torch.Tensor:

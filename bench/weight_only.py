@@ -8,16 +8,15 @@ from collections.abc import Callable
 
 import torch
 
-from octavo.bench.harness import Inputs, Shape
+from octavo.bench.harness import Inputs, LeftOut, Shape
 from octavo.bench.providers import PIECE, drawn, full_fp32, pack_words, wide_dtype
-from octavo.bench.shapes import GEMM_TOKENS, LLAMA_2_70B, LLAMA_3_8B, linear_shapes
+from octavo.bench.shapes import LLAMA_3_8B, gemm_shapes, linear_shapes
 
 GROUP = 128
 
 
 def shapes() -> list[Shape]:
-    layers = linear_shapes((LLAMA_3_8B, LLAMA_2_70B))
-    return [{"M": tokens} | layer | {"group": GROUP} for layer in layers for tokens in GEMM_TOKENS]
+    return [shape | {"group": GROUP} for shape in gemm_shapes()]
 
 
 def draw(
@@ -119,3 +118,17 @@ def conch(inputs: Inputs, bits: int) -> Callable[[], torch.Tensor]:
         return out
 
     return call
+
+
+def gemlite(inputs: Inputs) -> Callable[[], torch.Tensor]:
+    """gemlite's layer, at the layers for which it comes with tiles tuned on an H100: others it would tune first."""
+    from gemlite.helper import A16W4_HQQ_INT
+
+    x, q, scale = inputs["x"], inputs["q"], inputs["scale"]
+    if tuple(q.shape) not in {(layer["N"], layer["K"]) for layer in linear_shapes((LLAMA_3_8B,))}:
+        raise LeftOut("measured at the layers that it comes tuned for")
+    scale = scale.t().reshape(-1, 1).contiguous()
+    linear = A16W4_HQQ_INT(device=x.device, dtype=x.dtype).from_weights(
+        q, scale, torch.full_like(scale, inputs["zero"])
+    )
+    return lambda: linear(x)

@@ -17,7 +17,16 @@ import triton.language as tl
 from octavo.kernels.activation import _activate
 from octavo.kernels.checks import check_gated
 from octavo.kernels.launch import empty, launch
-from octavo.kernels.quant.rounding import check_quantization, fake, magnitude, rounded, rounding, scale_of, scale_shape
+from octavo.kernels.quant.rounding import (
+    check_quantization,
+    fake,
+    largest_of,
+    magnitude,
+    rounded,
+    rounding,
+    scale_of,
+    scale_shape,
+)
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
 from octavo.kernels.tiles import (
@@ -98,10 +107,7 @@ def _activation_quantize_kernel(
             y *= tl.div_rn(1.0, tl.load(scale_ptr))
         else:
             if SCALE == "row":
-                # Rows without an infinity are spared `magnitude`: a GPU's maximum leaves NaN out by itself.
-                largest = tl.max(tl.abs(y), 1)
-                if not tl.max(largest, 0) < float("inf"):
-                    largest = tl.max(magnitude(y), 1)
+                largest = largest_of(y)
             else:
                 largest = tl.max(magnitude(y), 1)
             scale = scale_of(largest, LIMIT)  # [GROUPS]

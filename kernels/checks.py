@@ -54,6 +54,15 @@ def check_shape(name: str, x: torch.Tensor, expected: Sequence[int], layout: str
         raise ValueError(f"{name}: shape {tuple(x.shape)}; expected {tuple(expected)}: {layout}")
 
 
+def check_of_tokens(name: str, values: torch.Tensor, x: torch.Tensor) -> None:
+    """Raises ValueError unless `values` are one number, or one for each token (row) of `x`."""
+    tokens = x.shape[:-1]
+    if values.numel() != 1 and values.shape not in (tokens, (*tokens, 1)):
+        raise ValueError(
+            f"{name}: shape {tuple(values.shape)}; expected one element, or {(*tokens, 1)}: one for each token of x"
+        )
+
+
 def check_last_dim_contiguous(name: str, x: torch.Tensor) -> None:
     """Raises ValueError unless neighbours in the last dimension are neighbours in memory."""
     if x.dim() and x.stride(-1) != 1 and x.shape[-1] > 1:

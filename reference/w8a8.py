@@ -3,6 +3,7 @@
 import torch
 
 from octavo.reference.activation import silu_and_mul
+from octavo.reference.quant import dequantize_int4
 
 BLOCK = 128
 PAIRED = 8
@@ -76,3 +77,18 @@ def fp8_linear(
     else:
         y = scaled(x.float() @ weight.float().t(), x_scale, weight_scale)
     return finished(y, bias, residual, activation, out_dtype)
+
+
+def int4_int8_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    x_scale: torch.Tensor,
+    scale: torch.Tensor,
+    minimum: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    group_size: int,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    y = x.float() @ dequantize_int4(packed, scale, minimum, group_size).t()
+    y = y * (x_scale.view(()) if x_scale.numel() == 1 else x_scale.view(*x.shape[:-1], 1))
+    return (y if bias is None else y + bias.float()).to(out_dtype)

@@ -38,6 +38,12 @@ def from_bits(bits, dtype):
     return torch.from_numpy(np.ascontiguousarray(bits).view(np.int16)).view(HALVES[dtype]).float().numpy()
 
 
+class Dtype(str):
+    """The name of one; it is equal to the plain string."""
+
+    primitive_bitwidth = property(lambda self: 16 if self in HALVES else 8 * NUMPY[self].itemsize)
+
+
 class Number(int):
     """A scalar of a kernel."""
 
@@ -73,7 +79,7 @@ class Tensor:
 class Pointer:
     def __init__(self, memory, dtype, offset=0):
         self.memory, self.offset = memory, offset
-        self.dtype = SimpleNamespace(element_ty=dtype)
+        self.dtype = SimpleNamespace(element_ty=Dtype(dtype))
 
     def __add__(self, offset):
         return Pointer(self.memory, self.dtype.element_ty, np.add(self.offset, raw(offset)))
@@ -81,7 +87,7 @@ class Pointer:
     def where(self, mask):
         """The offsets that a mask leaves, and the mask in full."""
         offset = np.asarray(self.offset)
-        mask = np.broadcast_to(True if mask is None else raw(mask), offset.shape)
+        mask = np.broadcast_to(True if mask is None else raw(mask), offset.shape).astype(bool)
         assert ((offset >= 0) & (offset < self.memory.size))[mask].all(), "out of bounds"
         return offset[mask], mask
 
@@ -148,6 +154,9 @@ class Shared:
     def load(self, layout):
         return Tensor(self.values.copy(), self.dtype)
 
+    def store(self, value):
+        self.values[...] = value.values
+
     def _reinterpret(self, dtype, shape, layout):
         values = self.values.reshape(-1)
         return Shared((values.view(NUMPY[dtype]) if dtype in NUMPY else values).reshape(shape), dtype)
@@ -177,6 +186,12 @@ def _instruction(line, registers):
 def _assembly(code, constraints, args, dtype, is_pure, pack):
     if code.startswith("prefetch"):
         return args[0].where(None)
+    if code.startswith("ld.global"):
+        values = _load(args[0])
+        assert int(code[len("ld.global.nc.u") :][:2]) == values.dtype.primitive_bitwidth
+        if values.dtype in HALVES:
+            return Tensor(bits_of(values.values, values.dtype).view(np.uint16).astype(np.int32), "int32")
+        return Tensor(values.values.view(np.int32), "int32")
     if code.startswith("mov.b32 {"):
         return tuple(Tensor(args[0].values.astype(np.uint32) >> s & 0xFFFF, "int16").to("int16") for s in (0, 16))
     registers = {f"${i + 2}": a.values.view(np.uint32) for i, a in enumerate(args)}
@@ -250,7 +265,7 @@ def _allocate(dtype, shape, layout):
         return Shared(np.full(shape, np.nan, np.float32), dtype, half_by_half=True)
     if dtype == FP8:
         return Shared(np.full(shape, np.nan, np.float32), dtype)
-    return Shared(np.full(shape, -1, NUMPY[dtype]), dtype)
+    return Shared(np.full(shape, np.nan if dtype == "float32" else -1, NUMPY[dtype]), dtype)
 
 
 def _load(pointer, mask=None, other=0, cache_modifier=None):
@@ -263,12 +278,6 @@ def _load(pointer, mask=None, other=0, cache_modifier=None):
 def _store(pointer, value, mask=None):
     offset, mask = pointer.where(mask)
     pointer.memory[offset] = np.broadcast_to(raw(value), mask.shape)[mask]
-
-
-def _atomic_add(pointer, value, sem=None):
-    before = pointer.memory[pointer.offset]
-    pointer.memory[pointer.offset] += value
-    return Number(before)
 
 
 def _extremum(function):
@@ -289,7 +298,7 @@ def _mma(a, b, acc, use_acc=True, is_async=False):
     return Tensor(product + acc.values if use_acc else product, acc.dtype)
 
 
-def _language(program, programs):
+def _language(place, programs):
     def nothing(*args, **kwargs):
         return None
 
@@ -301,12 +310,13 @@ def _language(program, programs):
         "NVMMADistributedLayout",
         "NVMMASharedLayout",
         "SliceLayout",
+        "SwizzledSharedLayout",
     )
     return SimpleNamespace(
         **names,
         **dict.fromkeys(layouts, nothing),
         constexpr=None,
-        program_id=lambda axis: Number(program),
+        program_id=lambda axis: Number(place[axis]),
         num_programs=lambda axis: Number(programs),
         maximum=_extremum(np.maximum),
         minimum=_extremum(np.minimum),
@@ -324,7 +334,6 @@ def _language(program, programs):
         inline_asm_elementwise=_assembly,
         allocate_shared_memory=_allocate,
         warp_specialize=_warp_specialize,
-        atomic_add=_atomic_add,
         load=_load,
         store=_store,
     )
@@ -334,8 +343,8 @@ def _decorator(function=None, **options):
     return function or (lambda decorated: decorated)
 
 
-def namespace(modules, program, programs):
-    """What the modules of `kernels/` define up to their first dataclass, for one program of a grid."""
+def namespace(modules, place, programs):
+    """What the modules of `kernels/` define up to their first dataclass, for the program at one place of a grid."""
     mbarrier = SimpleNamespace(
         MBarrierLayout=lambda: None,
         init=lambda barrier, count: barrier.values.init(count),
@@ -347,7 +356,7 @@ def namespace(modules, program, programs):
         __name__="in_python",
         Number=Number,
         range=lambda *bounds: map(Number, builtins.range(*map(int, bounds))),
-        gl=_language(program, programs),
+        gl=_language(place, programs),
         gluon=SimpleNamespace(jit=_decorator, constexpr_function=_decorator),
         triton=SimpleNamespace(jit=_decorator),
         tl=SimpleNamespace(

@@ -64,6 +64,7 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
         for dtype in (torch.int8, torch.float8_e4m3fn)
     }
     asymmetric = dict(x_zero=new(tokens, 1, dtype=torch.int32), weight_sum=new(80, dtype=torch.int32))
+    int4_int8 = int4 | dict(scale=new(2, 80), x=new(tokens, 128, dtype=torch.int8), x_scale=ones(tokens, 1))
     int8 = dict(x=new(tokens, 128), weight=new(80, 128, dtype=torch.int8), scale=new(1, 80))
     return {
         "rms_norm": (octavo.rms_norm, dict(x=new(tokens, 512), weight=new(512)), dict(eps=1e-5)),
@@ -177,6 +178,12 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
             octavo.fp8_linear,
             w8a8[torch.float8_e4m3fn] | dict(x_scale=ones(tokens, 2), weight_scale=ones(1, 2)),
             dict(fast_accum=False),
+        ),
+        "int4_int8_linear": (octavo.int4_int8_linear, int4_int8, dict(group_size=64)),
+        "int4_int8_linear with minimum": (
+            octavo.int4_int8_linear,
+            int4_int8 | dict(minimum=new(2, 80), bias=new(80)),
+            dict(group_size=64, out_dtype=torch.float16),
         ),
         "quantize_int8": (octavo.quantize_int8, dict(x=new(tokens, 512), scale=None), {}),
         "quantize_int8 by scale": (octavo.quantize_int8, dict(x=new(tokens, 512), scale=one), {}),

@@ -18,7 +18,7 @@ from octavo.testing import without_interpreter
 H100 = KNOWN_DEVICES[90]
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 on_hopper = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an sm_90 GPU")]
-MODULES = [f"quant/int4_{name}.py" for name in ("shares", "loads", "compute", "hopper")]
+MODULES = [f"quant/int4_{name}.py" for name in ("shares", "loads", "compute", "parts", "hopper")]
 
 
 def run_in_python(x, packed, scale, minimum, bias, group_size, tiles):
@@ -30,30 +30,43 @@ def run_in_python(x, packed, scale, minimum, bias, group_size, tiles):
 
     m, (groups, n), dtype = len(x), scale.shape, str(x.dtype).removeprefix("torch.")
     out = Pointer(np.full(m * n, np.nan, np.float32), dtype)
-    size = 2 * tiles.programs * 128 * tiles.blocks * tiles.tokens if tiles.shared else 1
+    size = 2 * tiles.programs * tiles.outputs * tiles.tokens if tiles.shared else 1
     workspace = Pointer(np.full(size, np.nan, np.float32), "float32")
-    counters = Pointer(np.zeros(max(2 * tiles.shared, 1), np.int64), "int32")
-    row_tiles, token_tiles = cdiv(n, 128 * tiles.blocks), cdiv(m, tiles.tokens)
+    row_tiles, token_tiles = cdiv(n, tiles.outputs), cdiv(m, tiles.tokens)
     per_step = int4_hopper.groups_of_step(group_size)
     numbers = (m, n, packed.shape[1], groups - 1, group_size // 32, row_tiles * token_tiles, tiles.shared, row_tiles,
                token_tiles, tiles.width, n, n)  # fmt: skip
     for program in random.sample(range(tiles.programs), tiles.programs):
-        namespace(MODULES, program, tiles.programs)["_int4_hopper_kernel"](
+        namespace(MODULES, (program,), tiles.programs)["_int4_hopper_kernel"](
             Descriptor(packed.view(-1, 64).numpy(), "int16", (32, 64)),
             Descriptor(x.float().numpy(), dtype, (tiles.tokens, 64)),
             out,
             *map(pointer, (scale, minimum, bias)),
             workspace,
-            counters,
             *map(Number, numbers),
             per_step,
             per_step == 1 or per_step * group_size == 128,
             tiles.scale_sums,
             tiles.blocks,
             tiles.tokens,
+            tiles.sides,
+            tiles.turns,
             tiles.stages,
             False,
         )
+    numbers = m, n, packed.shape[1], tiles.shared, tiles.programs, row_tiles, token_tiles, tiles.width
+    for tile in range(tiles.shared):
+        for chunk in range(cdiv(min(m, tiles.tokens) * tiles.outputs, tiles.parts_block)):
+            namespace((MODULES[0], MODULES[3]), (tile, chunk), tiles.shared)["_int4_parts_kernel"](
+                out,
+                pointer(bias),
+                workspace,
+                *map(Number, numbers),
+                tiles.outputs,
+                tiles.tokens,
+                tiles.parts_block,
+                False,
+            )
     return torch.from_numpy(out.memory).view(m, n).to(x.dtype)
 
 
@@ -66,7 +79,7 @@ def run_in_python(x, packed, scale, minimum, bias, group_size, tiles):
         (5, 130, 480, 32, True, False, 3, {}),
         (7, 520, 480, 96, False, True, 4, {}),
         (3, 5, 32, 32, False, True, 3, {}),
-        (60, 300, 1024, 256, False, False, 3, {"stages": 2}),
+        (60, 300, 1024, 256, False, False, 3, {"stages": 4}),
         (60, 300, 384, 384, True, True, 2, {}),
         (130, 520, 384, 128, True, True, 5, {"stages": 2}),
         (300, 260, 256, 64, False, False, 2, {"width": 2}),
@@ -86,6 +99,32 @@ def test_source(m, n, k, group, minimum, bias, programs, changes):
     assert torch.equal(out, run_in_python(x, *args, group, tiles))
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group", "minimum", "warpgroups", "tokens", "sharing", "stages", "programs"),
+    [
+        (1, 300, 1024, 128, False, (1, 4, 1), 16, True, 8, 3),
+        (9, 300, 1152, 384, False, (2, 2, 1), 16, True, 4, 4),
+        (20, 200, 1280, 256, True, (1, 4, 1), 32, True, 8, 2),
+        (33, 70, 256, 64, True, (1, 4, 1), 32, False, 16, 2),  # fewer steps than warpgroups
+        (5, 600, 512, 128, False, (4, 1, 1), 16, True, 4, 5),
+        (60, 600, 512, 128, False, (2, 1, 2), 64, True, 4, 5),
+        (130, 520, 384, 32, True, (2, 1, 1), 128, True, 2, 7),
+        (260, 300, 384, 128, True, (2, 1, 1), 256, True, 2, 5),
+    ],
+)
+def test_source_of_every_cut(m, n, k, group, minimum, warpgroups, tokens, sharing, stages, programs):
+    """Warpgroups side by side and in turns, which a choice may not take yet."""
+    dtype = random.choice((torch.float16, torch.bfloat16))
+    with without_interpreter():
+        q, args = case(n, k, group, "cpu", dtype, minimum, True)
+    x = torch.randn(m, k).to(dtype)
+    device = replace(H100, num_sms=programs)
+    scale_sums = not minimum and tokens <= 64
+    tiles = int4_hopper.cut(m, n, k, warpgroups, tokens, sharing, device, scale_sums, stages)
+    assert (tiles.shared > 0) == sharing
+    check(run_in_python(x, *args, group, tiles), x, q, args)
+
+
 def test_rounded_scales_of_another_dtype():
     q, args = case(130, 256, 32, "cpu", torch.float32)
     x = torch.randn(4, 256).bfloat16()
@@ -98,8 +137,8 @@ def test_rounded_scales_of_another_dtype():
 @pytest.mark.parametrize("programs", [1, 78, 132])
 def test_every_step_is_computed_once(m, n, k, programs):
     tiles = int4_hopper.choose_tiles(m, n, k, 32, False, replace(H100, num_sms=programs))
-    count, k_tiles = cdiv(n, 128 * tiles.blocks) * cdiv(m, tiles.tokens), cdiv(k, 128)
-    names = namespace(MODULES[:1], 0, 1)
+    count, k_tiles = cdiv(n, tiles.outputs) * cdiv(m, tiles.tokens), cdiv(k, 128)
+    names = namespace(MODULES[:1], (0,), 1)
     shape = map(Number, (tiles.programs, count, tiles.shared, k_tiles))
     of, count, shared, k_tiles = shape
     longest, steps = 0, np.zeros((count, k_tiles), int)
@@ -120,11 +159,23 @@ def test_every_step_is_computed_once(m, n, k, programs):
         assert longest == cdiv(count, tiles.programs) * k_tiles
 
 
+@pytest.mark.parametrize(("n", "k"), [(8192, 8192), (28672, 4096), (4096, 14336), (6144, 4096), (32, 32)])
+@pytest.mark.parametrize(("group", "minimum"), [(128, False), (32, True)])
+@pytest.mark.parametrize("programs", [78, 132])
+def test_stages_go_round_by_warpgroup(n, k, group, minimum, programs):
+    """A warpgroup releases a step when it has the next, and meets the same stages again and again."""
+    for m in (1, 17, 33, 65, 4096):
+        device = replace(H100, num_sms=programs)
+        tiles = int4_hopper.choose_tiles(m, n, k, group, minimum, device)
+        assert tiles.stages % tiles.turns == 0 and tiles.stages >= 2 * tiles.turns
+        assert tiles.sides * tiles.turns in (2, 4)
+
+
 @pytest.mark.parametrize(("n", "k"), [(8192, 8192), (28672, 4096), (4096, 14336), (6144, 4096)])
 def test_a_warm_up_at_powers_of_two_meets_every_kernel(n, k):
     def kernel(m):
         tiles = int4_hopper.choose_tiles(m, n, k, 128, False, H100)
-        return tiles.blocks, tiles.tokens, tiles.stages, tiles.scale_sums, tiles.shared > 0
+        return replace(tiles, programs=0, shared=tiles.shared > 0, width=0)
 
     for m in range(1, 5000, 37):
         assert kernel(m) == kernel(next_power_of_2(m))
@@ -163,14 +214,14 @@ def test_on_a_gpu(m, n, k, group, minimum, bias, dtype, marked):
     x = torch.randn(m, k, device="cuda").to(dtype)
     with recording(Recorder()) as recorder:
         out = octavo.int4_linear(x, *args, group_size=group)
-    assert recorder.launches[-1].kernel.__name__ == "_int4_hopper_kernel"
+    assert recorder.launches[0].kernel.__name__ == "_int4_hopper_kernel"
     check(out, x, q, args)
     for _ in range(10):
         assert torch.equal(out, octavo.int4_linear(x, *args, group_size=group))
 
 
 @pytest.mark.parametrize("marked", [pytest.param(None, marks=on_hopper)])
-def test_streams_do_not_share_counters(marked):
+def test_streams_do_not_share_parts(marked):
     """Calls that run at the same time, each of which sums up parts of its tiles."""
     _, args = case(1024, 8192, 128, "cuda", torch.bfloat16, minimum=False)
     xs = [torch.randn(8, 8192, device="cuda").bfloat16() for _ in range(4)]

@@ -305,6 +305,28 @@ def test_errors(change, error, message):
         octavo.int4_linear(**args)
 
 
+HOPPER_CUTS = [
+    (7, 6144, 4096, 128, False),
+    (7, 28672, 4096, 128, False),
+    (7, 4096, 14336, 128, False),
+    (20, 8192, 8192, 128, False),
+    (20, 8192, 8192, 32, True),
+    (20, 28672, 4096, 128, False),
+    (20, 28672, 4096, 32, True),
+    (20, 4096, 14336, 128, False),
+    (20, 4096, 14336, 32, True),
+    (64, 28672, 4096, 128, False),
+    (64, 28672, 4096, 32, True),
+    (64, 8192, 8192, 128, False),
+    (64, 8192, 8192, 64, True),
+    (256, 8192, 8192, 128, True),
+    (1024, 8192, 8192, 128, True),
+    (1024, 8192, 8192, 128, False),
+    (1024, 8192, 8192, 64, False),
+]
+"""Tokens, outputs, inputs, group size and minimum, each of which Hopper's kernel cuts or shares in another way."""
+
+
 def launches(dtype):
     """Every tile choice that ships, on meta tensors: tests/test_compile.py compiles them.
 
@@ -317,3 +339,8 @@ def launches(dtype):
         for group, with_minimum in ((128, False), (128, True), (64, True), (32, True)):
             scale = torch.empty(4096 // group, 4096, device="meta", dtype=x.dtype)
             int4._int4_linear_cuda(x, packed, scale, scale if with_minimum else None, None, group)
+    for m, n, k, group, with_minimum in HOPPER_CUTS:
+        x = torch.empty(m, k, device="meta", dtype=dtype)
+        packed = torch.empty(n // 64, k // 128, 64, 32, device="meta", dtype=torch.int16)
+        scale = torch.empty(k // group, n, device="meta", dtype=dtype)
+        int4._int4_linear_cuda(x, packed, scale, scale if with_minimum else None, None, group)

@@ -503,6 +503,7 @@ def test_float8_e4m3fn_before_sm_89(monkeypatch):
 
 
 GPT_OSS = dict(sinks=torch.bfloat16, window_size=128, rolling=True, return_lse=True)
+MISTRAL = dict(window_size=4096)
 GEMMA = dict(softcap=50.0, window_size=1024, rolling=True)
 MPT = dict(alibi_slopes=torch.float32, return_lse=True)
 
@@ -517,7 +518,7 @@ def launches(dtype):
     cases = [(cache, d, {}) for cache in formats for d in ((64, 128, 256) if dtype == torch.bfloat16 else (128,))]
     if dtype == torch.bfloat16:
         cases += [(dtype, 64, GPT_OSS), (dtype, 128, GPT_OSS), (dtype, 256, GEMMA), (dtype, 128, MPT)]
-        cases += [(torch.int8, 64, GPT_OSS)]
+        cases += [(torch.int8, 64, GPT_OSS), (torch.float8_e5m2, 128, MISTRAL), (torch.float8_e5m2, 80, GPT_OSS)]
     for cache, d, options in cases:
         for group, longest in ((4, 1), (8, 512)):
             launch(dtype, cache, d, group, longest, **options)

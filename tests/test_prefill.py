@@ -3,6 +3,7 @@
 from itertools import accumulate
 
 import pytest
+import test_paged_features as features
 import torch
 from attention_args import op_args
 from hypothesis import given
@@ -45,6 +46,15 @@ def case(lengths, *, heads=8, kv_heads=2, d=128, page_size=16, padding=0, dtype=
     return args, max(1000, *(queries for queries, _ in lengths))  # so that this kernel is chosen
 
 
+def float8_case(lengths, cache_dtype, kind="heads", *, heads=8, kv_heads=2, **shape):
+    """Arguments for a float8 cache, with scales of that kind unless some are given."""
+    shape = dict(d=128, page_size=16, dtype=torch.bfloat16) | shape
+    if "v_scale" not in shape:
+        shape |= features.scales_of(cache_dtype, kind, kv_heads, "cuda")
+    shape |= dict(heads=heads, kv_heads=kv_heads)
+    return features.case(lengths, device="cuda", cache_dtype=cache_dtype, **shape)[0]
+
+
 def launched(args, longest, **options):
     """The kernels of a call."""
     with recording(Recorder()) as recorder:
@@ -76,7 +86,13 @@ CHANGES = {
     "a negative scale": (dict(scale=-1.0), False),
     "a scale that is 0 in fp32": (dict(scale=1e-50), False),
     "an A100": (dict(properties=KNOWN_DEVICES[80]), False),
-    "a float8 cache": (dict(cache=torch.float8_e4m3fn), False),
+    "a float8 cache": (dict(cache=torch.float8_e4m3fn), True),
+    "a float8 cache for fp16": (dict(cache=torch.float8_e5m2, dtype=torch.float16), True),
+    "a float8 cache for fp32": (dict(cache=torch.float8_e5m2, dtype=torch.float32), False),
+    "a float8 cache of heads of 80": (dict(cache=torch.float8_e4m3fn, d=80), True),
+    "a float8 cache of heads of 72": (dict(cache=torch.float8_e4m3fn, d=72), False),
+    "a float8 cache of heads of 256": (dict(cache=torch.float8_e4m3fn, d=256), False),
+    "an int8 cache": (dict(cache=torch.int8), False),
 }
 
 
@@ -214,22 +230,91 @@ class TestOnHopper:
         assert_accurate(out, plain * share[..., None], low * share[..., None].bfloat16())
         assert_accurate(lse, torch.logaddexp(log, sinks.double().expand_as(log)), low_log.float().logaddexp(sinks))
 
-    def test_rings(self):
+    @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, *features.FLOAT8], ids=str)
+    def test_rings(self, cache_dtype):
         """A ring holds what a window needs: the result is that of the full cache."""
-        args, _ = case([(100, 500), (60, 60), (33, 1000)])
-        for name in ("key_cache", "value_cache"):
-            args[name] = args[name].clone()
+        lengths = [(100, 500), (60, 60), (33, 1000)]
+        args = case(lengths)[0] if cache_dtype == torch.bfloat16 else float8_case(lengths, cache_dtype)
         options = dict(max_seqlen_q=100, window_size=50)
         width = 10  # of 16 slots, for 149 keys
         ring = args | {name: torch.full_like(args[name], torch.nan) for name in ("key_cache", "value_cache")}
         ring["block_table"] = torch.arange(3 * width, device="cuda", dtype=torch.int32).view(3, width)
-        for b, keys in enumerate((500, 60, 1000)):
+        for b, (_, keys) in enumerate(lengths):
             j = torch.arange(max(0, keys - width * 16), keys, device="cuda")
             for name in ("key_cache", "value_cache"):
                 page = ring["block_table"][b, j // 16 % width].long()
                 ring[name][page, j % 16] = args[name][args["block_table"][b, j // 16].long(), j % 16]
+        assert launched(ring, 100, window_size=50, rolling=True) == ["_reset_kernel", "_prefill_kernel"]
         out = octavo.paged_attention(**ring, **options, rolling=True)
         assert torch.equal(out, octavo.paged_attention(**args, **options))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("kind", ["none", "number", "one", "heads"])
+    @pytest.mark.parametrize("cache_dtype", features.FLOAT8, ids=str)
+    def test_float8_caches(self, cache_dtype, kind, dtype):
+        args = float8_case(LENGTHS, cache_dtype, kind, dtype=dtype, padding=90)
+        assert launched(args, 1000) == ["_reset_kernel", "_prefill_kernel"]
+        for options in OPTIONS:
+            features.check(args, 1000, **options)
+
+    @pytest.mark.parametrize("d", [64, 80, 96, 112, 128])
+    @pytest.mark.parametrize("page_size", [16, 48, 64, 128, 544])
+    def test_float8_caches_of_other_shapes(self, page_size, d):
+        for heads, kv_heads in ((4, 4), (7, 1)):
+            args = float8_case(LENGTHS, torch.float8_e4m3fn, heads=heads, kv_heads=kv_heads, d=d, page_size=page_size)
+            assert launched(args, 1000) == ["_reset_kernel", "_prefill_kernel"]
+            features.check(args, 1000)
+            features.check(args, 1000, window_size=70)
+
+    @pytest.mark.parametrize("layout", ["heads first", "halves of pages, heads first", "halves of heads"])
+    def test_float8_caches_in_any_order(self, layout):
+        args = float8_case([(200, 700), (90, 90)], torch.float8_e4m3fn, layout=layout, page_size=32)
+        assert launched(args, 1000) == ["_reset_kernel", "_prefill_kernel"]
+        features.check(args, 1000)
+
+    @pytest.mark.parametrize("cache_dtype", features.FLOAT8, ids=str)
+    def test_float8_caches_of_long_sequences(self, cache_dtype):
+        features.check(float8_case([(700, 9000), (150, 20000)], cache_dtype, heads=8, kv_heads=8, page_size=64), 1000)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("cache_dtype", features.FLOAT8, ids=str)
+    def test_every_float8_is_read_exactly(self, cache_dtype, dtype):
+        """One key: the output is its value, and the log-sum-exp of a query of one 1 is that element of the key."""
+        args = float8_case([(128, 1)], cache_dtype, "none", heads=1, kv_heads=1, dtype=dtype)
+        args["query"] = torch.eye(128, device="cuda", dtype=dtype)[:, None]
+        page = args["block_table"][0, 0]
+        for codes in torch.arange(256, device="cuda").to(torch.uint8).view(cache_dtype).chunk(2):
+            finite = codes.float().isfinite()
+            args["value_cache"][page, 0, 0] = codes
+            args["key_cache"][page, 0, 0] = codes.where(finite, torch.zeros_like(codes))
+            out, lse = octavo.paged_attention(**args, max_seqlen_q=1000, causal=False, scale=2**-12, return_lse=True)
+            expected = codes.to(dtype).expand(128, 128)
+            assert torch.equal(out[:, 0].nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0))
+            exact = (
+                codes.double().where(finite, 0.0) * 2**-12
+            )  # or a score of 57344 would cost the weight its last bits
+            assert_accurate(lse[:, 0], exact, exact.float())
+
+    @pytest.mark.parametrize("cache_dtype", features.FLOAT8, ids=str)
+    def test_scales_below_zero(self, cache_dtype):
+        scales = {name: torch.tensor([-0.3, 0.2], device="cuda") for name in ("k_scale", "v_scale")}
+        features.check(float8_case([(130, 400), (60, 60)], cache_dtype, **scales), 1000)
+        scales["k_scale"] *= 0
+        args = float8_case([(130, 400)], cache_dtype, v_scale=scales["v_scale"])
+        args["k_scale"] = scales["k_scale"]
+        features.check(args, 1000)
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+    @pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+    def test_a_bad_scale_of_a_head_reaches_its_rows_alone(self, name, bad):
+        args = float8_case([(200, 300), (3, 0), (50, 20)], torch.float8_e4m3fn, "heads", padding=5)
+        args[name][0] = 0.5
+        expected = octavo.paged_attention(**args, max_seqlen_q=1000)
+        args[name] = torch.tensor([0.5, bad], device="cuda")
+        out = octavo.paged_attention(**args, max_seqlen_q=1000)
+        assert torch.equal(out[:, :4], expected[:, :4])
+        assert out[:200, 4:].isnan().all() and out[233:253, 4:].isnan().all()
+        assert out[200:233].eq(0).all() and out[253:].eq(0).all(), "nothing to attend to is 0 whatever the scale"
 
     def test_same_bits_and_graphs(self):
         """Whichever program takes a tile; and a graph is replayed with other lengths."""

@@ -119,7 +119,7 @@ def test_the_reference_is_within_half_a_unit(out_dtype):
     assert (q.double().sign() * x.sign() >= 0).all()
 
 
-@pytest.mark.parametrize("width", [40, 20000])
+@pytest.mark.parametrize("width", [40, 2600, 20000])
 def test_zeros_have_a_scale(device, dtype, out_dtype, granularity, width):
     x = torch.zeros(3, width, device=device, dtype=dtype)
     q, scale = call(x, out_dtype, granularity=granularity, group_size=20)
@@ -131,7 +131,7 @@ def test_no_rows_have_a_scale_of_their_tensor(device, out_dtype):
     assert q.shape == (0, 8) and scale.tolist() == [SMALLEST]
 
 
-@pytest.mark.parametrize("width", [40, 20000])
+@pytest.mark.parametrize("width", [40, 2600, 20000])
 def test_nan_and_infinities_spoil_no_other_value(device, dtype, out_dtype, granularity, width):
     """A NaN counts for no scale; neither does an infinity, which saturates."""
     x = torch.randn(4, width, device=device, dtype=dtype)
@@ -258,7 +258,7 @@ def launches(dtype):
     for out_dtype in LIMITS:
         if out_dtype == torch.float8_e4m3fn and device_properties(scale.device).capability < (8, 9):
             continue
-        for width in (64, 14336, 28672):
+        for width in (64, 4544, 14336, 28672):
             x = torch.empty(8, width, device="meta", dtype=dtype)
             quantize._quantize_cuda(x, None, "token", 0, out_dtype)
         quantize._quantize_cuda(x, None, "group", 128, out_dtype)

@@ -59,7 +59,7 @@ def few_in_python(args, tiles, out_dtype, width, at_once=None):
     programs = at_once or cdiv(n, tiles.outputs) * count
     options = tiles.tokens, tiles.outputs, 128, tiles.stages, count, args["activation"] is not None, 128, 128, False
     for program in random.sample(range(programs), programs):
-        namespace(MODULES[:3], program, programs)["_w8a8_few_kernel"](
+        namespace(MODULES[:3], (program,), programs)["_w8a8_few_kernel"](
             descriptor(args["x"], tiles.tokens),
             descriptor(args["weight"], tiles.outputs),
             out,
@@ -131,7 +131,7 @@ def test_source_of_many(m, n, k, bias, with_residual, activation, block_n, opera
     out = Pointer(np.full(m * width, np.nan, np.float32), "float16")
     m_tiles, n_tiles, programs = cdiv(m, 128), cdiv(n, block_n), 2
     for program in range(programs):
-        namespace(MODULES, program, programs)["_w8a8_hopper_kernel"](
+        namespace(MODULES, (program,), programs)["_w8a8_hopper_kernel"](
             descriptor(args["x"], 128),
             descriptor(args["weight"], block_n),
             out,

@@ -160,7 +160,7 @@ def merge_step(items: int, workers: int, per_sm: int, rows: int, block_d: int) -
     """
     if 8 * items <= workers and items * rows * per_sm <= 3 * workers:
         return dict(BY_ITEM=True, ROWS=1, PARTS=64, STEPS=1, num_warps=8)
-    return dict(BY_ITEM=False, ROWS=max(2048 // block_d, 1), PARTS=1, STEPS=4, num_warps=8)
+    return dict(BY_ITEM=False, ROWS=max(1024 // block_d, 1), PARTS=1, STEPS=4, num_warps=4)
 
 
 def merge_parts(

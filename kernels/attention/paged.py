@@ -287,7 +287,7 @@ def _paged_attention_cuda(
     properties = device_properties(query.device)
     if not tiles.workers and takes(query, key_cache, value_cache, alibi_slopes, scale, batch_invariant, properties):
         tables, numbers = (block_table, seq_lens, cu_seqlens_q), (window, score_scale, cap)
-        prefill(out, lse, query, key_cache, value_cache, tables, sinks, numbers, options)
+        prefill(out, lse, query, key_cache, value_cache, tables, (k_scale, v_scale), sinks, numbers, options)
         return out, lse
     constexprs = dict(KV_HEADS=kv_heads, GROUP=group, PACK=pack, D=head_size, PAGE_SIZE=key_cache.shape[1], **options)
     if tiles.workers:

@@ -1,8 +1,9 @@
 """Attention of many queries over a paged KV cache on Hopper (sm_90), in Gluon; elsewhere `paged.py`'s kernel does it.
 
 A persistent program on each multiprocessor: a warp finds tiles of queries (`prefill_tiles.py`), two load by TMA
-(`prefill_loads.py`), two warpgroups of 64 rows each compute (`prefill_compute.py`). Rows are PACK query heads of a KV
-head by 128 / PACK tokens, so that the heads share a tile's keys.
+(`prefill_loads.py`), two warpgroups of 64 rows each compute (`prefill_compute.py`), and of a float8 cache a third
+converts what comes (`prefill_convert.py`). Rows are PACK query heads of a KV head by 128 / PACK tokens, so that the
+heads share a tile's keys.
 
 Measured on an H100, and not kept (`bench/results/NVIDIA_H100_80GB_HBM3/prefill_tiles.txt`): two buffers for the queries
 (no difference, and twice the code, since a product whose first operand's address varies gave wrong results); two warps
@@ -23,7 +24,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from octavo.kernels.attention.kv_cache import FLOAT8, scale_stride
 from octavo.kernels.attention.prefill_compute import compute
+from octavo.kernels.attention.prefill_convert import convert
 from octavo.kernels.attention.prefill_loads import load_queries_and_keys, load_values
 from octavo.kernels.attention.prefill_tiles import FIELDS, SLOTS, hand_out
 from octavo.kernels.launch import INTERPRET, empty, launch
@@ -54,7 +57,8 @@ def _reset_kernel(counter_ptr, CHAINED: tl.constexpr):
 
 @gluon.jit(do_not_specialize=["T", "B", "num_pages", "table_width", "window", "stride_table_sequence", "slots"])
 def _prefill_kernel(
-    # Bound by the tensor cores. One program a multiprocessor.
+    # Bound by the tensor cores; of a float8 cache, by shared memory as well, which each tile passes through once more.
+    # One program a multiprocessor.
     query_desc,
     key_desc,
     value_desc,
@@ -65,6 +69,8 @@ def _prefill_kernel(
     block_table_ptr,
     seq_lens_ptr,
     cu_seqlens_q_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     T,
     B,
     num_pages,
@@ -73,6 +79,8 @@ def _prefill_kernel(
     score_scale,
     cap,
     stride_table_sequence,
+    stride_k_scale,
+    stride_v_scale,
     slots,
     KV_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
@@ -89,6 +97,8 @@ def _prefill_kernel(
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr,
+    RAW_KEYS: gl.constexpr,
+    RAW_VALUES: gl.constexpr,
     SECTION: gl.constexpr,
 ):
     dtype: gl.constexpr = query_desc.dtype
@@ -99,9 +109,18 @@ def _prefill_kernel(
     values = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], tile_layout)
     # The same memory, as the copy engine writes it: 64 numbers of each row together.
     query_boxes = queries._reinterpret(dtype, [2 * PARTS, ROWS // PACK, PACK, 64], query_desc.layout)
-    boxes: gl.constexpr = [STAGES * PARTS * (BLOCK_N // BOX), 1, 1, BOX, 64]
-    key_boxes = keys._reinterpret(dtype, boxes, key_desc.layout)
-    value_boxes = values._reinterpret(dtype, boxes, value_desc.layout)
+    # Keys and values as they come: where the products read them, or, of a float8 cache, where they are converted.
+    IN_FLOAT8: gl.constexpr = key_desc.dtype != dtype
+    raw_keys = keys
+    raw_values = values
+    if IN_FLOAT8:
+        raw_layout: gl.constexpr = gl.NVMMASharedLayout(min(BLOCK_D, 128), element_bitwidth=8, rank=2)
+        raw_keys = gl.allocate_shared_memory(key_desc.dtype, [RAW_KEYS, BLOCK_N, BLOCK_D], raw_layout)
+        raw_values = gl.allocate_shared_memory(key_desc.dtype, [RAW_VALUES, BLOCK_N, BLOCK_D], raw_layout)
+    WIDTH: gl.constexpr = key_desc.block_shape[3]
+    COUNT: gl.constexpr = BLOCK_D // WIDTH * (BLOCK_N // BOX)
+    key_boxes = raw_keys._reinterpret(key_desc.dtype, [RAW_KEYS * COUNT, 1, 1, BOX, WIDTH], key_desc.layout)
+    value_boxes = raw_values._reinterpret(key_desc.dtype, [RAW_VALUES * COUNT, 1, 1, BOX, WIDTH], value_desc.layout)
     entries = gl.allocate_shared_memory(gl.int32, [SLOTS * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
@@ -110,6 +129,11 @@ def _prefill_kernel(
     values_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     keys_read = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     values_read = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    raw_keys_full = keys_full
+    raw_values_full = values_full
+    raw_keys_read = keys_read
+    raw_values_read = values_read
+    queries_read = gl.allocate_shared_memory(gl.int64, [1, 1], barrier)
     cut_off = gl.allocate_shared_memory(gl.int64, [1, 1], barrier)
     ring_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
     ring_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
@@ -121,35 +145,54 @@ def _prefill_kernel(
         mbarrier.init(values_full.index(i), count=1)
         mbarrier.init(keys_read.index(i), count=2)
         mbarrier.init(values_read.index(i), count=2)
+    if IN_FLOAT8:
+        raw_keys_full = gl.allocate_shared_memory(gl.int64, [RAW_KEYS, 1], barrier)
+        raw_values_full = gl.allocate_shared_memory(gl.int64, [RAW_VALUES, 1], barrier)
+        raw_keys_read = gl.allocate_shared_memory(gl.int64, [RAW_KEYS, 1], barrier)
+        raw_values_read = gl.allocate_shared_memory(gl.int64, [RAW_VALUES, 1], barrier)
+        for i in gl.static_range(RAW_KEYS):
+            mbarrier.init(raw_keys_full.index(i), count=1)
+            mbarrier.init(raw_keys_read.index(i), count=1)
+        for i in gl.static_range(RAW_VALUES):
+            mbarrier.init(raw_values_full.index(i), count=1)
+            mbarrier.init(raw_values_read.index(i), count=1)
+    mbarrier.init(queries_read.index(0), count=1)
     mbarrier.init(cut_off.index(0), count=1)
     mbarrier.init(wanted.index(0), count=1)
     for i in gl.static_range(SLOTS):
         mbarrier.init(ring_full.index(i), count=1)
-        mbarrier.init(ring_empty.index(i), count=4)  # by the warpgroups and both warps that load
+        mbarrier.init(ring_empty.index(i), count=5 if IN_FLOAT8 else 4)  # by all but the warp that fills it
     fence_async_shared()
 
     # fmt: off
+    PARTITIONS: gl.constexpr = 6 if IN_FLOAT8 else 5
     gl.warp_specialize([
         (compute, (
             0, out_ptr, lse_ptr, sinks_ptr, queries, keys, values, queries_full, keys_full, values_full, keys_read,
-            values_read, entries, ring_full, ring_empty, window, score_scale, cap, KV_HEADS * GROUP, PACK, D, CAUSAL,
-            WINDOW, ROLLING, SOFTCAP, RETURN_LSE, ROWS, BLOCK_N, BLOCK_D, STAGES)),
+            values_read, entries, ring_full, ring_empty, k_scale_ptr, v_scale_ptr, stride_k_scale, stride_v_scale,
+            window, score_scale, cap, KV_HEADS, GROUP, PACK, D, CAUSAL, WINDOW, ROLLING, SOFTCAP, RETURN_LSE, ROWS,
+            BLOCK_N, BLOCK_D, STAGES)),
         (compute, (
             1, out_ptr, lse_ptr, sinks_ptr, queries, keys, values, queries_full, keys_full, values_full, keys_read,
-            values_read, entries, ring_full, ring_empty, window, score_scale, cap, KV_HEADS * GROUP, PACK, D, CAUSAL,
-            WINDOW, ROLLING, SOFTCAP, RETURN_LSE, ROWS, BLOCK_N, BLOCK_D, STAGES)),
+            values_read, entries, ring_full, ring_empty, k_scale_ptr, v_scale_ptr, stride_k_scale, stride_v_scale,
+            window, score_scale, cap, KV_HEADS, GROUP, PACK, D, CAUSAL, WINDOW, ROLLING, SOFTCAP, RETURN_LSE, ROWS,
+            BLOCK_N, BLOCK_D, STAGES)),
         (hand_out, (
             entries, ring_full, ring_empty, wanted, counter_ptr, cu_seqlens_q_ptr, seq_lens_ptr, T, B, table_width,
             window, slots, KV_HEADS, GROUP, PACK, PAGE_SIZE, CAUSAL, WINDOW, ROLLING, ROWS, BLOCK_N, SECTION)),
         (load_queries_and_keys, (
-            query_desc, key_desc, query_boxes, key_boxes, queries_full, keys_full, keys_read, entries, ring_full,
-            ring_empty, wanted, block_table_ptr, num_pages, table_width, stride_table_sequence, GROUP, PACK, PAGE_SIZE,
-            BOX, ROLLING, ROWS, BLOCK_N, BLOCK_D, STAGES)),
+            query_desc, key_desc, query_boxes, key_boxes, queries_full, raw_keys_full, queries_read, raw_keys_read,
+            entries, ring_full, ring_empty, wanted, block_table_ptr, num_pages, table_width, stride_table_sequence,
+            GROUP, PACK, PAGE_SIZE, BOX, ROLLING, ROWS, BLOCK_N, BLOCK_D, RAW_KEYS, IN_FLOAT8)),
         (load_values, (
-            value_desc, value_boxes, values, values_full, values_read, cut_off, entries, ring_full, ring_empty,
+            value_desc, value_boxes, values, raw_values_full, raw_values_read, cut_off, entries, ring_full, ring_empty,
             block_table_ptr, num_pages, table_width, stride_table_sequence, GROUP, PAGE_SIZE, BOX, ROLLING, BLOCK_N,
-            BLOCK_D, STAGES)),
-    ], [4, 1, 1, 1], [240, 40, 40, 40])
+            BLOCK_D, RAW_VALUES, IN_FLOAT8)),
+        (convert, (
+            raw_keys, raw_values, keys, values, raw_keys_full, raw_values_full, raw_keys_read, raw_values_read,
+            keys_full, values_full, queries_read, keys_read, values_read, entries, ring_full, ring_empty, k_scale_ptr,
+            stride_k_scale, GROUP, BLOCK_N, STAGES, RAW_KEYS, RAW_VALUES)),
+    ][:PARTITIONS], [4, 1, 1, 1, 4][:PARTITIONS - 1], [216 if IN_FLOAT8 else 240, 40, 40, 40, 40][:PARTITIONS - 1])
     # fmt: on
 
 
@@ -167,7 +210,9 @@ def _for_copies(x: torch.Tensor) -> bool:
 
 def _described(x: torch.Tensor, dims: tuple[int, ...], block: list[int]) -> TensorDescriptor:
     """`x` with its dimensions in that order, for copies of `block`."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(block))
+    layout = gl.NVMMASharedLayout(
+        swizzle_byte_width=block[-1] * x.element_size(), element_bitwidth=8 * x.element_size(), rank=len(block)
+    )
     shape = [x.shape[i] for i in dims]
     strides = [x.stride(i) if x.shape[i] > 1 else 16 // x.element_size() for i in dims[:-1]]
     return TensorDescriptor(x, shape, [*strides, 1], block, layout)
@@ -188,8 +233,9 @@ def takes(
         and torch.version.hip is None
         and not INTERPRET
         and query.dtype in (torch.float16, torch.bfloat16)
-        and key_cache.dtype == query.dtype
-        and 64 <= query.shape[2] <= 256
+        and key_cache.dtype in (query.dtype, *FLOAT8)
+        # A product over heads of 256 takes more registers at once than a program of four warpgroups may have.
+        and 64 <= query.shape[2] <= (256 if key_cache.dtype == query.dtype else 128)
         and key_cache.shape[1] % 16 == 0
         and min(query.shape[0], key_cache.shape[0]) > 0
         and alibi_slopes is None
@@ -206,6 +252,7 @@ def prefill(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scales: tuple[torch.Tensor | None, torch.Tensor | None],
     sinks: torch.Tensor | None,
     numbers: tuple[int, float, float],
     options: dict[str, Any],
@@ -214,6 +261,7 @@ def prefill(
 
     Args:
         tables: block_table, seq_lens and cu_seqlens_q.
+        scales: k_scale and v_scale, of a float8 cache.
         numbers: window, score_scale and cap, as `paged.py`'s kernel has them.
         options: that kernel's constexprs for the kind of mask and of output.
     """
@@ -225,6 +273,8 @@ def prefill(
     block_d = max(next_power_of_2(head_size), 64)
     block_n = 64 if block_d > 128 else 128
     box = _box(page_size, block_n)
+    float8 = key_cache.dtype != query.dtype
+    width = min(block_d, 128) if float8 else 64
 
     # Σ ceil(query length / tokens of a tile) ≤ T // those + B over the sequences, and one more part for the padding.
     slots = tokens * pack // (2 * ROWS) + sequences + 1
@@ -234,8 +284,8 @@ def prefill(
         _prefill_kernel,
         (min(device_properties(query.device).num_sms, slots * heads // pack),),
         _described(query, (0, 1, 2), [ROWS // pack, pack, 64]),
-        _described(key_cache, (0, 2, 1, 3), [1, 1, box, 64]),
-        _described(value_cache, (0, 2, 1, 3), [1, 1, box, 64]),
+        _described(key_cache, (0, 2, 1, 3), [1, 1, box, width]),
+        _described(value_cache, (0, 2, 1, 3), [1, 1, box, width]),
         out,
         lse,
         sinks,
@@ -243,12 +293,14 @@ def prefill(
         block_table,
         seq_lens,
         cu_seqlens_q,
+        *scales,
         tokens,
         sequences,
         pages,
         block_table.shape[1],
         *numbers,
         block_table.stride(0),
+        *map(scale_stride, scales),
         slots,
         device=query.device,
         num_warps=4,
@@ -263,5 +315,7 @@ def prefill(
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         STAGES=STAGES,
-        SECTION=max(SECTION_BYTES // (4 * kv_heads * head_size), 1),
+        RAW_KEYS=STAGES,
+        RAW_VALUES=1 if float8 else STAGES,
+        SECTION=max(SECTION_BYTES // (2 * kv_heads * head_size * key_cache.element_size()), 1),
     )

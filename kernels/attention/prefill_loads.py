@@ -1,8 +1,9 @@
 """The warps of the prefill kernel (`prefill.py`) that load queries, keys and values, by TMA.
 
-A box of the copy engine is up to BLOCK_N slots of one page by 64 numbers of a head, which is 128 bytes, as many as its
-widest swizzle takes: a tile of pages of 16 slots takes 16 boxes, one of a large page two. What lies outside of the
-cache comes as zeros, so a page that is not there is given the number after the last.
+A box of the copy engine is up to BLOCK_N slots of one page by 64 numbers of a head, or 128 of a float8 cache, which is
+128 bytes, as many as its widest swizzle takes: a tile of heads of 128 takes 16 boxes of pages of 16 slots, or two of a
+large page; of float8, half of them. What lies outside of the cache comes as zeros, so a page that is not there is given
+the number after the last.
 """
 
 from triton.experimental import gluon
@@ -62,14 +63,15 @@ def _load_tile(
     desc, boxes, full, stage, tile, kv_head, ids, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
 ):
+    WIDTH: gl.constexpr = boxes.shape[4]
     COUNT: gl.constexpr = BLOCK_N // BOX
-    PARTS: gl.constexpr = BLOCK_D // 64
-    mbarrier.expect(full, BLOCK_N * BLOCK_D * 2)
+    PARTS: gl.constexpr = BLOCK_D // WIDTH
+    mbarrier.expect(full, BLOCK_N * BLOCK_D * (boxes.dtype.primitive_bitwidth // 8))
     for n in gl.static_range(COUNT):
         for part in gl.static_range(PARTS):
             tma.async_copy_global_to_shared(
-                desc, [ids[n], kv_head, (tile * BLOCK_N + n * BOX) % PAGE_SIZE, part * 64], full, boxes.index(stage *
-                PARTS * COUNT + part * COUNT + n),
+                desc, [ids[n], kv_head, (tile * BLOCK_N + n * BOX) % PAGE_SIZE, part * WIDTH], full, boxes.index(stage
+                * PARTS * COUNT + part * COUNT + n),
             )
 
 
@@ -96,10 +98,10 @@ def _zero_outside(values, stage, first, last, BLOCK_N: gl.constexpr, BLOCK_D: gl
 
 @gluon.jit
 def load_queries_and_keys(
-    query_desc, key_desc, query_boxes, key_boxes, queries_full, keys_full, keys_read, entries, ring_full, ring_empty,
-    wanted, block_table_ptr, num_pages, table_width, stride_table_sequence, GROUP: gl.constexpr, PACK: gl.constexpr,
-    PAGE_SIZE: gl.constexpr, BOX: gl.constexpr, ROLLING: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    query_desc, key_desc, query_boxes, key_boxes, queries_full, keys_full, queries_read, keys_read, entries, ring_full,
+    ring_empty, wanted, block_table_ptr, num_pages, table_width, stride_table_sequence, GROUP: gl.constexpr, PACK:
+    gl.constexpr, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr, ROLLING: gl.constexpr, ROWS: gl.constexpr, BLOCK_N:
+    gl.constexpr, BLOCK_D: gl.constexpr, PLACES: gl.constexpr, FLOAT8: gl.constexpr,
 ):
     """What the warp does that loads queries and keys, the latter from the last tile to the first."""
     PARTS: gl.constexpr = BLOCK_D // 64
@@ -114,17 +116,20 @@ def load_queries_and_keys(
         release_entry(ring_empty, done)
         for back in range(1, high - low + 1):
             tile = high - back
-            stage = step % STAGES
+            place = step % PLACES
             ids = _page_ids(table_ptr, tile, start, end, num_pages, table_width, PAGE_SIZE, BOX, ROLLING, BLOCK_N)
-            mbarrier.wait(keys_read.index(stage), step // STAGES & 1 ^ 1)
+            mbarrier.wait(keys_read.index(place), step // PLACES & 1 ^ 1)
             _load_tile(
-                key_desc, key_boxes, keys_full.index(stage), stage, tile, head // GROUP, ids, PAGE_SIZE, BOX, BLOCK_N,
+                key_desc, key_boxes, keys_full.index(place), place, tile, head // GROUP, ids, PAGE_SIZE, BOX, BLOCK_N,
                 BLOCK_D,
             )
             if back == 1:
                 if step > 0:
                     # The queries before are read in the step before.
-                    mbarrier.wait(keys_read.index((step - 1) % STAGES), (step - 1) // STAGES & 1)
+                    if FLOAT8:
+                        mbarrier.wait(queries_read.index(0), done - 1 & 1)
+                    else:
+                        mbarrier.wait(keys_read.index((step - 1) % PLACES), (step - 1) // PLACES & 1)
                 for group in gl.static_range(2):
                     mbarrier.expect(queries_full.index(group), ROWS * BLOCK_D * 2)
                     for part in gl.static_range(PARTS):
@@ -142,9 +147,12 @@ def load_queries_and_keys(
 def load_values(
     value_desc, value_boxes, values, values_full, values_read, cut_off, entries, ring_full, ring_empty,
     block_table_ptr, num_pages, table_width, stride_table_sequence, GROUP: gl.constexpr, PAGE_SIZE: gl.constexpr,
-    BOX: gl.constexpr, ROLLING: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    BOX: gl.constexpr, ROLLING: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, PLACES: gl.constexpr,
+    FLOAT8: gl.constexpr,
 ):
     """What the warp does that loads values."""
+    # Products read values in the step after the one that reads the keys beside them.
+    LATE: gl.constexpr = 0 if FLOAT8 else 1
     done = 0
     step = 0
     cuts = 0
@@ -155,23 +163,23 @@ def load_values(
         release_entry(ring_empty, done)
         for back in range(1, high - low + 1):
             tile = high - back
-            stage = step % STAGES
+            place = step % PLACES
             ids = _page_ids(table_ptr, tile, start, end, num_pages, table_width, PAGE_SIZE, BOX, ROLLING, BLOCK_N)
-            # Values are read in the step after the one that reads the keys beside them.
-            mbarrier.wait(values_read.index((step + 1) % STAGES), (step + 1) // STAGES & 1 ^ 1)
-            if ((tile + 1) * BLOCK_N > end) | (tile * BLOCK_N < start):
+            mbarrier.wait(values_read.index((step + LATE) % PLACES), (step + LATE) // PLACES & 1 ^ 1)
+            # Of a float8 cache, what is not there is zeroed when it is converted.
+            if not FLOAT8 and ((tile + 1) * BLOCK_N > end) | (tile * BLOCK_N < start):
                 full = cut_off.index(0)
                 _load_tile(
-                    value_desc, value_boxes, full, stage, tile, head // GROUP, ids, PAGE_SIZE, BOX, BLOCK_N, BLOCK_D
+                    value_desc, value_boxes, full, place, tile, head // GROUP, ids, PAGE_SIZE, BOX, BLOCK_N, BLOCK_D
                 )
                 mbarrier.wait(full, cuts & 1)
                 cuts += 1
-                _zero_outside(values, stage, start - tile * BLOCK_N, end - tile * BLOCK_N, BLOCK_N, BLOCK_D)
+                _zero_outside(values, place, start - tile * BLOCK_N, end - tile * BLOCK_N, BLOCK_N, BLOCK_D)
                 fence_async_shared()
-                mbarrier.arrive(values_full.index(stage), count=1)
+                mbarrier.arrive(values_full.index(place), count=1)
             else:
                 _load_tile(
-                    value_desc, value_boxes, values_full.index(stage), stage, tile, head // GROUP, ids, PAGE_SIZE, BOX,
+                    value_desc, value_boxes, values_full.index(place), place, tile, head // GROUP, ids, PAGE_SIZE, BOX,
                     BLOCK_N, BLOCK_D,
                 )
             step += 1

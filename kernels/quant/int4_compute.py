@@ -1,7 +1,9 @@
 """The warpgroups of the Hopper int4 kernel (`int4_hopper.py`) that compute, each 64 · BLOCKS outputs of a tile.
 
 Weights are the first operand: they go from shared memory through registers, where they are dequantised, into the tensor
-cores. While these are at 64 inputs, the next 64 are dequantised; and the two warpgroups fill each other's gaps.
+cores. While these are at 64 inputs, the next 64 are dequantised; and the warpgroups, two or four, fill each other's
+gaps. SIDES of them stand side by side; TURNS of them take turns at the steps of the same outputs, and the first adds up
+their sums, in their order.
 
 Dequantising: a nibble is put into the mantissa of 128 (bf16) or 1024 (fp16), which costs one instruction for two
 weights, and 128 + 8 subtracted, which leaves q - 8; then one fma makes it a weight, rounded once:
@@ -9,12 +11,11 @@ weights, and 128 + 8 subtracted, which leaves q - 8; then one fma makes it a wei
     w = (q - 8) · scale + (minimum + 8 · scale)
 """
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from octavo.kernels.quant.int4_shares import place, program_of, share_of, slot_of, step_at
+from octavo.kernels.quant.int4_shares import after_turns, place, share_of, slot_of, stage_of, step_at
 
 # Lists of arguments, one a line, would be longer than the code between them.
 # fmt: off
@@ -89,6 +90,12 @@ def unpack_asm(half, bf16, scales, minima):
 
 
 @gluon.constexpr_function
+def load_asm(bits):
+    """PTX that loads what no kernel writes, of 16 or 32 bits, into a register of 32."""
+    return f"ld.global.nc.u{bits} $0, [$1];"
+
+
+@gluon.constexpr_function
 def unpack_constraints(operands):
     return ",".join(["=&r"] * 2 + ["r"] * operands)
 
@@ -150,15 +157,23 @@ def _load_words(tile, BLOCKS: gl.constexpr):
 
 
 @gluon.jit
-def _next_group(group, left, group_steps):
-    """The group of the step after one, of whose group so many steps are left, where groups are of whole steps."""
-    ends = left == 1
-    return group + ends.to(gl.int32), gl.where(ends, group_steps, left - 1)
+def _next_group(group, left, group_steps, whole, more):
+    """The group of a warpgroup's next step, and how many steps from that on are left of it.
+
+    Groups are of `group_steps` whole steps; to the next step of this warpgroup it is `whole` groups and `more` steps.
+    """
+    ends = left <= more
+    return group + whole + ends.to(gl.int32), left - more + gl.where(ends, group_steps, 0)
 
 
 @gluon.jit
 def _groups(ptr, stride, rows, step, group, group_planes, last_group, GROUPS: gl.constexpr, EVEN: gl.constexpr):
-    """A step's scales, or minima: one, or where groups are smaller, of each half (64 inputs) or plane (32)."""
+    """The bits of a step's scales, or minima: one, or where groups are smaller, of each half (64 inputs) or plane (32).
+
+    They are in registers of 32 bits: of two values of 16 that a loop carries ptxas makes one register, at the end of
+    the step in which they are loaded, and that waits for the cache.
+    """
+    load: gl.constexpr = load_asm(ptr.dtype.element_ty.primitive_bitwidth)
     values = ()
     for j in gl.static_range(GROUPS):
         if GROUPS == 1:
@@ -168,22 +183,34 @@ def _groups(ptr, stride, rows, step, group, group_planes, last_group, GROUPS: gl
         else:
             at = (step * 4 + j) // group_planes
         at = gl.minimum(at, last_group).to(gl.int64)
-        values = values + (gl.load(ptr + at * stride + rows),)  # type: ignore[assignment]  # noqa: RUF005
+        bits = gl.inline_asm_elementwise(
+            load, "=r,l", (ptr + at * stride + rows,), dtype=gl.int32, is_pure=False, pack=1
+        )
+        values = values + (bits,)  # type: ignore[assignment]  # noqa: RUF005
     return values
 
 
 @gluon.jit
-def _of_half(scales, minima, half: gl.constexpr, dtype: gl.constexpr):
+def _value(bits, dtype: gl.constexpr):
+    """What was loaded as bits, in fp32."""
+    if dtype.primitive_bitwidth == 16:
+        bits = bits.to(gl.uint16)
+    return bits.to(dtype, bitcast=True).to(gl.float32)
+
+
+@gluon.jit
+def _of_half(scales, minima, scale_ptr, minimum_ptr, half: gl.constexpr, dtype: gl.constexpr):
     """Of a step's scales and minima those of a half, as `_unpack` takes them."""
     s = ()
     m = ()
     COUNT: gl.constexpr = (len(scales) + 1) // 2
     START: gl.constexpr = half * (len(scales) // 2)
     for j in gl.static_range(COUNT):
-        scale = scales[START + j].to(gl.float32)
+        scale = _value(scales[START + j], scale_ptr.dtype.element_ty)
         s = s + (_twice(scale, dtype),)  # type: ignore[assignment]  # noqa: RUF005
         if len(minima):
-            m = m + (_twice(minima[START + j].to(gl.float32) + 8 * scale, dtype),)  # type: ignore[assignment]  # noqa: RUF005
+            minimum = _value(minima[START + j], minimum_ptr.dtype.element_ty)
+            m = m + (_twice(minimum + 8 * scale, dtype),)  # type: ignore[assignment]  # noqa: RUF005
     return s, m
 
 
@@ -201,52 +228,20 @@ def _store(acc, out_ptr, bias_ptr, row, token, M, N, BLOCKS: gl.constexpr, TOKEN
 
 
 @gluon.jit
-def _share(
-    acc, workspace_ptr, counters_ptr, group: gl.constexpr, tile, program, programs, shared, k_tiles, BLOCKS:
-    gl.constexpr, TOKENS: gl.constexpr,
-):
-    """Leaves a part of a tile; returns whether all are there now, and then their sum, else what was given."""
-    layout: gl.constexpr = acc.type.layout
-    SIZE: gl.constexpr = 64 * BLOCKS * TOKENS
-    n = gl.expand_dims(gl.arange(0, 64 * BLOCKS, layout=gl.SliceLayout(1, layout)), 1)
-    m = gl.expand_dims(gl.arange(0, TOKENS, layout=gl.SliceLayout(0, layout)), 0)
-    slot = slot_of(program, tile, programs, shared, k_tiles)
-    gl.store(workspace_ptr + (slot.to(gl.int64) * (2 * SIZE) + group * SIZE) + n * TOKENS + m, acc)
-    tl.debug_barrier()
-    first = program_of(tile * k_tiles, programs, shared, k_tiles)
-    last = program_of(tile * k_tiles + k_tiles - 1, programs, shared, k_tiles)
-    complete = gl.atomic_add(counters_ptr + 2 * tile + group, 1, sem="acq_rel") == last - first
-    if complete:
-        acc = gl.zeros([64 * BLOCKS, TOKENS], gl.float32, layout)
-        # Small parts come several at a time, the last again and again: each time takes a round trip to the cache.
-        AT_ONCE: gl.constexpr = 4 if BLOCKS * TOKENS <= 32 else 1
-        for start in range(first, last + 1, AT_ONCE):
-            parts = ()
-            for j in gl.static_range(AT_ONCE):
-                other = start if j == 0 else gl.minimum(start + j, last)
-                slot = slot_of(other, tile, programs, shared, k_tiles)
-                part_ptr = workspace_ptr + (slot.to(gl.int64) * (2 * SIZE) + group * SIZE)
-                parts = parts + (gl.load(part_ptr + n * TOKENS + m, cache_modifier=".cg"),)  # type: ignore[assignment]  # noqa: RUF005
-            acc += parts[0]  # type: ignore[misc]
-            for j in gl.static_range(1, AT_ONCE):
-                acc += gl.where(start + j <= last, parts[j], 0.0)
-    return complete, acc
-
-
-@gluon.jit
-def _after(stage, phase, STAGES: gl.constexpr):
-    """The stage of the next step, and its phase."""
-    wraps = stage == STAGES - 1
-    return gl.where(wraps, 0, stage + 1), phase ^ wraps.to(gl.int32)
+def _leave(acc, part_ptr, tokens, OUTPUTS: gl.constexpr, TOKENS: gl.constexpr):
+    """Leaves a warpgroup's part of a tile, of its first `tokens` tokens, for the kernel that adds the parts up."""
+    n = gl.expand_dims(gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, acc.type.layout)), 1)
+    m = gl.expand_dims(gl.arange(0, TOKENS, layout=gl.SliceLayout(0, acc.type.layout)), 0)
+    gl.store(part_ptr + m * OUTPUTS + n, acc, mask=(m < tokens) & (n < OUTPUTS))
 
 
 @gluon.jit
 def _sum(
-    acc, words, x, full, empty, scale_ptr, minimum_ptr, rows, group: gl.constexpr, stage, phase, k, end, last_group,
+    acc, words, x, full, empty, scale_ptr, minimum_ptr, rows, side: gl.constexpr, stage, phase, k, end, last_group,
     group_planes, stride_scale_group, stride_minimum_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, SCALE_SUMS:
-    gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr,
+    gl.constexpr, BLOCKS: gl.constexpr, SIDES: gl.constexpr, TURNS: gl.constexpr, STAGES: gl.constexpr,
 ):
-    """Adds the steps `k` to `end` of a tile to acc; `stage` and `phase` are the first's. Returns those after the last.
+    """Adds every TURNS-th step from `k` to `end` of a tile to acc; `stage` and `phase` are the first's.
 
     SCALE_SUMS: not the weights are scaled, but each step's sums. That is fewer instructions for few tokens.
     """
@@ -256,19 +251,27 @@ def _sum(
     m = ()
     minima = ()
     nothing = gl.zeros_like(acc)
-    at = k * 4 // group_planes
-    left = (at + 1) * (group_planes // 4) - k
+    group_steps = group_planes // 4
+    whole = 0
+    more = TURNS
+    at = 0
+    left = 0
+    if GROUPS == 1:
+        whole = TURNS // group_steps
+        more = TURNS - whole * group_steps
+        at = k // group_steps
+        left = (at + 1) * group_steps - k
     scales = _groups(scale_ptr, stride_scale_group, rows, k, at, group_planes, last_group, GROUPS, EVEN)
     if minimum_ptr is not None:
         minima = _groups(minimum_ptr, stride_minimum_group, rows, k, at, group_planes, last_group, GROUPS, EVEN)
     mbarrier.wait(full.index(stage), phase)
     if not SCALE_SUMS:
-        s, m = _of_half(scales, minima, 0, dtype)
-    packed = _load_words(words.index(2 * stage + group), BLOCKS)
+        s, m = _of_half(scales, minima, scale_ptr, minimum_ptr, 0, dtype)
+    packed = _load_words(words.index(SIDES * stage + side), BLOCKS)
     low = _unpack(packed, s, m, 0, dtype)
     AGAIN: gl.constexpr = BLOCKS == 2 and (GROUPS > 1 or minimum_ptr is not None)
-    for step in range(k + 1, end + 1):
-        after, after_phase = _after(stage, phase, STAGES)
+    for step in range(k + TURNS, end + TURNS, TURNS):
+        after, after_phase = after_turns(stage, phase, TURNS, STAGES)
         next_stage = gl.where(step < end, after, stage)  # the last step's is itself once more, and for nothing
         next_phase = gl.where(step < end, after_phase, phase)
         w = _operand(low, dtype, layout)
@@ -277,13 +280,14 @@ def _sum(
             sums = warpgroup_mma(w, part, nothing, use_acc=False, is_async=True)
         else:
             sums = warpgroup_mma(w, part, acc, is_async=True)
-            s, m = _of_half(scales, minima, 1, dtype)
+            s, m = _of_half(scales, minima, scale_ptr, minimum_ptr, 1, dtype)
         if AGAIN:
-            packed = _load_words(words.index(2 * stage + group), BLOCKS)
+            packed = _load_words(words.index(SIDES * stage + side), BLOCKS)
         high = _unpack(packed, s, m, 1, dtype)
-        at, left = _next_group(at, left, group_planes // 4)
-        scales_before = scales
-        scales = _groups(scale_ptr, stride_scale_group, rows, step, at, group_planes, last_group, GROUPS, EVEN)
+        if GROUPS == 1:
+            at, left = _next_group(at, left, group_steps, whole, more)
+        if not SCALE_SUMS:
+            scales = _groups(scale_ptr, stride_scale_group, rows, step, at, group_planes, last_group, GROUPS, EVEN)
         if minimum_ptr is not None:
             minima = _groups(minimum_ptr, stride_minimum_group, rows, step, at, group_planes, last_group, GROUPS, EVEN)
         sums, w, high_0, high_1 = warpgroup_mma_wait(0, deps=[sums, w, high[0], high[1]])
@@ -291,10 +295,10 @@ def _sum(
         sums = warpgroup_mma(w, x.index(stage).slice(64, 64, 1).permute((1, 0)), sums, is_async=True)
         mbarrier.wait(full.index(next_stage), next_phase)
         if not SCALE_SUMS:
-            s, m = _of_half(scales, minima, 0, dtype)
-        packed = _load_words(words.index(2 * next_stage + group), BLOCKS)
+            s, m = _of_half(scales, minima, scale_ptr, minimum_ptr, 0, dtype)
+        packed = _load_words(words.index(SIDES * next_stage + side), BLOCKS)
         low = _unpack(packed, s, m, 0, dtype)
-        if not (BLOCKS == 2 and x.shape[1] == 128):
+        if not (BLOCKS == 2 and acc.shape[1] == 128):
             # This has come already. ptxas would move the above down past the wait below; past this wait's loop it does
             # not. The largest tile is up to a tenth faster without: the two warpgroups overlap each other.
             mbarrier.wait(full.index(next_stage), next_phase)
@@ -305,23 +309,29 @@ def _sum(
         low = (low_0, low_1)
         mbarrier.arrive(empty.index(stage), count=1)
         if SCALE_SUMS:
-            acc += sums * gl.expand_dims(scales_before[0].to(gl.float32), 1)
+            acc += sums * gl.expand_dims(_value(scales[0], scale_ptr.dtype.element_ty), 1)
+            # Not before: into the same registers, for use at the end of the next step. If there were two sets of them,
+            # the loop would end with moves from one to the other, which wait for the cache.
+            scales = _groups(scale_ptr, stride_scale_group, rows, step, at, group_planes, last_group, GROUPS, EVEN)
         else:
             acc = sums
         stage = after
         phase = after_phase
-    return acc, stage, phase
+    return acc
 
 
 @gluon.jit
 def compute(
-    group: gl.constexpr, out_ptr, scale_ptr, minimum_ptr, bias_ptr, workspace_ptr, counters_ptr, words, x, full, empty,
-    M, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width, stride_scale_group,
+    group: gl.constexpr, out_ptr, scale_ptr, minimum_ptr, bias_ptr, workspace_ptr, words, x, full, empty, turns, left,
+    taken, M, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width, stride_scale_group,
     stride_minimum_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, SCALE_SUMS: gl.constexpr, BLOCKS: gl.constexpr,
-    TOKENS: gl.constexpr, STAGES: gl.constexpr,
+    TOKENS: gl.constexpr, SIDES: gl.constexpr, TURNS: gl.constexpr, STAGES: gl.constexpr,
 ):
     """What warpgroup number `group` does."""
     ROWS: gl.constexpr = 64 * BLOCKS
+    OUTPUTS: gl.constexpr = SIDES * ROWS
+    side: gl.constexpr = group % SIDES
+    turn: gl.constexpr = group // SIDES
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     packed_layout: gl.constexpr = words_layout(BLOCKS)
     scale_layout: gl.constexpr = gl.SliceLayout(1, acc_layout if SCALE_SUMS else packed_layout)
@@ -329,26 +339,42 @@ def compute(
     programs = gl.num_programs(0)
     first, own, steps = share_of(program, programs, tiles, shared, k_tiles)
     i = 0
-    stage = 0
-    phase = 0
+    parity = 0
     while i < steps:
         tile, k = step_at(i, first, own, program, programs, shared, k_tiles)
         row_tile, token_tile = place(tile, row_tiles, token_tiles, width)
-        row = row_tile * (2 * ROWS) + group * ROWS
+        row = row_tile * OUTPUTS + side * ROWS
         rows = gl.minimum(row + gl.arange(0, ROWS, layout=scale_layout), N - 1)
         end = k_tiles
         if i < own:
             end = gl.minimum(k_tiles, k + own - i)
         acc = gl.zeros([ROWS, TOKENS], gl.float32, acc_layout)
-        acc, stage, phase = _sum(
-            acc, words, x, full, empty, scale_ptr, minimum_ptr, rows, group, stage, phase, k, end, last_group,
-            group_planes, stride_scale_group, stride_minimum_group, GROUPS, EVEN, SCALE_SUMS, BLOCKS, STAGES,
-        )
-        i += end - k
-        complete = True
-        if end - k < k_tiles:
-            complete, acc = _share(
-                acc, workspace_ptr, counters_ptr, group, tile, program, programs, shared, k_tiles, BLOCKS, TOKENS
+        # A stage is always the same warpgroup's, or one could take it for full before it is: STAGES divide by TURNS.
+        ahead = (turn + TURNS - i % TURNS) % TURNS
+        if TURNS == 1 or k + ahead < end:
+            stage, phase = stage_of(i + ahead, STAGES)
+            acc = _sum(
+                acc, words, x, full, empty, scale_ptr, minimum_ptr, rows, side, stage, phase, k + ahead, end,
+                last_group, group_planes, stride_scale_group, stride_minimum_group, GROUPS, EVEN, SCALE_SUMS, BLOCKS,
+                SIDES, TURNS, STAGES,
             )
-        if complete:
-            _store(acc, out_ptr, bias_ptr, row, token_tile * TOKENS, M, N, BLOCKS, TOKENS)
+        i += end - k
+        if turn > 0:
+            mbarrier.wait(taken.index(side), parity ^ 1)
+            turns.index((turn - 1) * SIDES + side).store(acc)
+            mbarrier.arrive(left.index(side), count=1)
+        else:
+            if TURNS > 1:
+                mbarrier.wait(left.index(side), parity)
+                for other in gl.static_range(TURNS - 1):
+                    acc += turns.index(other * SIDES + side).load(acc_layout)
+            token = token_tile * TOKENS
+            if end - k < k_tiles:
+                slot = slot_of(program, tile, programs, shared, k_tiles)
+                part_ptr = workspace_ptr + (slot.to(gl.int64) * (OUTPUTS * TOKENS) + side * ROWS)
+                _leave(acc, part_ptr, M - token, OUTPUTS, TOKENS)
+            else:
+                _store(acc, out_ptr, bias_ptr, row, token, M, N, BLOCKS, TOKENS)
+            if TURNS > 1:  # behind the use of what was loaded, so that it has come
+                mbarrier.arrive(taken.index(side), count=1)
+        parity ^= 1

@@ -2,8 +2,9 @@
 
 The product is cut into tiles of outputs by tokens, a tile into steps of 128 inputs. Where whole tiles fill the GPU
 badly, the steps of the first `shared` tiles stand in one row, of which each program takes an equal share (stream-K:
-Osama et al. 2023, https://arxiv.org/abs/2301.03598); the other tiles are computed whole, one program each, in turns. A
-tile that shares cut is added up by the last of its programs that is done, always in the order of its inputs.
+Osama et al. 2023, https://arxiv.org/abs/2301.03598); the other tiles are computed whole, one program each, in turns. Of
+a tile that shares cut, each of its programs leaves its part in memory, and a second kernel (`int4_parts.py`) adds them
+up in the order of their inputs.
 
 Programs that run at the same time have neighbouring tiles, so that weights and tokens stay in the cache (L2).
 """
@@ -49,6 +50,19 @@ def after(i, k, row_tile, token_tile, first, own, program, programs, shared, k_t
         tile, k = step_at(i + 1, first, own, program, programs, shared, k_tiles)
         row_tile, token_tile = place(tile, row_tiles, token_tiles, width)
     return k, row_tile, token_tile
+
+
+@gluon.jit
+def stage_of(i, STAGES: gl.constexpr):
+    """The stage of a program's step number i, and its phase."""
+    return i % STAGES, i // STAGES & 1
+
+
+@gluon.jit
+def after_turns(stage, phase, TURNS: gl.constexpr, STAGES: gl.constexpr):
+    """The stage of the step that comes TURNS later, and its phase."""
+    wraps = stage >= STAGES - TURNS
+    return gl.where(wraps, stage + TURNS - STAGES, stage + TURNS), phase ^ wraps.to(gl.int32)
 
 
 @gluon.jit

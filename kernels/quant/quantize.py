@@ -21,6 +21,7 @@ from octavo.kernels.quant.rounding import (
     FP8,
     check_group_size,
     check_static_scale,
+    largest_of,
     magnitude,
     rounded,
     rounding,
@@ -51,11 +52,29 @@ class _Tiles:
 
 
 def choose_tiles(width: int) -> _Tiles:
-    """How many elements of a row a program holds at once, and of how many rows; narrow rows share a program."""
+    """How many elements of a row a program holds at once, and of how many rows; narrow rows share a program.
+
+    Of a row that is no power of two a thread holds 64 numbers, some of them nothing: with as many warps as a full row
+    has, 8192 rows of 4544 take 47.8 µs on an H100, with half of them 40.3; as 4096 and 512 numbers, 55.8.
+    """
     block = min(next_power_of_2(width), 16384)
+    if width > block:
+        return _Tiles(1, 8192, 16)
     rows = max(2048 // block, 1)
-    held = rows * block if rows > 1 else next_power_of_2(width + 1) // 2  # a row of 4544 has the warps of 4096
-    return _Tiles(rows, block, min(max(held // 512, 2), 16))
+    return _Tiles(rows, block, min(max(rows * block // (512 if width == block else 2048), 2), 16))
+
+
+@triton.jit
+def _load(x_ptrs, present, cols, N):
+    return tl.load(x_ptrs[:, None] + cols[None, :], mask=present[:, None] & (cols < N)[None, :], other=0.0).to(
+        tl.float32
+    )  # [ROWS, columns]
+
+
+@triton.jit
+def _store(q_ptrs, x, inverse, present, cols, N, LIMIT: tl.constexpr, NATIVE: tl.constexpr):
+    q = rounded(x * inverse[:, None], q_ptrs.dtype.element_ty, LIMIT, NATIVE)
+    tl.store(q_ptrs[:, None] + cols[None, :], q, mask=present[:, None] & (cols < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["total", "x_inner"])
@@ -73,7 +92,7 @@ def _quantize_rows_kernel(
     stride_x_inner,
     LIMIT: tl.constexpr,
     NATIVE: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHAINED: tl.constexpr,
@@ -85,25 +104,21 @@ def _quantize_rows_kernel(
     cols = tl.arange(0, BLOCK)
     wait_for_previous(CHAINED)
     let_next_start(CHAINED)
-    if ONE_BLOCK:
-        mask = present[:, None] & (cols < N)[None, :]
-        x = tl.load(x_ptrs[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
-        scale = scale_of(tl.max(magnitude(x), 1), LIMIT)  # [ROWS]
-        q = rounded(x * tl.div_rn(1.0, scale)[:, None], q_ptr.dtype.element_ty, LIMIT, NATIVE)
-        tl.store(q_ptrs[:, None] + cols[None, :], q, mask=mask)
+    if IN_REGISTERS:
+        x = _load(x_ptrs, present, cols, N)
+        largest = largest_of(x) if ROWS == 1 else tl.max(magnitude(x), 1)  # [ROWS]
+        scale = scale_of(largest, LIMIT)
+        inverse = tl.div_rn(1.0, scale)
+        _store(q_ptrs, x, inverse, present, cols, N, LIMIT, NATIVE)
     else:
-        largest = tl.zeros([ROWS, BLOCK], tl.float32)
+        held = tl.zeros([ROWS, BLOCK], tl.float32)
         for start in range(0, N, BLOCK):
-            mask = present[:, None] & (start + cols < N)[None, :]
-            x = tl.load(x_ptrs[:, None] + (start + cols)[None, :], mask=mask, other=0.0).to(tl.float32)
-            largest = tl.maximum(largest, magnitude(x))
-        scale = scale_of(tl.max(largest, 1), LIMIT)
-        inverse = tl.div_rn(1.0, scale)[:, None]
+            held = tl.maximum(held, magnitude(_load(x_ptrs, present, start + cols, N)))
+        scale = scale_of(tl.max(held, 1), LIMIT)
+        inverse = tl.div_rn(1.0, scale)
         for start in range(0, N, BLOCK):
-            mask = present[:, None] & (start + cols < N)[None, :]
-            x = tl.load(x_ptrs[:, None] + (start + cols)[None, :], mask=mask, other=0.0).to(tl.float32)
-            q = rounded(x * inverse, q_ptr.dtype.element_ty, LIMIT, NATIVE)
-            tl.store(q_ptrs[:, None] + (start + cols)[None, :], q, mask=mask)
+            x = _load(x_ptrs, present, start + cols, N)
+            _store(q_ptrs, x, inverse, present, start + cols, N, LIMIT, NATIVE)
     tl.store(scale_ptr + row, scale, mask=present)
 
 
@@ -132,7 +147,7 @@ def _quantize_cuda(
         device=x.device,
         num_warps=tiles.num_warps,
         **rounding(dtype, x.device),
-        ONE_BLOCK=tiles.block >= width,
+        IN_REGISTERS=tiles.block >= width,
         ROWS=tiles.rows,
         BLOCK=tiles.block,
         CHAINED=chains(x.device),

@@ -104,6 +104,18 @@ def magnitude(x):
 
 
 @triton.jit
+def largest_of(x):
+    """The largest magnitude of each row of x, `[ROWS, columns]` → `[ROWS]`.
+
+    Rows without an infinity are spared `magnitude`: a GPU's maximum leaves NaN out by itself.
+    """
+    largest = tl.max(tl.abs(x), 1)
+    if not tl.max(largest, 0) < float("inf"):
+        largest = tl.max(magnitude(x), 1)
+    return largest
+
+
+@triton.jit
 def scale_of(largest, LIMIT: tl.constexpr):
     """The scale with which `largest` becomes LIMIT; at least 2⁻¹²⁶, also where `largest` is NaN."""
     scale = tl.div_rn(largest, LIMIT)

@@ -20,6 +20,7 @@ from octavo.kernels.checks import (
     check_dtype,
     check_last_dim_contiguous,
     check_ndim,
+    check_of_tokens,
     check_shape,
 )
 from octavo.kernels.quant.w8a8 import w8a8
@@ -118,15 +119,6 @@ def _check_beside_x(name: str, values: torch.Tensor, dtypes: tuple[torch.dtype, 
     check_device(name, values, "x", x)
 
 
-def _check_of_tokens(name: str, values: torch.Tensor, x: torch.Tensor) -> None:
-    """One number, or one a token."""
-    tokens = x.shape[:-1]
-    if values.numel() != 1 and values.shape not in (tokens, (*tokens, 1)):
-        raise ValueError(
-            f"{name}: shape {tuple(values.shape)}; expected one element, or {(*tokens, 1)}: one for each token of x"
-        )
-
-
 def _check(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -179,7 +171,7 @@ def _check_scales(x: torch.Tensor, x_scale: torch.Tensor, weight_scale: torch.Te
             f"weight_scale: shape {tuple(weight_scale.shape)}; expected one element, or {(n,)}: one for each "
             f"output{blocks}"
         )
-    _check_of_tokens("x_scale", x_scale, x)
+    check_of_tokens("x_scale", x_scale, x)
 
 
 def interleave_gate_up(weight: torch.Tensor) -> torch.Tensor:
@@ -260,7 +252,7 @@ def int8_int8_linear(
         raise ValueError(f"{missing}: None beside {given}; expected both (weight.sum(1, dtype=torch.int32)) or neither")
     if x_zero is not None and weight_sum is not None:
         _check_beside_x("x_zero", x_zero, (torch.int32,), x)
-        _check_of_tokens("x_zero", x_zero, x)
+        check_of_tokens("x_zero", x_zero, x)
         _check_beside_x("weight_sum", weight_sum, (torch.int32,), x)
         check_shape("weight_sum", weight_sum, (n,), "[outputs]")
     zeros = x_zero, weight_sum

@@ -1,5 +1,6 @@
 """What the weight-only linear layers share: tile choice, jit helpers and argument checks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,9 +55,20 @@ def store_outputs(out_ptr, bias_ptr, acc, n, m, N, M):
     tl.store(out_ptr + m[None, :] * N + n[:, None], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def check_linear(x: torch.Tensor, groups: dict[str, torch.Tensor], bias: torch.Tensor | None, group_size: int) -> None:
-    """Checks what weight-only linear layers have in common; `groups` are the tensors of one value a group, by name."""
-    check_dtype("x", x, FLOATS)
+def check_linear(
+    x: torch.Tensor,
+    groups: dict[str, torch.Tensor],
+    bias: torch.Tensor | None,
+    group_size: int,
+    dtypes: Sequence[torch.dtype] = FLOATS,
+) -> None:
+    """Checks what linear layers have in common whose weights have groups.
+
+    Args:
+        groups: the tensors of one value a group, by name, the scale among them.
+        dtypes: those that are accepted for x.
+    """
+    check_dtype("x", x, dtypes)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: shape {tuple(x.shape)}; expected a last dimension of at least {PLANE} inputs")
     check_last_dim_contiguous("x", x)

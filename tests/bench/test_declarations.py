@@ -68,6 +68,7 @@ TINY = {
     "int4_linear": [{"M": 3, "N": 40, "K": 256, "group": 128}],
     "int8_linear": [{"M": 3, "N": 40, "K": 256, "group": 128}, {"M": 3, "N": 40, "K": 256, "group": 256}],
     "int8_int8_linear": [{"M": 3, "N": 40, "K": 256}],
+    "int4_int8_linear": [{"M": 3, "N": 40, "K": 256, "group": 128}],
     "fp8_linear": [{"M": 3, "N": 140, "K": 256, "block": block} for block in (0, 128)],
     "sample": [
         {"B": 3, "vocab": 100, "k": k, "p": p, "flat": flat}
@@ -121,6 +122,12 @@ BY_HAND = {
     "sample": ("B=64,vocab=32000,k=50,p=90,flat=0", 4 * 2048000, 2 * 2048000 + 64 * 36),
     # A byte a weight and an activation, two an output; a scale a token and an output, or 64 a token and 64·64.
     "int8_int8_linear": ("M=16,N=8192,K=8192", 2147483648, 67108864 + 131072 + 2 * 131072 + 4 * (16 + 8192)),
+    # A nibble a weight, a byte an activation, two an output and a weight's scale; fp32 scales of tokens.
+    "int4_int8_linear": (
+        "M=16,N=6144,K=4096,group=128",
+        805306368,
+        12582912 + 65536 + 4 * 16 + 2 * (32 * 6144 + 16 * 6144),
+    ),
     "fp8_linear": (
         "M=16,N=8192,K=8192,block=128",
         2147483648,
@@ -298,8 +305,7 @@ def test_compiled_formulas_are_right_and_whole(name, shape, monkeypatch):
     """As one graph, without the backend that needs a compiler."""
     provider = load(name).PROVIDERS.get("torch.compile")
     if provider is None:
-        without = "paged_attention", "cascade_attention", "int4_linear", "int8_linear", "int8_int8_linear", "fp8_linear"
-        assert name in without, "bound by memory"
+        assert name.endswith(("paged_attention", "cascade_attention", "_linear")), "bound by memory"
         return
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     inputs = draw(name, shape)
@@ -394,7 +400,7 @@ PEERS = [
 
 @pytest.mark.parametrize(("name", "shape", "provider"), PEERS, ids=[f"{n}-{p}-{label(s)}" for n, s, p in PEERS])
 def test_a_missing_peer_is_an_import_error(name, shape, provider, monkeypatch):
-    for package in ("flashinfer", "vllm", "liger_kernel", "conch"):
+    for package in ("flashinfer", "vllm", "liger_kernel", "conch", "gemlite"):
         for loaded in [m for m in sys.modules if m.split(".")[0] == package]:
             monkeypatch.delitem(sys.modules, loaded)
         monkeypatch.setitem(sys.modules, package, None)

@@ -1,0 +1,46 @@
+"""The second kernel of the Hopper int4 linear layer (`int4_hopper.py`), where tiles are shared: adds up their parts.
+
+The parts of a tile are added in the order of their inputs, so that results have the same bits from run to run, and
+nobody waits for the others in the first kernel. This one is on the GPU before that has ended, and takes little of it.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from octavo.kernels.quant.int4_shares import place, program_of, slot_of
+from octavo.kernels.tiles import let_next_start, wait_for_previous
+
+# fmt: off
+
+
+@gluon.jit(do_not_specialize=["M", "k_tiles", "shared", "programs", "row_tiles", "token_tiles", "width"])
+def _int4_parts_kernel(
+    # Bound by its launch for few tokens, by the cache for many. A program BLOCK results of a shared tile.
+    out_ptr, bias_ptr, workspace_ptr, M, N, k_tiles, shared, programs, row_tiles, token_tiles, width,
+    OUTPUTS: gl.constexpr, TOKENS: gl.constexpr, BLOCK: gl.constexpr, CHAINED: gl.constexpr,
+):
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
+    tile = gl.program_id(0)
+    first = program_of(tile * k_tiles, programs, shared, k_tiles)
+    last = program_of(tile * k_tiles + k_tiles - 1, programs, shared, k_tiles)
+    row_tile, token_tile = place(tile, row_tiles, token_tiles, width)
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    inside = gl.program_id(1) * BLOCK + gl.arange(0, BLOCK, layout=layout)
+    m = token_tile * TOKENS + inside // OUTPUTS
+    n = row_tile * OUTPUTS + inside % OUTPUTS
+    wanted = (m < M) & (n < N) & (first < last)  # a tile that one program has is not in parts
+    total = gl.zeros([BLOCK], gl.float32, layout)
+    AT_ONCE: gl.constexpr = 4  # each time takes a round trip to the cache
+    for start in range(first, last + 1, AT_ONCE):
+        parts = ()
+        for j in gl.static_range(AT_ONCE):
+            program = gl.minimum(start + j, last)
+            slot = slot_of(program, tile, programs, shared, k_tiles)
+            part_ptr = workspace_ptr + slot.to(gl.int64) * (OUTPUTS * TOKENS)
+            parts = parts + (gl.load(part_ptr + inside, mask=wanted & (start + j <= last), other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+        for j in gl.static_range(AT_ONCE):
+            total += parts[j]
+    if bias_ptr is not None:
+        total += gl.load(bias_ptr + n, mask=wanted, other=0.0).to(gl.float32)
+    gl.store(out_ptr + m.to(gl.int64) * N + n, total.to(out_ptr.dtype.element_ty), mask=wanted)
