@@ -48,7 +48,7 @@ def names_of(args, *more):
     return [args.get(name) for name in ("x_scale", "weight_scale", *more, "bias", "residual")]
 
 
-def few_in_python(args, tiles, out_dtype, width, at_once=None):
+def few_in_python(args, tiles, out_dtype, width):
     """As `w8a8_few.w8a8_few` launches it; programs in any order."""
     (m, k), (n, _) = args["x"].shape, args["weight"].shape
     part_steps = cdiv(cdiv(k, 128), tiles.parts)
@@ -56,7 +56,7 @@ def few_in_python(args, tiles, out_dtype, width, at_once=None):
     out = Pointer(np.full(m * width, np.nan, np.float32), str(out_dtype).removeprefix("torch."))
     parts = torch.full((count, m, n), -(2**20), dtype=torch.int32)
     parts = pointer(parts if args["x"].dtype == INT8 else parts.float())
-    programs = at_once or cdiv(n, tiles.outputs) * count
+    programs = cdiv(n, tiles.outputs) * count
     options = tiles.tokens, tiles.outputs, 128, tiles.stages, count, args["activation"] is not None, 128, 128, False
     for program in random.sample(range(programs), programs):
         namespace(MODULES[:3], (program,), programs)["_w8a8_few_kernel"](
@@ -105,16 +105,13 @@ def few_in_python(args, tiles, out_dtype, width, at_once=None):
     ],
 )
 def test_source_of_few(m, n, k, kind, bias, with_residual, activation, tiles, operand):
-    """Outputs and inputs that end within a tile, fewer steps than stages, parts of tiles, and all that follows.
-
-    Whether a program has one tile or several.
-    """
+    """Outputs and inputs that end within a tile, fewer steps than stages, parts of tiles, and all that follows."""
     kind = "token" if kind == "zero" and operand == FP8 else kind
     out_dtype = random.choice((HALF, torch.float32))
     args, width = arguments(m, n, k, operand, kind, bias, with_residual, activation, out_dtype)
     out = few_in_python(args, tiles, out_dtype, width)
     check(out, args)
-    assert torch.equal(out, few_in_python(args, tiles, out_dtype, width, at_once=2))
+    assert torch.equal(out, few_in_python(args, tiles, out_dtype, width))
 
 
 @pytest.mark.parametrize("operand", [INT8, FP8], ids=str)

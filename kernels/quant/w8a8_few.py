@@ -3,8 +3,7 @@
 The time is that of reading the weights. A program has one tile of outputs, or an equal part of its inputs: a warp loads
 by TMA, one warpgroup multiplies. It mostly takes less than half of a multiprocessor, so that two run on each: where
 there are more programs, the GPU deals them out as multiprocessors become free; where there are fewer, those of the next
-kernel are there before the last ones of this have ended, and their first weights in the cache (L2). One that takes all
-of a multiprocessor goes on to its next tile, whose weights are on their way while results of the last are written.
+kernel are there before the last ones of this have ended, and their first weights in the cache (L2).
 
 Weights are the first operand, which has 64 rows at least; where 64 tokens would have too few tiles of so many outputs,
 tokens are, and tiles have 32 outputs. Parts of a tile are added up by a second kernel, in order.
@@ -32,7 +31,6 @@ from octavo.kernels.tiles import (
     DeviceProperties,
     cdiv,
     chains,
-    device_properties,
     let_next_start,
     next_power_of_2,
     wait_for_previous,
@@ -49,42 +47,29 @@ OTHER_BYTES = 2048
 
 
 @gluon.jit
-def _share_of(tile, K, part_steps, OUTPUTS: gl.constexpr, BLOCK_K: gl.constexpr, PARTS: gl.constexpr):
-    """Of a tile, or part of one: the first output, which part it is, its first step and how many it has."""
-    part = tile % PARTS
-    first = part * part_steps
-    return tile // PARTS * OUTPUTS, part, first, gl.minimum(gl.cdiv(K, BLOCK_K) - first, part_steps)
-
-
-@gluon.jit
 def _load(
-    x_desc, weight_desc, weight_ptr, x, weight, full, empty, tiles, part_steps, N, K, TOKENS: gl.constexpr, OUTPUTS:
-    gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, PREFETCHED: gl.constexpr,
+    x_desc, weight_desc, weight_ptr, x, weight, full, empty, first_n, first_k, steps, N, K, TOKENS: gl.constexpr,
+    OUTPUTS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PREFETCHED: gl.constexpr,
     CHAINED: gl.constexpr,
 ):
     """What the warp that loads does."""
     if CHAINED:
-        first_n, _, first, _ = _share_of(gl.program_id(0), K, part_steps, OUTPUTS, BLOCK_K, PARTS)
-        prefetch(weight_ptr, first_n, first * BLOCK_K, N, K, OUTPUTS, PREFETCHED)
+        prefetch(weight_ptr, first_n, first_k, N, K, OUTPUTS, PREFETCHED)
     wait_for_previous(CHAINED)
     let_next_start(CHAINED)
-    i = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        first_n, _, first, steps = _share_of(tile, K, part_steps, OUTPUTS, BLOCK_K, PARTS)
-        for step in range(steps):
-            stage = i % STAGES
-            mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(stage), (TOKENS + OUTPUTS) * BLOCK_K)
-            at = (first + step) * BLOCK_K
-            tma.async_copy_global_to_shared(weight_desc, [first_n, at], full.index(stage), weight.index(stage))
-            tma.async_copy_global_to_shared(x_desc, [0, at], full.index(stage), x.index(stage))
-            i += 1
+    for i in range(steps):
+        stage = i % STAGES
+        mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
+        mbarrier.expect(full.index(stage), (TOKENS + OUTPUTS) * BLOCK_K)
+        at = first_k + i * BLOCK_K
+        tma.async_copy_global_to_shared(weight_desc, [first_n, at], full.index(stage), weight.index(stage))
+        tma.async_copy_global_to_shared(x_desc, [0, at], full.index(stage), x.index(stage))
 
 
 @gluon.jit
 def _compute(
-    epilogue, parts_ptr, x, weight, full, empty, tiles, part_steps, K, TOKENS: gl.constexpr, OUTPUTS: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, ACTIVATED: gl.constexpr, CHAINED: gl.constexpr,
+    epilogue, parts_ptr, x, weight, full, empty, first_n, part, steps, TOKENS: gl.constexpr, OUTPUTS: gl.constexpr,
+    STAGES: gl.constexpr, PARTS: gl.constexpr, ACTIVATED: gl.constexpr, CHAINED: gl.constexpr,
 ):
     """What the warpgroup does. Sums of fp8 products, of which tensor cores keep 14 bits, are taken out at each step."""
     TURNED: gl.constexpr = OUTPUTS >= 64
@@ -93,45 +78,40 @@ def _compute(
     ROWS: gl.constexpr = OUTPUTS if TURNED else TOKENS
     COLS: gl.constexpr = TOKENS if TURNED else OUTPUTS
     zeros = gl.zeros([ROWS, COLS], SUM, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 32]))
+    acc = zeros
     wait_for_previous(CHAINED)
-    i = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        first_n, part, _, steps = _share_of(tile, K, part_steps, OUTPUTS, BLOCK_K, PARTS)
-        if PARTS == 1:
-            residual = residual_of(0, first_n, epilogue, ROWS, COLS, TURNED, ACTIVATED)
-        acc = zeros
-        for step in range(steps):
-            stage, before = i % STAGES, (i + STAGES - 1) % STAGES
-            mbarrier.wait(full.index(stage), i // STAGES & 1)
-            if TURNED:
-                first, second = weight.index(stage), x.index(stage).permute((1, 0))
-            else:
-                first, second = x.index(stage), weight.index(stage).permute((1, 0))
-            if INT:
-                acc = warpgroup_mma(first, second, acc, use_acc=step > 0, is_async=True)
-                acc = warpgroup_mma_wait(1, deps=[acc])
-                mbarrier.arrive(empty.index(before), count=1, pred=step > 0)
-            else:
-                sums = warpgroup_mma(first, second, zeros, use_acc=False, is_async=True)
-                sums = warpgroup_mma_wait(0, deps=[sums])
-                mbarrier.arrive(empty.index(stage), count=1)
-                acc += sums
-            i += 1
-        if INT:
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
-        if PARTS > 1:
-            layout: gl.constexpr = acc.type.layout
-            rows = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), 1)
-            cols = gl.expand_dims(gl.arange(0, COLS, layout=gl.SliceLayout(0, layout)), 0)
-            M, N = epilogue[1], epilogue[2]
-            if TURNED:
-                m, n = cols, first_n + rows
-            else:
-                m, n = rows, first_n + cols
-            gl.store(parts_ptr + (part * M + m).to(gl.int64) * N + n, acc, mask=(m < M) & (n < N))
+    if PARTS == 1:
+        residual = residual_of(0, first_n, epilogue, ROWS, COLS, TURNED, ACTIVATED)
+    for i in range(steps):
+        stage, before = i % STAGES, (i + STAGES - 1) % STAGES
+        mbarrier.wait(full.index(stage), i // STAGES & 1)
+        if TURNED:
+            first, second = weight.index(stage), x.index(stage).permute((1, 0))
         else:
-            finish_gluon(acc, residual, 0, first_n, epilogue, TURNED, ACTIVATED)
+            first, second = x.index(stage), weight.index(stage).permute((1, 0))
+        if INT:
+            acc = warpgroup_mma(first, second, acc, use_acc=i > 0, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=[acc])
+            mbarrier.arrive(empty.index(before), count=1, pred=i > 0)
+        else:
+            sums = warpgroup_mma(first, second, zeros, use_acc=False, is_async=True)
+            sums = warpgroup_mma_wait(0, deps=[sums])
+            mbarrier.arrive(empty.index(stage), count=1)
+            acc += sums
+    if INT:
+        acc = warpgroup_mma_wait(0, deps=[acc])
+    if PARTS > 1:
+        layout: gl.constexpr = acc.type.layout
+        rows = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), 1)
+        cols = gl.expand_dims(gl.arange(0, COLS, layout=gl.SliceLayout(0, layout)), 0)
+        M, N = epilogue[1], epilogue[2]
+        if TURNED:
+            m, n = cols, first_n + rows
+        else:
+            m, n = rows, first_n + cols
+        gl.store(parts_ptr + (part * M + m).to(gl.int64) * N + n, acc, mask=(m < M) & (n < N))
+    else:
+        finish_gluon(acc, residual, 0, first_n, epilogue, TURNED, ACTIVATED)
 
 
 @gluon.jit(do_not_specialize=["M", "stride_x_scale", "stride_x_zero", "part_steps"])
@@ -150,18 +130,21 @@ def _w8a8_few_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
-    tiles = gl.cdiv(N, OUTPUTS) * PARTS
+    first_n = gl.program_id(0) // PARTS * OUTPUTS
+    part = gl.program_id(0) % PARTS
+    first = part * part_steps
+    steps = gl.minimum(gl.cdiv(K, BLOCK_K) - first, part_steps)
     epilogue = (
         out_ptr, M, N, x_scale_ptr, stride_x_scale, weight_scale_ptr, stride_weight_scale, x_zero_ptr, stride_x_zero,
         weight_sum_ptr, bias_ptr, residual_ptr,
     )
     gl.warp_specialize([
         (_compute, (
-            epilogue, parts_ptr, x, weight, full, empty, tiles, part_steps, K, TOKENS, OUTPUTS, BLOCK_K, STAGES, PARTS,
+            epilogue, parts_ptr, x, weight, full, empty, first_n, part, steps, TOKENS, OUTPUTS, STAGES, PARTS,
             ACTIVATED, CHAINED)),
         (_load, (
-            x_desc, weight_desc, weight_ptr, x, weight, full, empty, tiles, part_steps, N, K, TOKENS, OUTPUTS, BLOCK_K,
-            STAGES, PARTS, PREFETCHED, CHAINED)),
+            x_desc, weight_desc, weight_ptr, x, weight, full, empty, first_n, first * BLOCK_K, steps, N, K, TOKENS,
+            OUTPUTS, BLOCK_K, STAGES, PREFETCHED, CHAINED)),
     ], [1], [24])
 
 
@@ -252,17 +235,14 @@ def w8a8_few(
     m, steps = x.numel() // k, cdiv(k, BLOCK_K)
     part_steps = cdiv(steps, tiles.parts)
     count = cdiv(steps, part_steps)
-    chained, properties = chains(device), device_properties(device)
-    programs = cdiv(n, tiles.outputs) * count
-    if tiles.stages > stages_for_two(tiles.tokens, tiles.outputs, properties):
-        programs = min(programs, properties.num_sms)
+    chained = chains(device)
     parts = None
     if count > 1:
         parts = empty((count, m, n), torch.int32 if weight.dtype == torch.int8 else torch.float32, device)
     more = x_scale, weight_scale, x_zero, weight_sum, bias, residual
     launch(
         _w8a8_few_kernel,
-        (programs,),
+        (cdiv(n, tiles.outputs) * count,),
         described(x, [m, k], stride_row, tiles.tokens),
         described(weight, [n, k], k, tiles.outputs),
         out,
