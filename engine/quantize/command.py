@@ -31,7 +31,7 @@ def quantize_command(
     smooth: Annotated[float, typer.Option(help="Of int8: SmoothQuant's alpha; 0 does without.")] = 0.5,
     calibration: Annotated[Path | None, typer.Option(help="A text file; octavo's own by default.")] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Of the calibration text at most.")] = 128 * 2048,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of it that see each other.")] = 2048,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of it that see each other.")] = 128,
     evaluation: Annotated[
         str | None, typer.Option(help='A text file for perplexity, or "none"; by default bench/text/founding.txt.')
     ] = None,

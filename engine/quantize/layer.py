@@ -113,8 +113,8 @@ class LayerQuantizer:
         first, last = (Largest(w.shape[1], self.device) for w in (values[0], last_values))
         for hidden in calibration:
             x = forward.first_inputs(hidden, norm.to(self.dtype))
-            first.add(evened(x.float()))
-            last.add(evened(forward.last_inputs(half, linear(x)).float()))
+            first.add(x)
+            last.add(forward.last_inputs(half, linear(x)))
         norm, values[:] = balance(norm, values, first.value, alpha)
         tensors[norm_name] = norm.cpu()
         heads = forward.config.num_key_value_heads if half is ATTENTION else 1
@@ -138,7 +138,7 @@ class LayerQuantizer:
             return None
         total: torch.Tensor | None = None
         for hidden in calibration:
-            x = evened(inputs(hidden).float())
+            x = inputs(hidden).float()
             total = torch.zeros(x.shape[1], x.shape[1], device=self.device) if total is None else total
             total.addmm_(x.t(), x)
         return total
@@ -185,14 +185,3 @@ class LayerQuantizer:
 def _energy(change: torch.Tensor, hessian: torch.Tensor) -> float:
     """The sum of squares of the outputs that a weight makes of the inputs behind a Hessian."""
     return ((change @ hessian) * change).sum().clamp(min=torch.finfo(torch.float32).tiny).item()
-
-
-def evened(x: torch.Tensor) -> torch.Tensor:
-    """Inputs of tokens, `[T, K]`, none of them longer than the median.
-
-    The first token of a text is often hundreds of times as long as others (Sun et al., "Massive Activations in Large
-    Language Models" (2024), https://arxiv.org/abs/2402.17762). What is added to so large a hidden state must be right
-    to its own size alone; as it is, it would be all that a Hessian knows.
-    """
-    length = x.norm(dim=1, keepdim=True)
-    return x * (length.median() / length.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1.0)
