@@ -20,7 +20,7 @@ from octavo.kernels.attention.flash_attn import flash_attn_func, flash_attn_varl
 from octavo.kernels.quant.packing import int4_pack, int4_unpack
 from octavo.kernels.quant.int4 import int4_linear
 from octavo.kernels.quant.int8 import int8_linear
-from octavo.kernels.quant.w8a8_linear import fp8_linear, int8_int8_linear
+from octavo.kernels.quant.w8a8_linear import fp8_linear, int8_int8_linear, interleave_gate_up
 from octavo.kernels.quant.w4a8_linear import int4_int8_linear
 from octavo.kernels.quant.quantize import quantize_fp8, quantize_int8
 from octavo.kernels.norm_quantize import add_rms_norm_quantize, rms_norm_quantize
@@ -58,6 +58,7 @@ __all__ = [
     "int8_int8_linear",
     "int4_int8_linear",
     "fp8_linear",
+    "interleave_gate_up",
     "quantize_int8",
     "quantize_fp8",
     "rms_norm_quantize",

@@ -2,9 +2,12 @@
 
 import torch
 
+from octavo.reference.activation import silu_and_mul
 from octavo.reference.quant import dequantize_int4
 
 BLOCK = 128
+PAIRED = 8
+"""Outputs of gate beside as many of up, where one product computes both."""
 
 
 def scaled(sums: torch.Tensor, x_scale: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
@@ -20,6 +23,25 @@ def in_blocks(weight: torch.Tensor, weight_scale: torch.Tensor) -> bool:
     return weight_scale.shape == blocks and weight_scale.shape != (n, 1) and weight_scale.numel() != 1
 
 
+def finished(
+    y: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """What follows the scaled sums `y`, `[..., N]` in fp32."""
+    if bias is not None:
+        y = y + bias.float()
+    if activation is not None:
+        y = silu_and_mul(y.unflatten(-1, (-1, 2, PAIRED)).transpose(-3, -2).flatten(-3))
+    return (y if residual is None else y + residual.float()).to(out_dtype)
+
+
+def interleave_gate_up(weight: torch.Tensor) -> torch.Tensor:
+    return weight.unflatten(0, (2, -1, PAIRED)).transpose(0, 1).flatten(0, 2)
+
+
 def int8_int8_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -29,12 +51,13 @@ def int8_int8_linear(
     x_zero: torch.Tensor | None,
     weight_sum: torch.Tensor | None,
     out_dtype: torch.dtype,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
     sums = x.double() @ weight.double().t()  # exact
     if x_zero is not None and weight_sum is not None:
         sums -= (x_zero.view(()) if x_zero.numel() == 1 else x_zero.view(*x.shape[:-1], 1)) * weight_sum
-    y = scaled(sums, x_scale, weight_scale)
-    return (y if bias is None else y + bias.float()).to(out_dtype)
+    return finished(scaled(sums, x_scale, weight_scale), bias, residual, activation, out_dtype)
 
 
 def fp8_linear(
@@ -45,13 +68,15 @@ def fp8_linear(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     fast_accum: bool,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
     if in_blocks(weight, weight_scale):
         scale = weight_scale.repeat_interleave(BLOCK, 0)[: weight.shape[0]].repeat_interleave(BLOCK, 1)
         y = (x.float() * x_scale.repeat_interleave(BLOCK, -1)) @ (weight.float() * scale).t()
     else:
         y = scaled(x.float() @ weight.float().t(), x_scale, weight_scale)
-    return (y if bias is None else y + bias.float()).to(out_dtype)
+    return finished(y, bias, residual, activation, out_dtype)
 
 
 def int4_int8_linear(

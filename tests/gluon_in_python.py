@@ -4,6 +4,8 @@ What is tested so is all that a kernel computes, and that its barriers let each 
 wait for ever. Layouts, proxies and the order of memory are not modelled: programs run one after the other.
 """
 
+import __future__
+
 import builtins
 import random
 import re
@@ -15,9 +17,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from octavo.reference.w8a8 import PAIRED
+
 KERNELS = Path(__file__).parent.parent / "kernels"
-NUMPY = {name: np.dtype(name) for name in ("int16", "int32", "int64", "uint16", "uint32", "float32")}
+NUMPY = {name: np.dtype(name) for name in ("int8", "int16", "int32", "int64", "uint16", "uint32", "float32")}
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # whose values are kept as float32
+FP8 = "float8e4nv"  # and its, too
 
 
 def rounded(values, dtype):
@@ -52,6 +57,15 @@ class Tensor:
 
     shape = property(lambda self: self.values.shape)
     type = property(lambda self: SimpleNamespace(layout=None))
+
+    def reshape(self, shape):
+        return Tensor(self.values.reshape([int(size) for size in shape]), self.dtype)
+
+    def permute(self, order):
+        return Tensor(self.values.transpose(order), self.dtype)
+
+    def split(self):
+        return tuple(Tensor(self.values[..., i], self.dtype) for i in range(2))
 
     def to(self, dtype, bitcast=False):
         if bitcast and dtype in HALVES:
@@ -100,6 +114,7 @@ _OPERATORS = {
     "add": np.add,
     "sub": np.subtract,
     "mul": np.multiply,
+    "truediv": np.true_divide,
     "floordiv": np.floor_divide,
     "mod": np.mod,
     "and": np.bitwise_and,
@@ -127,7 +142,9 @@ class Shared:
             return Shared(self.values.reshape(len(self.values), 2, -1, 64)[int(i)], self.dtype)
         return Shared(self.values[int(i)], self.dtype)
 
-    def slice(self, start, length, dim):
+    def slice(self, start, length, dim=0):
+        if dim == 0:
+            return Shared(self.values[start : start + length], self.dtype)
         assert (length, dim) == (64, 1)
         return Shared(self.values[start // 64], self.dtype)
 
@@ -218,7 +235,7 @@ class Descriptor:
         if random.random() < 0.02:
             time.sleep(0.001)
         result.values[...] = tile
-        barrier.values.change(0, -tile.size * 2)
+        barrier.values.change(0, -tile.size * (1 if self.dtype in ("int8", FP8) else 2))
 
 
 def _warp_specialize(partitions, warps, registers):
@@ -246,6 +263,8 @@ def _allocate(dtype, shape, layout):
         return Shared(barriers, dtype)
     if dtype in HALVES:
         return Shared(np.full(shape, np.nan, np.float32), dtype, half_by_half=True)
+    if dtype == FP8:
+        return Shared(np.full(shape, np.nan, np.float32), dtype)
     return Shared(np.full(shape, np.nan if dtype == "float32" else -1, NUMPY[dtype]), dtype)
 
 
@@ -275,15 +294,15 @@ def _where(condition, a, b):
 
 
 def _mma(a, b, acc, use_acc=True, is_async=False):
-    product = a.values.astype(np.float32) @ b.values.astype(np.float32)
-    return Tensor(product + acc.values if use_acc else product, "float32")
+    product = a.values.astype(NUMPY[acc.dtype]) @ b.values.astype(NUMPY[acc.dtype])
+    return Tensor(product + acc.values if use_acc else product, acc.dtype)
 
 
 def _language(place, programs):
     def nothing(*args, **kwargs):
         return None
 
-    names = {name: name for name in (*NUMPY, *HALVES)}
+    names = {name: name for name in (*NUMPY, *HALVES, FP8)}
     layouts = (
         "BlockedLayout",
         "DistributedLinearLayout",
@@ -304,7 +323,8 @@ def _language(place, programs):
         where=_where,
         static_range=builtins.range,
         arange=lambda start, end, layout: Tensor(np.arange(start, end), "int64"),
-        zeros=lambda shape, dtype, layout: Tensor(np.zeros(shape, np.float32), "float32"),
+        zeros=lambda shape, dtype, layout: Tensor(np.zeros(shape, NUMPY[dtype]), dtype),
+        cdiv=lambda a, b: Number(-(-a // b)),
         zeros_like=lambda x: Tensor(np.zeros_like(x.values), x.dtype),
         expand_dims=lambda x, dim: Tensor(np.expand_dims(x.values, dim), x.dtype),
         join=lambda a, b: Tensor(np.stack([a.values, b.values], -1), a.dtype),
@@ -329,7 +349,7 @@ def namespace(modules, place, programs):
         MBarrierLayout=lambda: None,
         init=lambda barrier, count: barrier.values.init(count),
         expect=lambda barrier, size: barrier.values.change(1, size),
-        arrive=lambda barrier, count: barrier.values.change(count, 0),
+        arrive=lambda barrier, count, pred=True: barrier.values.change(count, 0) if pred else None,
         wait=lambda barrier, phase: barrier.values.wait(phase),
     )
     names = dict(
@@ -338,12 +358,22 @@ def namespace(modules, place, programs):
         range=lambda *bounds: map(Number, builtins.range(*map(int, bounds))),
         gl=_language(place, programs),
         gluon=SimpleNamespace(jit=_decorator, constexpr_function=_decorator),
+        triton=SimpleNamespace(jit=_decorator),
+        tl=SimpleNamespace(
+            constexpr=lambda value: value,
+            debug_barrier=lambda: None,
+            exp2=lambda x: Tensor(np.exp2(x.values), x.dtype),
+            minimum=_extremum(np.minimum),
+        ),
+        torch=torch,
+        wide_layout=lambda rows, columns: None,
+        _PAIRED=PAIRED,
         mbarrier=mbarrier,
         tma=SimpleNamespace(
             async_copy_global_to_shared=lambda desc, at, barrier, result: desc.copy(at, barrier, result)
         ),
         warpgroup_mma=_mma,
-        warpgroup_mma_wait=lambda outstanding, deps: tuple(deps),
+        warpgroup_mma_wait=lambda outstanding, deps: tuple(deps) if len(deps) > 1 else deps[0],
         fence_async_shared=lambda: None,
         wait_for_previous=lambda chained: None,
         let_next_start=lambda chained: None,
@@ -352,5 +382,5 @@ def namespace(modules, place, programs):
         source = (KERNELS / module).read_text().partition("\n@dataclass")[0]
         source = re.sub(r"^(from|import) [^(]*?(\([^)]*\))?$", "", source, flags=re.M)
         source = re.sub(r"^( +)(i|stage|phase) = 0$", r"\1\2 = Number(0)", source, flags=re.M)  # a literal has no `to`
-        exec(compile(source, module, "exec"), names)
+        exec(compile(source, module, "exec", __future__.annotations.compiler_flag), names)
     return names

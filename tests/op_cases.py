@@ -169,6 +169,11 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
             dict(out_dtype=torch.float16),
         ),
         "fp8_linear": (octavo.fp8_linear, w8a8[torch.float8_e4m3fn], {}),
+        "fp8_linear with silu_and_mul and residual": (
+            octavo.fp8_linear,
+            w8a8[torch.float8_e4m3fn] | dict(residual=new(tokens, 40)),
+            dict(activation="silu_and_mul", out_dtype=new(1).dtype),
+        ),
         "fp8_linear in blocks": (
             octavo.fp8_linear,
             w8a8[torch.float8_e4m3fn] | dict(x_scale=ones(tokens, 2), weight_scale=ones(1, 2)),

@@ -47,8 +47,10 @@ def function(dtype):
     return octavo.int8_int8_linear if dtype == INT8 else octavo.fp8_linear
 
 
-def formula(x, weight, x_scale, weight_scale, bias, x_zero=None, weight_sum=None, *, dtype):
-    """With operands dequantised in `dtype`."""
+def formula(
+    x, weight, x_scale, weight_scale, bias, x_zero=None, weight_sum=None, residual=None, activation=None, *, dtype
+):
+    """With operands dequantised in `dtype`, and all that follows in it."""
     x, weight, x_scale, weight_scale = (t.double() for t in (x, weight, x_scale, weight_scale))
     if x_zero is not None:
         x = x - x_zero
@@ -58,7 +60,12 @@ def formula(x, weight, x_scale, weight_scale, bias, x_zero=None, weight_sum=None
     elif weight_scale.numel() > 1:
         weight_scale = weight_scale.view(-1, 1)
     y = (x * x_scale).to(dtype) @ (weight * weight_scale).to(dtype).t()
-    return y if bias is None else y + bias.to(dtype)
+    if bias is not None:
+        y = y + bias.to(dtype)
+    if activation is not None:
+        of_up = torch.arange(y.shape[1], device=y.device) // 8 % 2 == 1
+        y = torch.nn.functional.silu(y[:, ~of_up]) * y[:, of_up]
+    return y if residual is None else y + residual.to(dtype)
 
 
 def check(out, args):
@@ -73,6 +80,7 @@ def check(out, args):
         and of_tokens
         and out.dtype == torch.bfloat16
         and args["bias"] is None
+        and not {"residual", "activation"} & set(args)
         and out.shape[1] % 16 == 0
     ):
         # Over all of K, as torch's own do.
@@ -119,6 +127,55 @@ def test_any_shape_and_strided_rows(m, n, k, gap, operand, split):
     with patch.object(w8a8, "choose_tiles", lambda *a, **options: replace(choose(*a, **options), split=split)):
         out = op(*given_args.values(), *more)
     check(out.flatten(0, 1), args)
+
+
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 20),
+    k=st.integers(1, 40),
+    operand=st.sampled_from([INT8, FP8]),
+    kind=st.sampled_from(["token", "tensor", "zero"]),
+    bias=st.booleans(),
+    with_residual=st.booleans(),
+    activation=st.sampled_from([None, "silu_and_mul"]),
+    split=st.booleans(),
+    out_dtype=st.sampled_from([HALF, torch.float32]),
+)
+def test_what_follows(m, n, k, operand, kind, bias, with_residual, activation, split, out_dtype):
+    """The residual, and SiLU × gate, whichever tile, and beside everything else."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = "token" if operand == FP8 and kind == "zero" else kind
+    args = case(operand, m, 16 * n, 16 * k, kind, device, bias)
+    if with_residual:
+        args["residual"] = torch.randn(m, 8 * n if activation else 16 * n, device=device).to(out_dtype)
+    args["activation"] = activation
+    choose = w8a8.choose_tiles
+    with patch.object(w8a8, "choose_tiles", lambda *a, **options: replace(choose(*a, **options), split=split)):
+        out = function(operand)(**args, out_dtype=out_dtype)
+    assert out.shape == (m, 8 * n if activation else 16 * n)
+    check(out, args)
+
+
+def test_interleaving(device):
+    """Eight of gate, the same eight of up; what belongs to them goes along, and the layer does as the two would."""
+    order = octavo.interleave_gate_up(torch.arange(48, device=device))
+    assert order.tolist() == [*range(8), *range(24, 32), *range(8, 16), *range(32, 40), *range(16, 24), *range(40, 48)]
+    args = case(INT8, 5, 48, 256, "zero", device, bias=True)
+    gate_and_up = octavo.int8_int8_linear(**args, out_dtype=torch.float32)
+    for name in ("weight", "weight_scale", "weight_sum", "bias"):
+        args[name] = octavo.interleave_gate_up(args[name])
+        assert args[name].is_contiguous()
+    out = octavo.int8_int8_linear(**args, out_dtype=torch.float32, activation="silu_and_mul")
+    torch.testing.assert_close(out, octavo.silu_and_mul(gate_and_up), rtol=1e-5, atol=1e-5)
+    wide = torch.randn(32, 6, device=device).t().contiguous().t()
+    rows = octavo.interleave_gate_up(torch.arange(32, device=device))
+    assert torch.equal(octavo.interleave_gate_up(wide), wide[rows])
+
+
+@pytest.mark.parametrize("shape", [(), (24, 4), (8,)])
+def test_errors_of_interleaving(shape):
+    with pytest.raises(ValueError, match=r"weight: shape .* expected \[gate and up, ...\], a multiple of 16"):
+        octavo.interleave_gate_up(torch.zeros(shape))
 
 
 def test_int8_sums_are_exact(device):
@@ -194,6 +251,11 @@ def test_reference_against_the_formula(kind):
 
 
 def test_opcheck_and_compile(device):
+    for operand, last in ((INT8, (None, None, HALF)), (FP8, (HALF, True))):
+        args = case(operand, 3, 96, 160, "token", device, bias=True)
+        more = dict(residual=torch.randn(3, 48, device=device).to(HALF), activation="silu_and_mul")
+        name = function(operand).__name__
+        check_op(name, function(operand), (*args.values(), *last, *more.values()), **args, **more, out_dtype=HALF)
     args = case(INT8, 3, 100, 160, "zero", device, bias=True)
     check_op("int8_int8_linear", octavo.int8_int8_linear, (*args.values(), HALF), **args, out_dtype=HALF)
     for kind in ("token", "blocks"):
@@ -285,6 +347,11 @@ def test_offsets_beyond_int32(m):
         ({"x_zero": torch.zeros(1, dtype=torch.int32)}, ValueError, "weight_sum: None beside x_zero"),
         ({"weight_sum": torch.zeros(70, dtype=torch.int32)}, ValueError, "x_zero: None beside weight_sum"),
         ({"out_dtype": INT8}, TypeError, "out_dtype: torch.int8; expected torch.float16"),
+        ({"residual": torch.zeros(2, 70, dtype=HALF)}, TypeError, "residual: dtype float16 .* expected bfloat16"),
+        ({"residual": torch.zeros(2, 71).bfloat16()}, ValueError, r"residual: shape \(2, 71\); expected \(2, 70\)"),
+        ({"residual": torch.zeros(70, 2).bfloat16().t()}, ValueError, "residual: strides .* not contiguous"),
+        ({"activation": "gelu"}, ValueError, "activation: 'gelu'; expected None or \"silu_and_mul\""),
+        ({"activation": "silu_and_mul"}, ValueError, "weight: 70 outputs; expected a multiple of 16 beside activation"),
     ],
 )
 def test_errors(change, error, message):
@@ -323,6 +390,9 @@ def test_what_blocks_have_to_fit():
     args = case(FP8, 2, 200, 144) | dict(weight_scale=torch.ones(2, 2), x_scale=torch.ones(2, 2))
     with pytest.raises(ValueError, match="x: 144 inputs; expected a multiple of 128 beside weight_scale by blocks"):
         octavo.fp8_linear(**args)
+    args = case(FP8, 2, 256, 256, "blocks")
+    with pytest.raises(ValueError, match="activation: 'silu_and_mul' beside weight_scale by blocks"):
+        octavo.fp8_linear(**args, activation="silu_and_mul")
 
 
 def launches(dtype):
@@ -331,17 +401,20 @@ def launches(dtype):
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, device="meta", dtype=dtype)
 
-    few = [(m, n) for m in (7, 30, 64) for n in (1024, 8192, 28672)]
-    for m, n in (*few, (256, 1024), (256, 8192), (1024, 8192)):
+    few = [(m, n) for m in (7, 30, 64) for n in (1024, 8192)]
+    for m, n in (*few, (64, 57344), (128, 8192), (256, 1024), (256, 8192), (1024, 8192)):
         for k, full in ((4096, False), (4112, True)):
             scales, bias = (empty(m, 1), empty(n)), empty(n, dtype=dtype) if full else None
             zero = (empty(m, 1, dtype=torch.int32), empty(n, dtype=torch.int32)) if full else (None, None)
             x, weight = empty(m, k, dtype=INT8), empty(n, k, dtype=INT8)
-            w8a8_linear._int8_int8_linear_cuda(x, weight, *scales, bias, *zero, dtype)
+            after = (empty(m, n // 2, dtype=dtype), "silu_and_mul") if full else (None, None)
+            w8a8_linear._int8_int8_linear_cuda(x, weight, *scales, bias, *zero, dtype, *after)
+            if full:
+                w8a8_linear._int8_int8_linear_cuda(x, weight, *scales, None, None, None, dtype, *after)
             if device_properties(torch.device("meta")).capability < (8, 9):
                 continue
             x, weight = empty(m, k, dtype=FP8), empty(n, k, dtype=FP8)
-            w8a8_linear._fp8_linear_cuda(x, weight, *scales, bias, dtype, True)
+            w8a8_linear._fp8_linear_cuda(x, weight, *scales, bias, dtype, True, *after)
             if not full:
                 w8a8_linear._fp8_linear_cuda(x, weight, *scales, bias, dtype, False)
                 scales = empty(m, k // 128), empty(n // 128, k // 128)
@@ -349,16 +422,14 @@ def launches(dtype):
 
 
 def test_tiles_fit():
-    """On Hopper: few tiles are shared; one program a multiprocessor, or two where waves come out badly."""
+    """On Hopper: tiles of 256 outputs where they need less than twice the waves; few tiles are shared."""
     h100 = KNOWN_DEVICES[90]
-    options = dict(copied=True, narrow=False, blocks=False)
+    options = dict(copied=True, narrow=False)
 
     def chosen(tokens, outputs, **more):
         return w8a8.choose_tiles(tokens, outputs, h100, **options | more)
 
-    few = [chosen(16, n) for n in (1024, 4096, 8192, 28672, 57344)]
-    assert [t.split for t in few] == [True, False, False, False, False]
-    assert [(t.num_stages, t.programs_per_sm) for t in few] == [(8, 1)] * 3 + [(4, 2), (8, 1)]
+    assert [chosen(16, n).split for n in (1024, 4096, 8192)] == [True, False, False]
     many = {(256, 8192): 128, (256, 28672): 256, (256, 57344): 128, (1024, 8192): 256, (1024, 6144): 128}
     assert {shape: chosen(*shape).block_n for shape in many} == many
     assert all(chosen(*shape).gluon for shape in many)

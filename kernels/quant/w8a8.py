@@ -2,10 +2,12 @@
 
     y[t, n] = Σₖ x[t, k] · w[n, k] · x_scale[t] · weight_scale[n] + bias[n]
 
-Sums are int32 or fp32, scaled once; or, with scales of 128 inputs, scaled and added up every 128. Both operands go from
-shared memory into the tensor cores, on Hopper fetched by the copy engine (TMA). Few tokens have the weights as the
-first operand, whose tile has at least 64 rows there; `octavo.kernels.quant.stream_k` says how programs share tiles
-where there are too few. Many tokens go to `octavo.kernels.quant.w8a8_hopper` where that can do them.
+Sums are int32 or fp32, scaled once; or, with scales of 128 inputs, scaled and added up every 128;
+`octavo.kernels.quant.w8a8_epilogue` has what follows. Both operands go from shared memory into the tensor cores, on
+Hopper fetched by the copy engine (TMA). There, `octavo.kernels.quant.w8a8_few` and `octavo.kernels.quant.w8a8_hopper`
+do what they can; the kernel here does the rest, and all on other GPUs. Few tokens have the weights as the first
+operand, whose tile has at least 64 rows on Hopper; `octavo.kernels.quant.stream_k` says how programs share tiles where
+there are too few.
 """
 
 from dataclasses import dataclass, replace
@@ -18,6 +20,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from octavo.kernels.launch import INTERPRET, empty, launch
 from octavo.kernels.quant.rounding import check_supported
 from octavo.kernels.quant.stream_k import SCALE_BLOCK, is_last, share_out, store_part, sum_parts, tile_at
+from octavo.kernels.quant.w8a8_epilogue import finish
+from octavo.kernels.quant.w8a8_few import choose_few, w8a8_few
 from octavo.kernels.quant.w8a8_hopper import w8a8_hopper
 from octavo.kernels.tiles import (
     DeviceProperties,
@@ -60,16 +64,13 @@ class Tiles:
         return cdiv(tokens, self.block_m) * cdiv(outputs, self.block_n)
 
 
-def choose_tiles(
-    tokens: int, outputs: int, properties: DeviceProperties, *, copied: bool, narrow: bool, blocks: bool
-) -> Tiles:
+def choose_tiles(tokens: int, outputs: int, properties: DeviceProperties, *, copied: bool, narrow: bool) -> Tiles:
     """The tile for a number of tokens and outputs; it changes at powers of two tokens, so that a warm-up meets all.
 
     Args:
         copied: whether the copy engine loads, on Hopper.
         narrow: whether registers hold more than the sums: those of a step, taken out of the tensor cores, or the
             corrections of zero points.
-        blocks: whether there are scales of 128 inputs, so that a step has as many.
     """
     tokens = next_power_of_2(tokens)
     if tokens > 64 and copied and not narrow:
@@ -77,8 +78,9 @@ def choose_tiles(
     few = min(max(tokens, 16), 64)
     if tokens > 64:
         tiles = Tiles(128, 128, 128, 8, 5 if copied else 3, 1, turned=False)
-    elif copied:
-        tiles = _choose_few(few, outputs, properties, blocks)
+    elif copied:  # with scales by blocks: choose_few has the others
+        stages = min(8, 96 * 1024 // ((few + 64) * 128))
+        tiles = Tiles(few, 64, 128, 4, stages, 2, turned=True, prefetched=1024)
     elif tokens <= 16:
         tiles = Tiles(16, 64, 128, 8, 3, 2, turned=True)
     else:
@@ -87,21 +89,6 @@ def choose_tiles(
     # weights is all there is to do, and 9 to 20 % less with 256 tokens.
     idle = 3 if tiles.turned else 2
     return replace(tiles, split=idle * tiles.count(tokens, outputs) <= properties.num_sms)
-
-
-def _choose_few(few: int, outputs: int, properties: DeviceProperties, blocks: bool) -> Tiles:
-    """For up to 64 tokens on Hopper.
-
-    One program a multiprocessor with 160 KB on their way is up to 12 % faster than two with half of that each, except
-    where the last wave of tiles leaves many without one: 28672 outputs are 448 tiles, for which two are 2 to 4 %
-    faster. Measured for up to 16 tokens.
-    """
-    tiles, sms = cdiv(outputs, 64), properties.num_sms
-    block_k = 128 if blocks else 256
-    uneven = tiles > sms and tiles < 0.9 * sms * cdiv(tiles, sms)
-    programs = 2 if blocks or uneven else 1
-    stages = min(8, 192 * 1024 // (programs * (few + 64) * block_k))
-    return Tiles(few, 64, block_k, 4, stages, programs, turned=True, prefetched=1024)
 
 
 def _choose_gluon(tokens: int, outputs: int, properties: DeviceProperties) -> Tiles:
@@ -144,31 +131,6 @@ def _load(
             return tl.load(ptrs)
 
 
-@triton.jit
-def _finish(acc, first_m, first_n, epilogue, TURNED: tl.constexpr, BLOCKS: tl.constexpr):
-    """Scales the sums of tokens and outputs from the first ones on, adds the bias and writes them."""
-    out_ptr, M, N = epilogue[0], epilogue[1], epilogue[2]
-    x_scale_ptr, stride_x_scale, weight_scale_ptr, stride_weight_scale = epilogue[3:7]
-    x_zero_ptr, stride_x_zero, weight_sum_ptr, bias_ptr = epilogue[7:]
-    if TURNED:
-        m = first_m + tl.arange(0, acc.shape[1])[None, :]
-        n = first_n + tl.arange(0, acc.shape[0])[:, None]
-    else:
-        m = first_m + tl.arange(0, acc.shape[0])[:, None]
-        n = first_n + tl.arange(0, acc.shape[1])[None, :]
-    present_m, present_n = m < M, n < N
-    if x_zero_ptr is not None:
-        zero = tl.load(x_zero_ptr + m * stride_x_zero, mask=present_m, other=0)
-        acc -= zero * tl.load(weight_sum_ptr + n, mask=present_n, other=0)
-    y = acc.to(tl.float32)
-    if not BLOCKS:
-        y *= tl.load(x_scale_ptr + m * stride_x_scale, mask=present_m, other=0.0)
-        y *= tl.load(weight_scale_ptr + n * stride_weight_scale, mask=present_n, other=0.0)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=present_n, other=0.0).to(tl.float32)
-    tl.store(out_ptr + m.to(tl.int64) * N + n, y.to(out_ptr.dtype.element_ty), mask=present_m & present_n)
-
-
 @triton.jit(do_not_specialize=["M", "tiles", "share", "x_inner", "stride_x_scale", "stride_x_zero"])
 def _w8a8_kernel(
     # Few tokens: bound by reading the weights. Many: by the tensor cores. A program walks its tiles in one loop.
@@ -183,6 +145,7 @@ def _w8a8_kernel(
     x_zero_ptr,
     weight_sum_ptr,
     bias_ptr,
+    residual_ptr,
     M,
     N,
     K,
@@ -200,6 +163,7 @@ def _w8a8_kernel(
     TURNED: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCKS: tl.constexpr,
+    ACTIVATED: tl.constexpr,
     PROMOTED: tl.constexpr,
     TAIL: tl.constexpr,
     PREFETCHED: tl.constexpr,
@@ -225,7 +189,7 @@ def _w8a8_kernel(
 
     epilogue = (
         out_ptr, M, N, x_scale_ptr, stride_x_scale, weight_scale_ptr, stride_weight_scale, x_zero_ptr, stride_x_zero,
-        weight_sum_ptr, bias_ptr,
+        weight_sum_ptr, bias_ptr, residual_ptr,
     )  # fmt: skip
     acc = tl.zeros([ROWS, COLS], SUM)
     begin = step
@@ -253,7 +217,7 @@ def _w8a8_kernel(
             if SPLIT and ((begin > 0) | (step < steps)):
                 store_part(acc, workspace_ptr, tl.where(begin == 0, 1, 0), tiles)
             else:
-                _finish(acc, first_m, first_n, epilogue, TURNED, BLOCKS)
+                finish(acc, first_m, first_n, epilogue, TURNED, BLOCKS, ACTIVATED)
             acc = tl.zeros([ROWS, COLS], SUM)
         tile = tl.where(done, tile + (1 if SPLIT else programs), tile)
         step = tl.where(done, 0, step)
@@ -270,7 +234,7 @@ def _w8a8_kernel(
                         y = sum_parts(workspace_ptr, tile, tiles, steps, share, col, SUM, ROWS, COLS, WIDTH)
                         first_m = m_tile * BLOCK_M + (col if TURNED else 0)
                         first_n = n_tile * BLOCK_N + (0 if TURNED else col)
-                        _finish(y, first_m, first_n, epilogue, TURNED, BLOCKS)
+                        finish(y, first_m, first_n, epilogue, TURNED, BLOCKS, ACTIVATED)
 
 
 def _may_copy(x: torch.Tensor, weight: torch.Tensor, properties: DeviceProperties) -> bool:
@@ -311,27 +275,41 @@ def w8a8(
     bias: torch.Tensor | None,
     x_zero: torch.Tensor | None,
     weight_sum: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str | None,
     out_dtype: torch.dtype,
     fast_accum: bool,
 ) -> torch.Tensor:
     """Launches it; the arguments are those of `int8_int8_linear` and `fp8_linear`, all scales contiguous."""
     n, k = weight.shape
     m = x.numel() // k
-    out = empty((*x.shape[:-1], n), out_dtype, x.device)
+    activated = activation is not None
+    out = empty((*x.shape[:-1], n // 2 if activated else n), out_dtype, x.device)
     check_supported("weight", weight.dtype, x.device, "quantise to int8, for int8_int8_linear")
     properties = device_properties(x.device)
     copied, blocks = _may_copy(x, weight, properties), in_blocks(weight, weight_scale)
     precise = weight.dtype != torch.int8 and not fast_accum and not blocks
     narrow = precise or blocks or x_zero is not None
-    t = choose_tiles(m, n, properties, copied=copied, narrow=narrow, blocks=blocks)
     inner, stride_outer, stride_inner = row_strides("x", x)
     strides = (
         weight_scale.shape[1] if blocks else _scale_stride(x_scale),
         weight_scale.shape[1] if blocks else _scale_stride(weight_scale),
         _scale_stride(x_zero),
     )
+    if copied and not blocks:
+        few = choose_few(m, n, k, properties, activated=activated)
+        if few is not None:
+            zeros = x_zero, weight_sum
+            w8a8_few(
+                out, x, weight, x_scale, weight_scale, *zeros, bias, residual, activated, stride_outer, strides, few
+            )
+            return out
+    t = choose_tiles(m, n, properties, copied=copied, narrow=narrow)
     if t.gluon:
-        w8a8_hopper(out, x, weight, x_scale, weight_scale, bias, stride_outer, *strides[:2], t.block_n, t.num_stages)
+        sizes = t.block_n, t.num_stages
+        w8a8_hopper(
+            out, x, weight, x_scale, weight_scale, bias, residual, activated, stride_outer, *strides[:2], *sizes
+        )
         return out
     tiles, steps = t.count(m, n), cdiv(k, t.block_k)
     slots = properties.num_sms * t.programs_per_sm
@@ -353,6 +331,7 @@ def w8a8(
         x_zero,
         weight_sum,
         bias,
+        residual,
         m,
         n,
         k,
@@ -371,6 +350,7 @@ def w8a8(
         TURNED=t.turned,
         SPLIT=t.split,
         BLOCKS=blocks,
+        ACTIVATED=activated,
         PROMOTED=precise or (t.turned and weight.dtype != torch.int8 and not blocks),  # costs few tokens nothing
         TAIL=not copied and k % t.block_k != 0,
         PREFETCHED=min(t.prefetched, k),

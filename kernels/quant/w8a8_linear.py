@@ -2,6 +2,9 @@
 
     y = (x · x_scale) · (weight · weight_scale)ᵀ + bias
 
+What may follow a layer is done as its results are written: SiLU × gate, of the two projections of a feed-forward layer
+in one, and adding the residual.
+
 One scale a token and one an output, or one for all: Dettmers et al., LLM.int8() (2022),
 https://arxiv.org/abs/2208.07339, section 2; Micikevicius et al., "FP8 Formats for Deep Learning" (2022),
 https://arxiv.org/abs/2209.05433. One for 1×128 activations and for 128×128 weights: DeepSeek-V3 (2024),
@@ -24,7 +27,7 @@ from octavo.kernels.quant.w8a8 import w8a8
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
 from octavo.reference import w8a8 as reference
-from octavo.reference.w8a8 import BLOCK, in_blocks
+from octavo.reference.w8a8 import BLOCK, PAIRED, in_blocks
 
 MAX_INPUTS = 65536
 """So many products of int8 numbers less a zero point, 255 · 128 at most, are below 2³¹ in sum."""
@@ -39,8 +42,11 @@ def _int8_int8_linear_cuda(
     x_zero: torch.Tensor | None,
     weight_sum: torch.Tensor | None,
     out_dtype: torch.dtype,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
-    return w8a8(x, weight, x_scale, weight_scale, bias, x_zero, weight_sum, out_dtype, True)
+    scales = x_scale, weight_scale
+    return w8a8(x, weight, *scales, bias, x_zero, weight_sum, residual, activation, out_dtype, True)
 
 
 def _fp8_linear_cuda(
@@ -51,8 +57,15 @@ def _fp8_linear_cuda(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     fast_accum: bool,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
-    return w8a8(x, weight, x_scale, weight_scale, bias, None, None, out_dtype, fast_accum)
+    return w8a8(x, weight, x_scale, weight_scale, bias, None, None, residual, activation, out_dtype, fast_accum)
+
+
+def _outputs(weight: torch.Tensor, activation: str | None) -> int:
+    """How many numbers a token has afterwards."""
+    return weight.shape[0] if activation is None else weight.shape[0] // 2
 
 
 def _int8_int8_linear_fake(
@@ -64,8 +77,10 @@ def _int8_int8_linear_fake(
     x_zero: torch.Tensor | None,
     weight_sum: torch.Tensor | None,
     out_dtype: torch.dtype,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
+    return x.new_empty((*x.shape[:-1], _outputs(weight, activation)), dtype=out_dtype)
 
 
 def _fp8_linear_fake(
@@ -76,20 +91,22 @@ def _fp8_linear_fake(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     fast_accum: bool,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
+    return x.new_empty((*x.shape[:-1], _outputs(weight, activation)), dtype=out_dtype)
 
 
 _int8_int8_linear = register(
     "int8_int8_linear(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor? bias, Tensor? x_zero, "
-    "Tensor? weight_sum, ScalarType out_dtype) -> Tensor",
+    "Tensor? weight_sum, ScalarType out_dtype, Tensor? residual=None, str? activation=None) -> Tensor",
     reference=reference.int8_int8_linear,
     launcher=_int8_int8_linear_cuda,
     fake=_int8_int8_linear_fake,
 )
 _fp8_linear = register(
     "fp8_linear(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor? bias, ScalarType out_dtype, "
-    "bool fast_accum) -> Tensor",
+    "bool fast_accum, Tensor? residual=None, str? activation=None) -> Tensor",
     reference=reference.fp8_linear,
     launcher=_fp8_linear_cuda,
     fake=_fp8_linear_fake,
@@ -108,6 +125,8 @@ def _check(
     x_scale: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str | None,
     dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> None:
@@ -132,6 +151,17 @@ def _check(
         check_shape("bias", bias, (n,), "[outputs]")
     if out_dtype not in FLOATS:
         raise TypeError(f"out_dtype: {out_dtype}; expected torch.float16, torch.bfloat16 or torch.float32")
+    if activation is not None:
+        if activation != "silu_and_mul":
+            raise ValueError(f'activation: {activation!r}; expected None or "silu_and_mul"')
+        if n % (2 * PAIRED):
+            raise ValueError(
+                f"weight: {n} outputs; expected a multiple of {2 * PAIRED} beside activation, gate and up interleaved "
+                "by interleave_gate_up"
+            )
+    if residual is not None:
+        _check_beside_x("residual", residual, (out_dtype,), x)
+        check_shape("residual", residual, (*x.shape[:-1], _outputs(weight, activation)), "that of the result")
 
 
 def _check_scales(x: torch.Tensor, x_scale: torch.Tensor, weight_scale: torch.Tensor, n: int, blocks: str) -> None:
@@ -142,6 +172,32 @@ def _check_scales(x: torch.Tensor, x_scale: torch.Tensor, weight_scale: torch.Te
             f"output{blocks}"
         )
     check_of_tokens("x_scale", x_scale, x)
+
+
+def interleave_gate_up(weight: torch.Tensor) -> torch.Tensor:
+    """Puts the weights of a gated feed-forward layer in the order that `activation="silu_and_mul"` takes them in.
+
+    Eight outputs of gate are followed by the same eight of up. Meant for loading: the weights, and what belongs to each
+    output beside them (`weight_scale`, `weight_sum`, `bias`), are put in order once.
+
+    Args:
+        weight: `[2 · F, ...]`, any dtype and strides: what belongs to the outputs of gate, then to those of up, as
+            merged projections have it; F a multiple of 8.
+
+    Returns:
+        The same shape and dtype, contiguous.
+
+    Raises:
+        ValueError: weight has no dimension, or its first is no multiple of 16.
+
+    Safe in a CUDA graph.
+    """
+    if weight.dim() == 0 or weight.shape[0] % (2 * PAIRED):
+        raise ValueError(
+            f"weight: shape {tuple(weight.shape)}; expected [gate and up, ...], a multiple of {2 * PAIRED}: pad "
+            "each of them with 0"
+        )
+    return reference.interleave_gate_up(weight)
 
 
 @replayed
@@ -155,6 +211,8 @@ def int8_int8_linear(
     x_zero: torch.Tensor | None = None,
     weight_sum: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
     """Linear layer with int8 activations and int8 weights (W8A8); `octavo.quantize_int8` makes the activations.
 
@@ -170,9 +228,13 @@ def int8_int8_linear(
             int32, from -128 to 127.
         weight_sum: beside x_zero, and only there: `[N]`, int32, `weight.sum(1, dtype=torch.int32)`, computed once.
         out_dtype: torch.bfloat16, torch.float16 or torch.float32.
+        residual: None, or what is added to the result: its shape, in out_dtype, contiguous. It is not written.
+        activation: None, or "silu_and_mul": of the outputs, gate and up in the order of `interleave_gate_up` (so are
+            weight_scale, weight_sum and bias), the result is `silu(gate) · up`. N: a multiple of 16.
 
     Returns:
-        `[..., N]`, contiguous, in out_dtype. The sums are exact; they are scaled in fp32 and rounded once.
+        `[..., N]`, or `[..., N / 2]` with an activation, contiguous, in out_dtype. The sums are exact; all that follows
+        them is fp32 and rounded once.
 
     Raises:
         TypeError: a dtype that is not accepted.
@@ -180,7 +242,7 @@ def int8_int8_linear(
 
     Safe in a CUDA graph. Deterministic; a row's bits do not depend on the other rows. https://arxiv.org/abs/2208.07339
     """
-    _check(x, weight, x_scale, weight_scale, bias, torch.int8, out_dtype)
+    _check(x, weight, x_scale, weight_scale, bias, residual, activation, torch.int8, out_dtype)
     n, k = weight.shape
     if k > MAX_INPUTS:
         raise ValueError(f"x: {k} inputs; expected at most {MAX_INPUTS}, whose products fit int32 in sum")
@@ -193,7 +255,8 @@ def int8_int8_linear(
         check_of_tokens("x_zero", x_zero, x)
         _check_beside_x("weight_sum", weight_sum, (torch.int32,), x)
         check_shape("weight_sum", weight_sum, (n,), "[outputs]")
-    return _int8_int8_linear(x, weight, x_scale, weight_scale, bias, x_zero, weight_sum, out_dtype)
+    zeros = x_zero, weight_sum
+    return _int8_int8_linear(x, weight, x_scale, weight_scale, bias, *zeros, out_dtype, residual, activation)
 
 
 @replayed
@@ -206,6 +269,8 @@ def fp8_linear(
     *,
     out_dtype: torch.dtype = torch.bfloat16,
     fast_accum: bool = True,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
     """Linear layer with activations and weights in fp8, e4m3 (W8A8); `octavo.quantize_fp8` makes the activations.
 
@@ -223,10 +288,14 @@ def fp8_linear(
         out_dtype: torch.bfloat16, torch.float16 or torch.float32.
         fast_accum: whether the tensor cores may keep sums over all of K, as in `torch._scaled_mm`. Hopper's keep 14
             bits of an fp8 product's sum; without, and always with few tokens or scales by blocks, they are taken out
-            and added up in fp32 every 128 or 256 inputs. Looked at by no other GPU.
+            and added up in fp32 every 128 inputs. Looked at by no other GPU.
+        residual: None, or what is added to the result: its shape, in out_dtype, contiguous. It is not written.
+        activation: None, or "silu_and_mul": of the outputs, gate and up in the order of `interleave_gate_up` (so are
+            weight_scale and bias), the result is `silu(gate) · up`. N: a multiple of 16; not beside scales by blocks.
 
     Returns:
-        `[..., N]`, contiguous, in out_dtype; scaled in fp32 and rounded once.
+        `[..., N]`, or `[..., N / 2]` with an activation, contiguous, in out_dtype. All that follows the sums is fp32
+        and rounded once.
 
     Raises:
         TypeError: a dtype that is not accepted.
@@ -235,13 +304,18 @@ def fp8_linear(
     Safe in a CUDA graph. Deterministic; a row's bits may depend on how many other rows there are.
     https://arxiv.org/abs/2209.05433, https://arxiv.org/abs/2412.19437
     """
-    _check(x, weight, x_scale, weight_scale, bias, torch.float8_e4m3fn, out_dtype)
+    _check(x, weight, x_scale, weight_scale, bias, residual, activation, torch.float8_e4m3fn, out_dtype)
     n, k = weight.shape
     if in_blocks(weight, weight_scale):
         if k % BLOCK:
             raise ValueError(f"x: {k} inputs; expected a multiple of {BLOCK} beside weight_scale by blocks")
         check_shape("x_scale", x_scale, (*x.shape[:-1], k // BLOCK), "[..., inputs / 128], as weight_scale's blocks")
+        if activation is not None:
+            raise ValueError(
+                f"activation: {activation!r} beside weight_scale by blocks, whose outputs can't be interleaved; "
+                "expected None: call silu_and_mul on the result"
+            )
     else:
         blocks = f", or {(-(-n // BLOCK), -(-k // BLOCK))}: one for {BLOCK} by {BLOCK} weights"
         _check_scales(x, x_scale, weight_scale, n, blocks)
-    return _fp8_linear(x, weight, x_scale, weight_scale, bias, out_dtype, fast_accum)
+    return _fp8_linear(x, weight, x_scale, weight_scale, bias, out_dtype, fast_accum, residual, activation)

@@ -1,0 +1,118 @@
+"""What becomes of the sums of a W8A8 product before they are written: scales, zero points, bias, SiLU × gate, residual.
+
+    y = sums · x_scale · weight_scale + bias;  silu_and_mul: y = silu(gate) · up;  y + residual
+
+in fp32, rounded once. Rows of gate and of up take turns in the weights, `PAIRED` at a time, so that a tile has both of
+an output, and with the tensor cores' layout of sums also each thread: of 8 rows, or columns, and the next 8 it holds
+the same ones.
+"""
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from octavo.kernels.gluon_layouts import wide_layout
+from octavo.reference.w8a8 import PAIRED as _PAIRED
+
+PAIRED = tl.constexpr(_PAIRED)
+
+
+@triton.jit
+def _silu_and_mul(y, TURNED: tl.constexpr):
+    """Of the outputs, which are rows of y if TURNED, else columns; half as many are left."""
+    ROWS: tl.constexpr = y.shape[0]
+    COLS: tl.constexpr = y.shape[1]
+    if TURNED:
+        gate, up = y.reshape([ROWS // (2 * PAIRED), 2, PAIRED, COLS]).permute([0, 2, 3, 1]).split()
+        gate, up = gate.reshape([ROWS // 2, COLS]), up.reshape([ROWS // 2, COLS])
+    else:
+        gate, up = y.reshape([ROWS, COLS // (2 * PAIRED), 2, PAIRED]).permute([0, 1, 3, 2]).split()
+        gate, up = gate.reshape([ROWS, COLS // 2]), up.reshape([ROWS, COLS // 2])
+    return gate / (1.0 + tl.exp2(-1.4426950408889634 * gate)) * up
+
+
+@triton.jit
+def finish(
+    acc, first_m, first_n, epilogue, TURNED: tl.constexpr, BLOCKS: tl.constexpr, ACTIVATED: tl.constexpr
+):  # fmt: skip
+    """Writes what becomes of the sums of tokens and outputs from the first ones on; rows are outputs if TURNED."""
+    out_ptr, M, N = epilogue[0], epilogue[1], epilogue[2]
+    x_scale_ptr, stride_x_scale, weight_scale_ptr, stride_weight_scale = epilogue[3:7]
+    x_zero_ptr, stride_x_zero, weight_sum_ptr, bias_ptr, residual_ptr = epilogue[7:]
+    if TURNED:
+        m = first_m + tl.arange(0, acc.shape[1])[None, :]
+        n = first_n + tl.arange(0, acc.shape[0])[:, None]
+    else:
+        m = first_m + tl.arange(0, acc.shape[0])[:, None]
+        n = first_n + tl.arange(0, acc.shape[1])[None, :]
+    present_m, present_n = m < M, n < N
+    if x_zero_ptr is not None:
+        zero = tl.load(x_zero_ptr + m * stride_x_zero, mask=present_m, other=0)
+        acc -= zero * tl.load(weight_sum_ptr + n, mask=present_n, other=0)
+    y = acc.to(tl.float32)
+    if not BLOCKS:
+        y *= tl.load(x_scale_ptr + m * stride_x_scale, mask=present_m, other=0.0)
+        y *= tl.load(weight_scale_ptr + n * stride_weight_scale, mask=present_n, other=0.0)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + n, mask=present_n, other=0.0).to(tl.float32)
+    if ACTIVATED:
+        y = _silu_and_mul(y, TURNED)
+        N = N // 2
+        if TURNED:
+            n = first_n // 2 + tl.arange(0, y.shape[0])[:, None]
+        else:
+            n = first_n // 2 + tl.arange(0, y.shape[1])[None, :]
+    at = m.to(tl.int64) * N + n
+    mask = present_m & (n < N)
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
+def halves(acc):
+    """The left and the right half of the columns."""
+    return acc.reshape([acc.shape[0], 2, acc.shape[1] // 2]).permute([0, 2, 1]).split()
+
+
+@gluon.jit
+def finish_gluon(acc, first_m, first_n, epilogue, TURNED: gl.constexpr, ACTIVATED: gl.constexpr):
+    """`finish` for sums in the layout of Hopper's tensor cores, of one warpgroup.
+
+    Tokens as rows are written 64 bytes of one by four lanes; outputs as rows from where they are, 16 bytes of a token
+    by eight lanes: those are few, and would have to go through shared memory for more.
+    """
+    out_ptr, M, N = epilogue[0], epilogue[1], epilogue[2]
+    x_scale_ptr, stride_x_scale, weight_scale_ptr, stride_weight_scale = epilogue[3:7]
+    x_zero_ptr, stride_x_zero, weight_sum_ptr, bias_ptr, residual_ptr = epilogue[7:]
+    TOKENS: gl.constexpr = 1 if TURNED else 0  # dimensions of the tile
+    OUTPUTS: gl.constexpr = 0 if TURNED else 1
+    layout: gl.constexpr = acc.type.layout
+    m = first_m + gl.arange(0, acc.shape[TOKENS], layout=gl.SliceLayout(OUTPUTS, layout))
+    n = first_n + gl.arange(0, acc.shape[OUTPUTS], layout=gl.SliceLayout(TOKENS, layout))
+    if x_zero_ptr is not None:
+        zero = gl.load(x_zero_ptr + m * stride_x_zero, mask=m < M, other=0)
+        weight_sum = gl.load(weight_sum_ptr + n, mask=n < N, other=0)
+        acc -= gl.expand_dims(zero, OUTPUTS) * gl.expand_dims(weight_sum, TOKENS)
+    x_scale = gl.load(x_scale_ptr + m * stride_x_scale, mask=m < M, other=0.0)
+    weight_scale = gl.load(weight_scale_ptr + n * stride_weight_scale, mask=n < N, other=0.0)
+    y = acc.to(gl.float32) * gl.expand_dims(x_scale, OUTPUTS) * gl.expand_dims(weight_scale, TOKENS)
+    if bias_ptr is not None:
+        y += gl.expand_dims(gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32), TOKENS)
+    if ACTIVATED:
+        y = _silu_and_mul(y, TURNED)
+        first_n = first_n // 2
+        N = N // 2
+    if residual_ptr is None:
+        y = y.to(out_ptr.dtype.element_ty)  # half as much to move from lane to lane
+    if not TURNED:
+        y = gl.convert_layout(y, wide_layout(y.shape[0], y.shape[1]))
+    last: gl.constexpr = y.type.layout
+    m = gl.expand_dims(first_m + gl.arange(0, y.shape[TOKENS], layout=gl.SliceLayout(OUTPUTS, last)), OUTPUTS)
+    n = gl.expand_dims(first_n + gl.arange(0, y.shape[OUTPUTS], layout=gl.SliceLayout(TOKENS, last)), TOKENS)
+    at = m.to(gl.int64) * N + n
+    mask = (m < M) & (n < N)
+    if residual_ptr is not None:
+        y += gl.load(residual_ptr + at, mask=mask, other=0.0).to(gl.float32)
+    gl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)

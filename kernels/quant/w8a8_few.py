@@ -1,0 +1,284 @@
+"""The product of `w8a8.py` for few tokens on Hopper (sm_90), in Gluon; elsewhere `w8a8.py`'s kernel does it.
+
+The time is that of reading the weights. A program has one tile of outputs, or an equal part of its inputs: a warp loads
+by TMA, one warpgroup multiplies. It takes less than half of a multiprocessor, so that two run on each: where there are
+more programs, the GPU deals them out as multiprocessors become free; where there are fewer, those of the next kernel
+are there before the last ones of this have ended, and their first weights in the cache (L2).
+
+Weights are the first operand, which has 64 rows at least; where so many outputs a tile would leave multiprocessors idle
+and tokens are few, tokens are, and tiles have 32 outputs. Parts of a tile are added up by a second kernel, in order.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from octavo.kernels.launch import empty, launch
+from octavo.kernels.quant.w8a8_epilogue import finish, finish_gluon, halves
+from octavo.kernels.quant.w8a8_loads import BLOCK_K, described, prefetch
+from octavo.kernels.tiles import (
+    DeviceProperties,
+    cdiv,
+    chains,
+    let_next_start,
+    next_power_of_2,
+    wait_for_previous,
+)
+
+MOST_TOKENS = 128
+REGISTERS = 128
+"""A thread's, on average: with 256 threads, half of a multiprocessor's."""
+OTHER_BYTES = 2048
+"""Of shared memory: barriers, and what the GPU keeps for itself."""
+
+# Lists of arguments, one a line, would be longer than the code between them.
+# fmt: off
+
+
+@gluon.jit
+def _load(
+    x_desc, weight_desc, weight_ptr, x, weight, full, empty, first_n, first_k, steps, N, K, TOKENS: gl.constexpr,
+    OUTPUTS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PREFETCHED: gl.constexpr,
+    CHAINED: gl.constexpr,
+):
+    """What the warp that loads does."""
+    if CHAINED:
+        prefetch(weight_ptr, first_n, first_k, N, K, OUTPUTS, PREFETCHED)
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
+    for i in range(steps):
+        stage = i % STAGES
+        mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
+        mbarrier.expect(full.index(stage), (TOKENS + OUTPUTS) * BLOCK_K)
+        at = first_k + i * BLOCK_K
+        tma.async_copy_global_to_shared(weight_desc, [first_n, at], full.index(stage), weight.index(stage))
+        tma.async_copy_global_to_shared(x_desc, [0, at], full.index(stage), x.index(stage))
+
+
+@gluon.jit
+def _compute(
+    epilogue, parts_ptr, x, weight, full, empty, first_n, part, steps, TOKENS: gl.constexpr, OUTPUTS: gl.constexpr,
+    STAGES: gl.constexpr, PARTS: gl.constexpr, ACTIVATED: gl.constexpr, CHAINED: gl.constexpr,
+):
+    """What the warpgroup does. Sums of fp8 products, of which tensor cores keep 14 bits, are taken out at each step."""
+    TURNED: gl.constexpr = OUTPUTS >= 64
+    INT: gl.constexpr = x.dtype == gl.int8
+    SUM: gl.constexpr = gl.int32 if INT else gl.float32
+    ROWS: gl.constexpr = OUTPUTS if TURNED else TOKENS
+    COLS: gl.constexpr = TOKENS if TURNED else OUTPUTS
+    zeros = gl.zeros([ROWS, COLS], SUM, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 32]))
+    acc = zeros
+    wait_for_previous(CHAINED)
+    for i in range(steps):
+        stage, before = i % STAGES, (i + STAGES - 1) % STAGES
+        mbarrier.wait(full.index(stage), i // STAGES & 1)
+        if TURNED:
+            first, second = weight.index(stage), x.index(stage).permute((1, 0))
+        else:
+            first, second = x.index(stage), weight.index(stage).permute((1, 0))
+        if INT:
+            acc = warpgroup_mma(first, second, acc, use_acc=i > 0, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=[acc])
+            mbarrier.arrive(empty.index(before), count=1, pred=i > 0)
+        else:
+            sums = warpgroup_mma(first, second, zeros, use_acc=False, is_async=True)
+            sums = warpgroup_mma_wait(0, deps=[sums])
+            mbarrier.arrive(empty.index(stage), count=1)
+            acc += sums
+    if INT:
+        acc = warpgroup_mma_wait(0, deps=[acc])
+    if PARTS > 1:
+        layout: gl.constexpr = acc.type.layout
+        rows = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), 1)
+        cols = gl.expand_dims(gl.arange(0, COLS, layout=gl.SliceLayout(0, layout)), 0)
+        M, N = epilogue[1], epilogue[2]
+        if TURNED:
+            m, n = cols, first_n + rows
+        else:
+            m, n = rows, first_n + cols
+        gl.store(parts_ptr + (part * M + m).to(gl.int64) * N + n, acc, mask=(m < M) & (n < N))
+    elif TOKENS > 64:
+        left, right = halves(acc)  # one after the other, so that nothing spills
+        finish_gluon(left, 0, first_n, epilogue, TURNED, ACTIVATED)
+        finish_gluon(right, TOKENS // 2, first_n, epilogue, TURNED, ACTIVATED)
+    else:
+        finish_gluon(acc, 0, first_n, epilogue, TURNED, ACTIVATED)
+
+
+@gluon.jit(do_not_specialize=["M", "stride_x_scale", "stride_x_zero", "part_steps"])
+def _w8a8_few_kernel(
+    # Bound by reading the weights. Two programs a multiprocessor.
+    x_desc, weight_desc, out_ptr, parts_ptr, weight_ptr, x_scale_ptr, weight_scale_ptr, x_zero_ptr, weight_sum_ptr,
+    bias_ptr, residual_ptr, M, N, K, stride_x_scale, stride_weight_scale, stride_x_zero, part_steps, TOKENS:
+    gl.constexpr, OUTPUTS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, ACTIVATED:
+    gl.constexpr, PREFETCHED: gl.constexpr, REGISTERS: gl.constexpr, CHAINED: gl.constexpr,
+):
+    x = gl.allocate_shared_memory(x_desc.dtype, [STAGES, TOKENS, BLOCK_K], x_desc.layout)
+    weight = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, OUTPUTS, BLOCK_K], weight_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    fence_async_shared()
+    first_n = gl.program_id(0) // PARTS * OUTPUTS
+    part = gl.program_id(0) % PARTS
+    first = part * part_steps
+    steps = gl.minimum(gl.cdiv(K, BLOCK_K) - first, part_steps)
+    epilogue = (
+        out_ptr, M, N, x_scale_ptr, stride_x_scale, weight_scale_ptr, stride_weight_scale, x_zero_ptr, stride_x_zero,
+        weight_sum_ptr, bias_ptr, residual_ptr,
+    )
+    gl.warp_specialize([
+        (_compute, (
+            epilogue, parts_ptr, x, weight, full, empty, first_n, part, steps, TOKENS, OUTPUTS, STAGES, PARTS,
+            ACTIVATED, CHAINED)),
+        (_load, (
+            x_desc, weight_desc, weight_ptr, x, weight, full, empty, first_n, first * BLOCK_K, steps, N, K, TOKENS,
+            OUTPUTS, BLOCK_K, STAGES, PREFETCHED, CHAINED)),
+    ], [1], [24])
+
+
+@triton.jit(do_not_specialize=["M", "stride_x_scale", "stride_x_zero"])
+def _add_parts_kernel(
+    # Bound by memory, which is the cache: parts read once, the output written once.
+    out_ptr, parts_ptr, x_scale_ptr, weight_scale_ptr, x_zero_ptr, weight_sum_ptr, bias_ptr, residual_ptr, M, N,
+    stride_x_scale, stride_weight_scale, stride_x_zero, PARTS: tl.constexpr, ACTIVATED: tl.constexpr, ROWS:
+    tl.constexpr, COLS: tl.constexpr, CHAINED: tl.constexpr,
+):
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
+    first_m, first_n = tl.program_id(0) * ROWS, tl.program_id(1) * COLS
+    m = first_m + tl.arange(0, ROWS)[:, None]
+    n = first_n + tl.arange(0, COLS)[None, :]
+    mask = (m < M) & (n < N)
+    acc = tl.load(parts_ptr + m.to(tl.int64) * N + n, mask=mask, other=0)
+    for part in tl.static_range(1, PARTS):
+        acc += tl.load(parts_ptr + (part * M + m).to(tl.int64) * N + n, mask=mask, other=0)
+    epilogue = (
+        out_ptr, M, N, x_scale_ptr, stride_x_scale, weight_scale_ptr, stride_weight_scale, x_zero_ptr, stride_x_zero,
+        weight_sum_ptr, bias_ptr, residual_ptr,
+    )
+    finish(acc, first_m, first_n, epilogue, False, False, ACTIVATED)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class FewTiles:
+    """The tile of a program."""
+
+    tokens: int
+    """All of them."""
+    outputs: int
+    stages: int
+    parts: int
+    """Programs that a tile's inputs are dealt out to."""
+
+
+def stages_of(tokens: int, outputs: int, properties: DeviceProperties) -> int:
+    """As many as two programs a multiprocessor have room for."""
+    return (properties.shared_memory // 2 - OTHER_BYTES) // ((tokens + outputs) * BLOCK_K)
+
+
+def choose_few(
+    tokens: int, outputs: int, inputs: int, properties: DeviceProperties, *, activated: bool
+) -> FewTiles | None:
+    """The tile for a number of tokens, which changes at powers of two; None where larger tiles are better.
+
+    64 outputs, unless twice as many tiles of 32 still have a multiprocessor each. Each tile reads all tokens: 128
+    outputs with more than 32, where that leaves two programs for each multiprocessor.
+    """
+    tokens, sms = max(next_power_of_2(tokens), 16), properties.num_sms
+    if tokens > MOST_TOKENS or (tokens == MOST_TOKENS and cdiv(outputs, 128) > 0.8 * sms):
+        return None
+    size = 64
+    if tokens <= 32 and cdiv(outputs, 32) <= sms and not activated:
+        size, tokens = 32, 64
+    elif tokens == 64 and cdiv(outputs, 128) >= 2 * sms:
+        size = 128
+    # Parts take a second kernel, which is not worth its time where a program has little to read: 256 KB, at least.
+    parts = max(1, min(sms // cdiv(outputs, size), size * inputs // 2**18))
+    return FewTiles(tokens, size, stages_of(tokens, size, properties), parts)
+
+
+def w8a8_few(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    x_zero: torch.Tensor | None,
+    weight_sum: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activated: bool,
+    stride_row: int,
+    strides: tuple[int, int, int],
+    tiles: FewTiles,
+) -> None:
+    """Launches it; `stride_row` is from a token of x to the next, `strides` those of the scales and zero points."""
+    (n, k), device = weight.shape, x.device
+    m, steps = x.numel() // k, cdiv(k, BLOCK_K)
+    part_steps = cdiv(steps, tiles.parts)
+    count = cdiv(steps, part_steps)
+    chained = chains(device)
+    parts = None
+    if count > 1:
+        parts = empty((count, m, n), torch.int32 if weight.dtype == torch.int8 else torch.float32, device)
+    more = x_scale, weight_scale, x_zero, weight_sum, bias, residual
+    launch(
+        _w8a8_few_kernel,
+        (cdiv(n, tiles.outputs) * count,),
+        described(x, [m, k], stride_row, tiles.tokens),
+        described(weight, [n, k], k, tiles.outputs),
+        out,
+        parts,
+        weight,
+        *more,
+        m,
+        n,
+        k,
+        *strides,
+        part_steps,
+        device=device,
+        num_warps=4,
+        TOKENS=tiles.tokens,
+        OUTPUTS=tiles.outputs,
+        BLOCK_K=BLOCK_K,
+        STAGES=tiles.stages,
+        PARTS=count,
+        ACTIVATED=activated,
+        PREFETCHED=min(tiles.stages * BLOCK_K, k),
+        REGISTERS=REGISTERS,
+        CHAINED=chained,
+    )
+    if parts is not None:
+        rows, cols = min(tiles.tokens, 16), 64
+        launch(
+            _add_parts_kernel,
+            (cdiv(m, rows), cdiv(n, cols)),
+            out,
+            parts,
+            *more,
+            m,
+            n,
+            *strides,
+            device=device,
+            num_warps=2,
+            PARTS=count,
+            ACTIVATED=activated,
+            ROWS=rows,
+            COLS=cols,
+            CHAINED=chained,
+        )

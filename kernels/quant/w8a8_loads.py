@@ -1,0 +1,36 @@
+"""How the Hopper kernels of the W8A8 product, `w8a8_few.py` and `w8a8_hopper.py`, see what they load."""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+BLOCK_K = 128
+"""Inputs of a step: as many bytes as the copy engine's widest swizzle takes."""
+
+
+@gluon.jit
+def prefetch(ptr, first_n, first_k, N, K, ROWS: gl.constexpr, SIZE: gl.constexpr):
+    """Has the cache (L2) fetch SIZE bytes of each of ROWS outputs' weights.
+
+    It is a hint, which may come before the kernel ahead has written them: `quantize_int8` makes weights as it makes
+    activations. So copies to shared memory wait for it.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    k = gl.minimum(first_k, K - SIZE)
+    for first in gl.static_range(0, ROWS, 32):
+        rows = gl.minimum(first_n + first + gl.arange(0, 32, layout=layout), N - 1)
+        gl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
+            "=r,l,r",
+            [ptr + rows.to(gl.int64) * K + k, SIZE],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+def described(x: torch.Tensor, shape: list[int], stride: int, rows: int) -> TensorDescriptor:
+    """`x` as a matrix whose rows are `stride` apart, for copies of `rows` of them; a single row's is never used."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+    return TensorDescriptor(x, shape, [stride if shape[0] > 1 else shape[1], 1], [rows, BLOCK_K], layout)

@@ -1,0 +1,194 @@
+"""The Hopper kernels of the W8A8 product: their source run in Python, their tiles, and themselves on such a GPU."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from gluon_in_python import FP8 as FP8_IN_PYTHON
+from gluon_in_python import Descriptor, Number, Pointer, namespace
+from test_w8a8_linear import FP8, HALF, INT8, case, check, function
+
+from octavo.kernels.launch import Recorder, launch, recording
+from octavo.kernels.quant import w8a8_few
+from octavo.kernels.quant.w8a8_few import FewTiles, choose_few, stages_of
+from octavo.kernels.tiles import KNOWN_DEVICES, cdiv, next_power_of_2
+
+H100 = KNOWN_DEVICES[90]
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+on_hopper = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an sm_90 GPU")]
+MODULES = [f"quant/{name}.py" for name in ("stream_k", "w8a8_epilogue", "w8a8_few", "w8a8_hopper")]
+
+
+def arguments(m, n, k, operand, kind, bias, with_residual, activation, out_dtype):
+    args = case(operand, m, n, k, kind, bias=bias)
+    width = n // 2 if activation else n
+    args["residual"] = torch.randn(m, width).to(out_dtype) if with_residual else None
+    return args | dict(activation=activation), width
+
+
+def pointer(tensor):
+    if tensor is not None:
+        values = tensor if tensor.dtype == torch.int32 else tensor.float()
+        return Pointer(values.contiguous().view(-1).numpy(), str(tensor.dtype).removeprefix("torch."))
+
+
+def descriptor(tensor, rows):
+    if tensor.dtype == INT8:
+        return Descriptor(tensor.numpy(), "int8", (rows, 128))
+    return Descriptor(tensor.float().numpy(), FP8_IN_PYTHON, (rows, 128))
+
+
+def strides(args):
+    scales = args["x_scale"], args["weight_scale"], args.get("x_zero")
+    return [0 if scale is None or scale.numel() == 1 else 1 for scale in scales]
+
+
+def names_of(args, *more):
+    return [args.get(name) for name in ("x_scale", "weight_scale", *more, "bias", "residual")]
+
+
+def few_in_python(args, tiles, out_dtype, width):
+    """As `w8a8_few.w8a8_few` launches it; programs in any order."""
+    (m, k), (n, _) = args["x"].shape, args["weight"].shape
+    part_steps = cdiv(cdiv(k, 128), tiles.parts)
+    count = cdiv(cdiv(k, 128), part_steps)
+    out = Pointer(np.full(m * width, np.nan, np.float32), str(out_dtype).removeprefix("torch."))
+    parts = torch.full((count, m, n), -(2**20), dtype=torch.int32)
+    parts = pointer(parts if args["x"].dtype == INT8 else parts.float())
+    programs = cdiv(n, tiles.outputs) * count
+    options = tiles.tokens, tiles.outputs, 128, tiles.stages, count, args["activation"] is not None, 128, 128, False
+    for program in random.sample(range(programs), programs):
+        namespace(MODULES[:3], (program,), programs)["_w8a8_few_kernel"](
+            descriptor(args["x"], tiles.tokens),
+            descriptor(args["weight"], tiles.outputs),
+            out,
+            parts if count > 1 else None,
+            None,
+            *map(pointer, names_of(args, "x_zero", "weight_sum")),
+            *map(Number, (m, n, k, *strides(args), part_steps)),
+            *options,
+        )
+    if count == 1:
+        return torch.from_numpy(out.memory).view(m, width).to(out_dtype)
+    result = torch.full((m, width), torch.nan, dtype=out_dtype)
+    launch(
+        w8a8_few._add_parts_kernel,
+        (cdiv(m, 16), cdiv(n, 64)),
+        result,
+        torch.from_numpy(parts.memory),
+        *names_of(args, "x_zero", "weight_sum"),
+        m,
+        n,
+        *strides(args),
+        device=result.device,
+        PARTS=count,
+        ACTIVATED=args["activation"] is not None,
+        ROWS=16,
+        COLS=64,
+        CHAINED=False,
+    )
+    return result
+
+
+@pytest.mark.parametrize("operand", [INT8, FP8], ids=str)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "kind", "bias", "with_residual", "activation", "tiles"),
+    [
+        (1, 80, 144, "token", False, False, None, FewTiles(64, 32, 3, 1)),
+        (16, 100, 1024, "token", True, True, None, FewTiles(64, 32, 4, 2)),
+        (7, 200, 640, "zero", True, False, None, FewTiles(16, 64, 2, 1)),
+        (30, 96, 528, "zero", False, True, "silu_and_mul", FewTiles(32, 64, 3, 1)),
+        (64, 208, 1024, "tensor", True, False, "silu_and_mul", FewTiles(64, 128, 2, 1)),
+        (60, 112, 1168, "zero", True, True, "silu_and_mul", FewTiles(64, 64, 3, 3)),
+        (100, 70, 256, "token", True, True, None, FewTiles(128, 64, 4, 1)),
+    ],
+)
+def test_source_of_few(m, n, k, kind, bias, with_residual, activation, tiles, operand):
+    """Outputs and inputs that end within a tile, fewer steps than stages, parts of tiles, and all that follows."""
+    kind = "token" if kind == "zero" and operand == FP8 else kind
+    out_dtype = random.choice((HALF, torch.float32))
+    args, width = arguments(m, n, k, operand, kind, bias, with_residual, activation, out_dtype)
+    out = few_in_python(args, tiles, out_dtype, width)
+    check(out, args)
+    assert torch.equal(out, few_in_python(args, tiles, out_dtype, width))
+
+
+@pytest.mark.parametrize("operand", [INT8, FP8], ids=str)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "bias", "with_residual", "activation", "block_n"),
+    [
+        (300, 300, 144, True, False, None, 128),
+        (130, 544, 640, False, True, "silu_and_mul", 256),
+        (200, 272, 384, True, True, "silu_and_mul", 128),
+    ],
+)
+def test_source_of_many(m, n, k, bias, with_residual, activation, block_n, operand):
+    args, width = arguments(m, n, k, operand, "token", bias, with_residual, activation, HALF)
+    out = Pointer(np.full(m * width, np.nan, np.float32), "float16")
+    m_tiles, n_tiles, programs = cdiv(m, 128), cdiv(n, block_n), 2
+    for program in range(programs):
+        namespace(MODULES, (program,), programs)["_w8a8_hopper_kernel"](
+            descriptor(args["x"], 128),
+            descriptor(args["weight"], block_n),
+            out,
+            *map(pointer, names_of(args)),
+            *map(Number, (m, n, *strides(args)[:2], m_tiles, n_tiles, cdiv(k, 128))),
+            *(128, block_n, 128, 3, 8, activation is not None),
+        )
+    check(torch.from_numpy(out.memory).view(m, width).to(HALF), args)
+
+
+@pytest.mark.parametrize("inputs", [64, 4096, 8192, 14336, 28672])
+@pytest.mark.parametrize("outputs", [1, 1024, 4096, 6144, 8192, 28672, 57344])
+def test_tiles_of_few(inputs, outputs):
+    """All tokens fit; a program has room for two; parts have work and a multiprocessor each; powers of two decide."""
+    for activated in (False, True):
+        for tokens in range(1, 200):
+            tiles = choose_few(tokens, outputs, inputs, H100, activated=activated)
+            assert tiles == choose_few(next_power_of_2(tokens), outputs, inputs, H100, activated=activated)
+            if tiles is None:
+                assert tokens > 64
+                continue
+            assert tokens <= tiles.tokens and tiles.outputs in (32, 64, 128)
+            assert (tiles.outputs > 32) or (tiles.tokens == 64 and not activated)
+            assert 2 * (tiles.stages * (tiles.tokens + tiles.outputs) * 128 + 1024) < H100.shared_memory
+            assert tiles.stages >= 4
+            assert tiles.parts == 1 or tiles.parts * cdiv(outputs, tiles.outputs) <= H100.num_sms
+            assert tiles.parts == 1 or inputs * tiles.outputs / tiles.parts >= 2**18
+
+
+@pytest.mark.parametrize("operand", [INT8, FP8], ids=str)
+@pytest.mark.parametrize("m", [1, 16, 30, 64, 128, 200])
+@pytest.mark.parametrize(("n", "k"), [(4096, 14336), (6144, 4096), (57344, 1024), (576, 1536), (1040, 144)])
+@pytest.mark.parametrize("marked", [pytest.param(None, marks=on_hopper)])
+def test_on_a_gpu(m, n, k, operand, marked):
+    for kind in ("token", "zero", "tensor")[:: 1 if operand == INT8 else 2]:
+        for with_residual, activation in ((False, None), (True, None), (True, "silu_and_mul")):
+            args, _ = arguments(m, n, k, operand, kind, with_residual, with_residual, activation, torch.bfloat16)
+            args = {name: a.cuda() if isinstance(a, torch.Tensor) else a for name, a in args.items()}
+            with recording(Recorder()) as recorder:
+                out = function(operand)(**args)
+            names = {launched.kernel.__name__ for launched in recorder.launches}
+            if m <= 64:
+                assert "_w8a8_few_kernel" in names
+            check(out, args)
+            for _ in range(10):
+                assert torch.equal(out, function(operand)(**args))
+
+
+@pytest.mark.parametrize("operand", [INT8, FP8], ids=str)
+@pytest.mark.parametrize("tokens", [16, 32, 64, 128])
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("marked", [pytest.param(None, marks=on_hopper)])
+def test_every_tile_on_a_gpu(operand, tokens, parts, marked, monkeypatch):
+    sizes = (32, 64, 128) if tokens == 64 else (64,)
+    for size in sizes:
+        tiles = FewTiles(tokens, size, stages_of(tokens, size, H100), parts)
+        monkeypatch.setattr("octavo.kernels.quant.w8a8.choose_few", lambda *a, tiles=tiles, **options: tiles)
+        args = case(operand, tokens - 3, 1000, 4096, device="cuda", bias=True)
+        check(getattr(torch.ops.octavo, function(operand).__name__)(*args.values(), *_rest(operand)), args)
+
+
+def _rest(operand):
+    return (None, None, HALF) if operand == INT8 else (HALF, True)
