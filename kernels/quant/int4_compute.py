@@ -323,9 +323,8 @@ def compute(
         end = k_tiles
         if i < own:
             end = gl.minimum(k_tiles, k + own - i)
-        token = token_tile * TOKENS
         if residual_ptr is not None:
-            fetch_residual(residual_ptr, row, token, M, N, ROWS, TOKENS, ACTIVATED)
+            fetch_residual(residual_ptr, row, token_tile * TOKENS, M, N, ROWS, TOKENS, ACTIVATED)
         acc = gl.zeros([ROWS, TOKENS], gl.float32, acc_layout)
         # A stage is always the same warpgroup's, or one could take it for full before it is: STAGES divide by TURNS.
         ahead = (turn + TURNS - i % TURNS) % TURNS
@@ -346,6 +345,7 @@ def compute(
                 mbarrier.wait(left.index(side), parity)
                 for other in gl.static_range(TURNS - 1):
                     acc += turns.index(other * SIDES + side).load(acc_layout)
+            token = token_tile * TOKENS
             if end - k < k_tiles:
                 slot = slot_of(program, tile, programs, shared, k_tiles)
                 part_ptr = workspace_ptr + (slot.to(gl.int64) * (OUTPUTS * TOKENS) + side * ROWS)

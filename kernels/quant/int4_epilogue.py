@@ -73,27 +73,28 @@ def finish(
         n = row + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, acc.type.layout))
         acc += gl.expand_dims(gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32), 1)
     if ACTIVATED:
+        acc = silu_and_mul(acc, True)
         row = row // 2
         N = N // 2
-    parts = (acc,)
-    if residual_ptr is not None:
+    OUTPUTS: gl.constexpr = acc.shape[0]
+    if residual_ptr is None:
+        TOKENS: gl.constexpr = acc.shape[1]
+        out = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), out_layout(OUTPUTS, TOKENS))
+        at, mask = _places(row, token, M, N, OUTPUTS, TOKENS)
+        gl.store(out_ptr + at, out, mask=mask)
+    else:
         wait_for_previous(CHAINED)  # the warp that loads tokens has, but these threads read what was written
+        parts = (acc,)
         for _ in gl.static_range((acc.shape[1] // 64).bit_length() - 1):
             parts = _halves_of_each(parts)  # 64 tokens at a time, or there would be too few registers
-    OUTPUTS: gl.constexpr = acc.shape[0] // 2 if ACTIVATED else acc.shape[0]
-    TOKENS: gl.constexpr = parts[0].shape[1]
-    at, mask = _places(row, token, M, N, OUTPUTS, TOKENS)
-    if residual_ptr is not None:
+        TOKENS: gl.constexpr = parts[0].shape[1]
+        at, mask = _places(row, token, M, N, OUTPUTS, TOKENS)
         residual = gl.load(residual_ptr + at, mask=mask, other=0.0)
-    for j in gl.static_range(len(parts)):
-        y = parts[j]
-        if ACTIVATED:
-            y = silu_and_mul(y, True)
-        if residual_ptr is not None:
-            y += gl.convert_layout(residual, y.type.layout).to(gl.float32)
-        here, wanted = at, mask
-        if j + 1 < len(parts):  # the next is on its way while these go from lane to lane
-            at, mask = _places(row, token + (j + 1) * TOKENS, M, N, OUTPUTS, TOKENS)
-            residual = gl.load(residual_ptr + at, mask=mask, other=0.0)
-        out = gl.convert_layout(y.to(out_ptr.dtype.element_ty), out_layout(OUTPUTS, TOKENS))
-        gl.store(out_ptr + here, out, mask=wanted)
+        for j in gl.static_range(len(parts)):
+            y = parts[j] + gl.convert_layout(residual, parts[j].type.layout).to(gl.float32)
+            here, wanted = at, mask
+            if j + 1 < len(parts):  # the next is on its way while these go from lane to lane
+                at, mask = _places(row, token + (j + 1) * TOKENS, M, N, OUTPUTS, TOKENS)
+                residual = gl.load(residual_ptr + at, mask=mask, other=0.0)
+            out = gl.convert_layout(y.to(out_ptr.dtype.element_ty), out_layout(OUTPUTS, TOKENS))
+            gl.store(out_ptr + here, out, mask=wanted)
