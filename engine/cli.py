@@ -22,6 +22,7 @@ import torch
 
 import octavo
 from octavo.engine.llm import LLM, Token
+from octavo.engine.quantize.command import quantize_command
 from octavo.engine.sequence import SamplingParams
 
 app = typer.Typer(
@@ -44,6 +45,9 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:<index>; by 
 DTypeOption = Annotated[DType, typer.Option(help="Activations and dense weights; auto fits the device.")]
 MaxTokens = Annotated[int, typer.Option(help="The most tokens to generate.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read pytorch_model.bin where there are no safetensors; tensors alone.")
+]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling reproducible.")]
 
 
@@ -57,12 +61,13 @@ def generate(
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
     seed: Seed = None,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Answer one prompt, streaming."""
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     if not prompt:
         raise ValueError("prompt: empty; expected a text")
-    llm = _load(model, device, dtype)
+    llm = _load(model, device, dtype, allow_pickle)
     as_chat = llm.tokenizer.has_chat_template and not raw
     _print_stream(llm.stream([{"role": "user", "content": prompt}] if as_chat else prompt, params))
 
@@ -76,10 +81,11 @@ def chat(
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
     seed: Seed = None,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Talk with a model; an empty line, "exit" or end of input ends it."""
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    llm = _load(model, device, dtype)
+    llm = _load(model, device, dtype, allow_pickle)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         try:
@@ -91,6 +97,22 @@ def chat(
         messages.append({"role": "user", "content": line})
         messages.append({"role": "assistant", "content": _print_stream(llm.stream(messages, params))})
 
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A .gguf file, or a folder with config.json and safetensors.")],
+    target: Annotated[Path, typer.Argument(help="A folder, or a .gguf file, that is to be made of it.")],
+) -> None:
+    """Convert GGUF to safetensors or back, where every weight keeps its value; what has no equal is refused."""
+    from octavo.engine.convert import convert
+
+    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        convert(source, target, lambda done, total: progress.update(task, completed=done, total=total))
+
+
+app.command("quantize")(quantize_command)
 
 bench = typer.Typer(help="Measure octavo on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
@@ -155,13 +177,8 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _load(model: str, device: str | None, dtype: DType) -> LLM:
-    columns = (
-        TextColumn("loading {task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-    )
+def _load(model: str, device: str | None, dtype: DType, allow_pickle: bool) -> LLM:
+    columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     hidden: dict[str, Any] = dict(console=console, transient=True)
     with Progress(*columns, **hidden) as progress:
         task = progress.add_task(escape(model), total=None)
@@ -170,8 +187,11 @@ def _load(model: str, device: str | None, dtype: DType) -> LLM:
             device=device,
             dtype=None if dtype is DType.auto else getattr(torch, dtype.value),
             progress=lambda done, total: progress.update(task, completed=done, total=total),
+            allow_pickle=allow_pickle,
             warmup=False,
         )
+    if console.is_terminal:  # as the bar that was there until now
+        console.print(str(llm.load_report), style="dim")
     if llm.device.type == "cuda":
         with Progress(TextColumn("preparing kernels"), BarColumn(), MofNCompleteColumn(), **hidden) as progress:
             task = progress.add_task("", total=None)
@@ -202,7 +222,7 @@ def main() -> None:
     """Entry point: what a user got wrong becomes one readable line and exit code 2."""
     try:
         app()
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError) as error:
         console.print(f"octavo: {escape(str(error))}", style="red", soft_wrap=True)
         sys.exit(2)
 

@@ -190,6 +190,33 @@ class ModelConfig:
             dtype=torch.bfloat16 if "BF16" in types else torch.float32 if types == {"F32"} else torch.float16,
         )
 
+    def to_hf(self) -> dict[str, Any]:
+        """A config.json that says the same to transformers and vLLM, of either generation."""
+        mistral = self.architecture == "MistralForCausalLM" or self.sliding_window is not None
+        config: dict[str, Any] = dict(
+            architectures=["MistralForCausalLM" if mistral else "LlamaForCausalLM"],
+            model_type="mistral" if mistral else "llama",
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            hidden_act=self.hidden_act,
+            rms_norm_eps=self.rms_norm_eps,
+            max_position_embeddings=self.max_position_embeddings,
+            rope_theta=self.rope_theta,
+            rope_scaling=self.rope_scaling,
+            tie_word_embeddings=self.tie_word_embeddings,
+            bos_token_id=self.bos_token_id,
+            eos_token_id=list(self.eos_token_ids) or None,
+            attention_bias=self.attention_bias,
+            mlp_bias=self.mlp_bias,
+            torch_dtype=str(self.dtype).removeprefix("torch."),
+        )
+        return config | (dict(sliding_window=self.sliding_window) if mistral else {})
+
 
 def _integer(config: Mapping[str, Any], key: str, default: Any = _REQUIRED, minimum: int = 1) -> int:
     value = config.get(key)

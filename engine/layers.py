@@ -1,8 +1,8 @@
 """Linear layers and the embedding, over whatever format their weights came in.
 
-A layer keeps its weights as the checkpoint has them (dense, or grouped int4 and int8; fp8 becomes dense) and picks
-octavo's op, or torch's GEMM, accordingly. Weights that share an input (q, k and v; gate and up) are stacked along their
-outputs into one GEMM where their formats agree.
+A layer keeps its weights as the checkpoint has them (dense, grouped int4 and int8, int8 and fp8 whose activations are
+quantised too) and picks octavo's op, or torch's GEMM, accordingly; fp8 that no op serves becomes dense. Weights that
+share an input (q, k and v; gate and up) are stacked along their outputs into one GEMM where their formats agree.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 import octavo
-from octavo.engine.checkpoint import Fp8Weight, Int4Weight, Int8Weight, Weight
+from octavo.engine.checkpoint import Activations, Fp8Weight, Int4Weight, Int8Weight, Weight
 
+BLOCK = 128  # outputs and inputs that share a scale where fp8 has scales by blocks
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -53,6 +54,26 @@ class Int8Linear:
 
 
 @dataclass(frozen=True)
+class W8A8Linear:
+    """Both sides of the product have a byte an element: int8 or fp8 (e4m3)."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor  # fp32, [N]; by blocks [ceil(N / 128), K / 128]
+    bias: torch.Tensor | None
+    activations: Activations
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        is_int8 = self.weight.dtype == torch.int8
+        quantize = octavo.quantize_int8 if is_int8 else octavo.quantize_fp8
+        linear = octavo.int8_int8_linear if is_int8 else octavo.fp8_linear
+        if self.activations.scale is not None:
+            q, scale = quantize(x, self.activations.scale), self.activations.scale
+        else:
+            q, scale = quantize(x, granularity=self.activations.granularity)
+        return linear(q, self.weight, scale, self.scale, self.bias, out_dtype=x.dtype)
+
+
+@dataclass(frozen=True)
 class SplitLinear:
     """Weights that share an input but not a format: one GEMM each, outputs side by side."""
 
@@ -71,8 +92,11 @@ def make_linear(
     weights: list[Weight], biases: list[torch.Tensor | None], device: torch.device, dtype: torch.dtype
 ) -> Linear:
     """One layer that computes all of `weights` on the same input, outputs in order."""
-    weights = [_dense(w, device, dtype) if isinstance(w, Fp8Weight) else w for w in weights]
-    if len({_kind(w) for w in weights}) > 1 or len({b is None for b in biases}) > 1:
+    weights = [
+        dequantize(w, device).to(dtype) if isinstance(w, Fp8Weight) and not _fp8_runs(w, device) else w for w in weights
+    ]
+    cut = any(isinstance(w, Fp8Weight) and w.block == (BLOCK, BLOCK) and w.q.shape[0] % BLOCK for w in weights[:-1])
+    if cut or len({_kind(w) for w in weights}) > 1 or len({b is None for b in biases}) > 1:
         return SplitLinear(tuple(make_linear([w], [b], device, dtype) for w, b in zip(weights, biases, strict=True)))
     bias = None if biases[0] is None else torch.cat([b.to(device, dtype) for b in biases if b is not None])
     if all(isinstance(w, Int4Weight) for w in weights):
@@ -83,18 +107,55 @@ def make_linear(
         order = None if order is None else order.to(device)
         group_size = q.shape[1] // scale.shape[1]
         return Int4Linear(octavo.int4_pack(q), scale.t().contiguous(), minimum, bias, group_size, order)
+    first = weights[0]
+    if isinstance(first, Int8Weight | Fp8Weight) and first.activations is not None:
+        scale = torch.cat([_output_scales(w) for w in weights if isinstance(w, Int8Weight | Fp8Weight)]).to(device)
+        activations = first.activations
+        if activations.scale is not None:
+            activations = Activations(activations.granularity, activations.scale.to(device))
+        return W8A8Linear(_stack(weights, "q", device), scale, bias, activations)
     if all(isinstance(w, Int8Weight) for w in weights):
         q, scale = (_stack(weights, field, device) for field in ("q", "scale"))
         return Int8Linear(q, scale.t().contiguous(), bias, q.shape[1] // scale.shape[1])
-    return DenseLinear(torch.cat([w.to(device, dtype) for w in weights if isinstance(w, torch.Tensor)]), bias)
+    dense = [w.to(device, dtype) for w in weights if isinstance(w, torch.Tensor)]
+    return DenseLinear(dense[0] if len(dense) == 1 else torch.cat(dense), bias)
 
 
-def _dense(weight: Fp8Weight, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The weight itself, rounded to dtype once; made on the device, where it is faster."""
-    n, k = weight.q.shape
-    scale = weight.scale.to(device).float()
-    scale = scale.repeat_interleave(weight.block[0], 0)[:n].repeat_interleave(weight.block[1], 1)[:, :k]
-    return (weight.q.to(device).float() * scale).to(dtype)
+def _fp8_runs(weight: Fp8Weight, device: torch.device) -> bool:
+    """Whether `fp8_linear` can compute this layer: its activations are to be fp8, and GPU and shape allow it."""
+    if weight.activations is None:
+        return False
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        return False
+    return weight.q.shape[1] % (BLOCK if weight.activations.granularity == "group" else 16) == 0
+
+
+def _output_scales(weight: Int8Weight | Fp8Weight) -> torch.Tensor:
+    """fp32: one a row of the weight, or those of its blocks."""
+    scale = weight.scale.float()
+    if isinstance(weight, Int8Weight):
+        return scale.reshape(-1)
+    if weight.activations is not None and weight.activations.granularity == "group":
+        return scale.contiguous()
+    return scale.reshape(-1).expand(weight.q.shape[0]).contiguous()  # one a tensor serves all its outputs
+
+
+def dequantize(weight: Weight, device: torch.device) -> torch.Tensor:
+    """The weight `[N, K]` that a format stands for, in fp32; made on the device, where it is faster."""
+    if isinstance(weight, torch.Tensor):
+        return weight.to(device).float()
+    q, scale = weight.q.to(device).float(), weight.scale.to(device).float()
+    if isinstance(weight, Fp8Weight):
+        n, k = q.shape
+        return q * scale.repeat_interleave(weight.block[0], 0)[:n].repeat_interleave(weight.block[1], 1)[:, :k]
+    groups = q.unflatten(1, (scale.shape[1], -1))
+    if isinstance(weight, Int8Weight):
+        return (groups * scale.unsqueeze(-1)).flatten(1)
+    if weight.minimum is None:
+        values = ((groups - 8) * scale.unsqueeze(-1)).flatten(1)
+    else:
+        values = (groups * scale.unsqueeze(-1) + weight.minimum.to(device).float().unsqueeze(-1)).flatten(1)
+    return values if weight.order is None else values[:, weight.order.to(device).argsort()]
 
 
 def _kind(weight: Weight) -> tuple[object, ...]:
@@ -103,7 +164,8 @@ def _kind(weight: Weight) -> tuple[object, ...]:
         return (torch.Tensor,)
     groups = weight.scale.shape[1]
     if not isinstance(weight, Int4Weight):
-        return type(weight), groups
+        a = weight.activations
+        return type(weight), groups, a and (a.granularity, None if a.scale is None else a.scale.item())
     return Int4Weight, groups, weight.minimum is None, None if weight.order is None else tuple(weight.order.tolist())
 
 

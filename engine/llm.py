@@ -10,6 +10,7 @@ from octavo.engine.block_manager import BlockManager
 from octavo.engine.checkpoint import open_checkpoint
 from octavo.engine.config import ModelConfig
 from octavo.engine.hub import resolve
+from octavo.engine.load_report import measure_load
 from octavo.engine.loader import load_model
 from octavo.engine.runner import ModelRunner
 from octavo.engine.sampler import Sampler
@@ -47,7 +48,7 @@ class Token:
 
 
 class LLM:
-    """A loaded model.
+    """A loaded model. `load_report` says what loading took: bytes, seconds, the most memory on host and device.
 
     Args:
         model: a folder with `config.json` and safetensors, a `.gguf` file, a Hugging Face id, or the alias `smollm2`.
@@ -61,6 +62,7 @@ class LLM:
         max_num_seqs: requests in one batch at most.
         max_num_batched_tokens: tokens in one step at most; longer prompts are computed in chunks.
         progress: called with (bytes read so far, bytes in all) while the weights load.
+        allow_pickle: read pytorch_model.bin where there are no safetensors, by `torch.load(weights_only=True)`.
         warmup: on a GPU, compile every kernel that the model needs before the first request, so that none waits for
             the compiler; or False, and call `warmup()` at your own time.
 
@@ -81,26 +83,28 @@ class LLM:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 2048,
         progress: Callable[[int, int], None] | None = None,
+        allow_pickle: bool = False,
         warmup: bool = True,
     ) -> None:
         limits = dict(page_size=page_size, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
         for name, value in (limits | dict(max_model_len=max_model_len, cache_tokens=cache_tokens)).items():
             if value is not None and value < 1:
                 raise ValueError(f"{name}: {value}; expected at least 1")
-        checkpoint = open_checkpoint(resolve(str(model)))
+        checkpoint = open_checkpoint(resolve(str(model), allow_pickle), allow_pickle)
         self.config = checkpoint.config
         self.notes = checkpoint.notes
-        self.device = _device(device)
+        self.device = choose_device(device)
         self.max_model_len = max_model_len or self.config.max_position_embeddings
         self.tokenizer = checkpoint.tokenizer()
         self.eos_token_ids = frozenset(self.config.eos_token_ids) | frozenset(self.tokenizer.eos_token_ids)
-        self.model = load_model(
-            checkpoint,
-            self.device,
-            dtype or _dtype(self.config, self.device),
-            self.max_model_len,
-            _accumulate(progress, checkpoint.num_bytes),
-        )
+        with measure_load(self.device, checkpoint.num_bytes) as self.load_report:
+            self.model = load_model(
+                checkpoint,
+                self.device,
+                dtype or choose_dtype(self.config, self.device),
+                self.max_model_len,
+                _accumulate(progress, checkpoint.num_bytes),
+            )
         cache_tokens = cache_tokens or self._cache_tokens(max_num_seqs, page_size)
         self.blocks = BlockManager(-(-cache_tokens // page_size), page_size)
         self.runner = ModelRunner(self.model, self.blocks)
@@ -246,7 +250,12 @@ class LLM:
         return max(min(room // bytes_per_token, max_num_seqs * self.max_model_len), page_size)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device that a user means, by default the GPU where there is one.
+
+    Raises:
+        ValueError: a name that is none, or a GPU that is not there.
+    """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -258,7 +267,8 @@ def _device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def _dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+def choose_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """Of activations, where the user does not say: fp32 on a CPU, half precision on a GPU."""
     if device.type == "cpu":
         return torch.float32
     return config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16

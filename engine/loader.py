@@ -1,6 +1,8 @@
 """From a checkpoint's stream of tensors to a Decoder on the device.
 
-Tensors are moved to the device as they arrive; those that are stacked into one layer wait for their siblings.
+What the files hold is compared with what the configuration wants before any of it is read. Tensors are read straight to
+the device; those that are stacked into one layer wait there for their siblings. So a GPU's model takes two buffers of
+64 MiB of the host's memory, and on the device, while it loads, once more its largest layer.
 """
 
 from collections.abc import Callable
@@ -8,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 import octavo
-from octavo.engine.checkpoint import Checkpoint, Int4Weight
+from octavo.engine.checkpoint import Checkpoint
 from octavo.engine.config import ModelConfig
 from octavo.engine.layers import Linear, Weight, make_linear, weight_shape
 from octavo.engine.model import Decoder, Layer
@@ -27,20 +29,22 @@ def load_model(
         checkpoint: an open checkpoint.
         device, dtype: where and in which dtype dense weights and activations live; quantised weights keep theirs.
         max_model_len: rows of the rotary table.
-        progress: called with the number of bytes of each tensor read.
+        progress: called with the number of bytes of each piece read; `checkpoint.num_bytes` in all.
 
     Raises:
-        ValueError: a tensor is missing, unexpected, or of another shape than the configuration says.
+        ValueError: a tensor is missing, unexpected, or of another shape than the configuration says; names it and its
+            file. These are found before anything is read.
     """
     config = checkpoint.config
+    check_index(checkpoint)
     collector = _Collector(config, device, dtype)
-    for name, weight in checkpoint.tensors():
-        collector.add(name, weight)
-        if progress is not None:
-            progress(_num_bytes(weight))
+    for name, weight in checkpoint.tensors(device, dtype, progress):
+        if not _is_ignored(name, config):
+            _check_shape(checkpoint, name, weight_shape(weight), collector.expected[name])
+            collector.add(name, weight)
     layers = tuple(collector.layer(i) for i in range(config.num_hidden_layers))
-    embedding = collector.linear("model.embed_tokens")
-    head = embedding if config.tie_word_embeddings else collector.linear("lm_head")
+    embedding = collector.linears["model.embed_tokens"]
+    head = embedding if config.tie_word_embeddings else collector.linears["lm_head"]
     cos_sin_cache = octavo.rotary_cos_sin_cache(
         config.head_dim,
         max_model_len,
@@ -49,11 +53,42 @@ def load_model(
         original_max_position=config.max_position_embeddings,
         device=device,
     )
-    return Decoder(config, embedding, layers, collector.vector("model.norm.weight"), head, cos_sin_cache)
+    return Decoder(config, embedding, layers, collector.vectors["model.norm.weight"], head, cos_sin_cache)
 
 
 _CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale", ".output_scale")
 """What is there for a quantised KV cache, which the engine's is not."""
+
+
+def _is_ignored(name: str, config: ModelConfig) -> bool:
+    """Whether the engine has no use for it: old exports store the rotary table, and some store a tied head twice."""
+    stored_twice = name == "lm_head.weight" and config.tie_word_embeddings
+    return stored_twice or name.endswith(("rotary_emb.inv_freq", *_CACHE_SCALES))
+
+
+def check_index(checkpoint: Checkpoint) -> None:
+    """Compares what a checkpoint's headers tell with what its configuration wants.
+
+    Raises:
+        ValueError: a tensor that is missing, unexpected or of another shape; names it and its file.
+    """
+    expected = _expected_shapes(checkpoint.config)
+    index = {name: at for name, at in checkpoint.index.items() if not _is_ignored(name, checkpoint.config)}
+    for name, at in index.items():
+        if name not in expected:
+            raise ValueError(f"{at.path}: {name}: unexpected tensor; this configuration has no place for it")
+        if at.shape is not None:
+            _check_shape(checkpoint, name, at.shape, expected[name])
+    missing = [name for name in expected if name not in index]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise ValueError(f"{checkpoint.path}: {missing[0]}: missing from the checkpoint{more}")
+
+
+def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if tuple(shape) != expected:
+        path = checkpoint.index[name].path
+        raise ValueError(f"{path}: {name}: shape {tuple(shape)}; the configuration says {expected}")
 
 
 class _Collector:
@@ -69,14 +104,6 @@ class _Collector:
         self.linears: dict[str, Linear] = {}
 
     def add(self, name: str, weight: Weight) -> None:
-        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in self.expected):
-            return  # old exports store the table, and some store the tied head twice
-        if name.endswith(_CACHE_SCALES):
-            return
-        if name not in self.expected:
-            raise ValueError(f"{name}: unexpected tensor; this configuration has no place for it")
-        if weight_shape(weight) != self.expected[name]:
-            raise ValueError(f"{name}: shape {weight_shape(weight)}; the configuration says {self.expected[name]}")
         module = name.rpartition(".")[0]
         if module not in self.group_of:
             assert isinstance(weight, torch.Tensor)
@@ -94,27 +121,15 @@ class _Collector:
         biases = [self.pending.pop(f"{m}.bias", None) for m in self.groups[group]]
         self.linears[group] = make_linear(weights, biases, self.device, self.dtype)  # type: ignore[arg-type]
 
-    def linear(self, group: str) -> Linear:
-        if group not in self.linears:
-            missing = [n for n in self.expected if self.group_of.get(n.rpartition(".")[0]) == group]
-            missing = [n for n in missing if n not in self.pending]
-            raise ValueError(f"{missing[0]}: missing from the checkpoint")
-        return self.linears[group]
-
-    def vector(self, name: str) -> torch.Tensor:
-        if name not in self.vectors:
-            raise ValueError(f"{name}: missing from the checkpoint")
-        return self.vectors[name]
-
     def layer(self, index: int) -> Layer:
         at = f"model.layers.{index}"
         return Layer(
-            input_norm=self.vector(f"{at}.input_layernorm.weight"),
-            qkv=self.linear(f"{at}.qkv"),
-            o=self.linear(f"{at}.self_attn.o_proj"),
-            post_attention_norm=self.vector(f"{at}.post_attention_layernorm.weight"),
-            gate_up=self.linear(f"{at}.gate_up"),
-            down=self.linear(f"{at}.mlp.down_proj"),
+            input_norm=self.vectors[f"{at}.input_layernorm.weight"],
+            qkv=self.linears[f"{at}.qkv"],
+            o=self.linears[f"{at}.self_attn.o_proj"],
+            post_attention_norm=self.vectors[f"{at}.post_attention_layernorm.weight"],
+            gate_up=self.linears[f"{at}.gate_up"],
+            down=self.linears[f"{at}.mlp.down_proj"],
         )
 
 
@@ -161,16 +176,3 @@ def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             if bias:
                 shapes[f"{at}.{name}.bias"] = (out_features,)
     return shapes
-
-
-def _num_bytes(weight: Weight) -> int:
-    """Bytes that a weight takes in its file."""
-    if isinstance(weight, torch.Tensor):
-        return weight.numel() * weight.element_size()
-    scales = weight.scale.numel() * weight.scale.element_size()
-    if not isinstance(weight, Int4Weight):
-        return weight.q.numel() + scales
-    if weight.minimum is None:
-        return weight.q.numel() // 2 + scales
-    zero_points = weight.minimum.dtype == torch.float32  # made of four bits each
-    return weight.q.numel() // 2 + scales + (weight.minimum.numel() // 2 if zero_points else scales)

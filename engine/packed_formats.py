@@ -1,27 +1,33 @@
 """Quantised weights in safetensors, as GPTQ, AWQ and compressed-tensors lay them out, and as octavo's layers take them.
 
 A linear layer of theirs is several tensors under one module's name. Nothing is rounded: codes, scales and zero points
-become those of an `Int4Weight`, `Int8Weight` or `Fp8Weight`, exactly.
+become those of an `Int4Weight`, `Int8Weight` or `Fp8Weight`, exactly. bitsandbytes' NF4 alone is dequantised (nf4.py).
 
 | format | codes | zero points |
 | --- | --- | --- |
 | GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323) | `qweight` int32 [K / 8, N], inputs from the lowest bits | `qzeros` [groups, N / 8], less 1 in its first version |
 | AWQ (Lin et al. 2023, https://arxiv.org/abs/2306.00978), "gemm" | `qweight` [K, N / 8], outputs 0, 2, 4, 6, 1, 3, 5, 7 | `qzeros` [groups, N / 8], alike |
 | compressed-tensors "pack-quantized", 4 bits | `weight_packed` [N, K / 8], plus 8 | `weight_zero_point` [N / 8, groups] |
-| compressed-tensors "int-quantized", 8 bits | `weight` int8 [N, K] | none |
+| compressed-tensors "int-quantized", 8 bits | `weight` int8 [N, K]; `input_scale` where static | none |
 | compressed-tensors "float-quantized", fp8 | `weight` float8_e4m3fn [N, K], a scale a tensor, output or block | none |
 | Hugging Face's "fp8" | the same by block, scales under the name `weight_scale_inv` | none |
+
+Where the 8-bit formats say that activations are quantised too, the layer's are (W8A8): int8 and fp8 with a scale a
+weight tensor or output and activations by token or tensor, fp8 in blocks of 128 by 128 and activations in groups of 128.
 """  # noqa: E501  (a table)
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from octavo.engine.checkpoint import Fp8Weight, Int4Weight, Int8Weight
+from octavo.engine.checkpoint import Activations, Fp8Weight, Int4Weight, Int8Weight, Weight
+from octavo.engine.nf4 import NF4_OPTIONAL, NF4_REQUIRED, read_nf4
 
+BLOCK = 128
+"""Inputs that share a scale, and outputs beside them, where both activations and weights have scales by blocks."""
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
@@ -33,21 +39,42 @@ Parts = Mapping[str, torch.Tensor]
 class PackedFormat:
     """What a checkpoint's `quantization_config` says of its linear layers' tensors."""
 
-    read: Callable[[str, Parts], Int4Weight | Int8Weight | Fp8Weight]
+    read: Callable[[str, Parts], Weight]
     required: frozenset[str]
     """Suffixes of the tensors that make up a quantised layer."""
     optional: frozenset[str] = frozenset()
+    codes: str = "weight"
+    """The tensor that tells the layer's size."""
+    size: Callable[[int, int], tuple[int, int] | None] = lambda n, k: (n, k)
+    """Outputs and inputs by the shape of `codes`; None where that does not tell."""
 
-    def weight(self, module: str, parts: Parts) -> Int4Weight | Int8Weight | Fp8Weight:
-        """The weight of a layer from its tensors.
+    def check(self, module: str, suffixes: Collection[str]) -> None:
+        """Raises ValueError where a tensor that makes up the layer is not among those that are there."""
+        missing = self.required.difference(suffixes)
+        if missing:
+            raise ValueError(
+                f"{module}.{min(missing)}: missing from the checkpoint, which has {module}.{min(suffixes)}"
+            )
+
+    def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
+        """`(out_features, in_features)` by the shapes of the tensors, None where only their data tell.
+
+        Raises:
+            ValueError: the codes are not of two dimensions.
+        """
+        if len(shapes[self.codes]) != 2:
+            raise ValueError(f"{self.codes}: shape {shapes[self.codes]}; expected two dimensions")
+        return self.size(*shapes[self.codes])
+
+    def weight(self, module: str, parts: Parts, dtype: torch.dtype = torch.float32) -> Weight:
+        """The weight of a layer from its tensors; `dtype` is that of one that is dequantised.
 
         Raises:
             ValueError: a tensor is missing or does not fit the others.
         """
-        missing = self.required.difference(parts)
-        if missing:
-            raise ValueError(f"{module}.{min(missing)}: missing from the checkpoint, which has {module}.{min(parts)}")
-        return self.read(module, parts)
+        self.check(module, parts)
+        weight = self.read(module, parts)
+        return weight.to(dtype) if isinstance(weight, torch.Tensor) else weight
 
 
 def _gptq(module: str, parts: Parts, zero_offset: int) -> Int4Weight:
@@ -74,19 +101,21 @@ def _packed(module: str, parts: Parts) -> Int4Weight:
     if "weight_zero_point" in parts:
         zero = _nibbles(module, "weight_zero_point", parts["weight_zero_point"], dim=0).to(torch.int32)
     else:
-        zero = torch.full(scale.shape, 8)
+        zero = torch.full(scale.shape, 8, device=scale.device)
     return _int4(module, "weight_zero_point", q, scale, zero, order)
 
 
-def _integers(module: str, parts: Parts) -> Int8Weight:
+def _integers(module: str, parts: Parts, activations: Activations | None = None) -> Int8Weight:
     q = parts["weight"]
     if q.dtype != torch.int8 or q.dim() != 2:
         raise ValueError(f"{module}.weight: {q.dtype}, shape {tuple(q.shape)}; expected int8 of two dimensions")
     scale = _scales(module, "weight_scale", parts["weight_scale"].reshape(q.shape[0], -1), q)
-    return Int8Weight(q, scale, q.shape[1] // scale.shape[1])
+    return Int8Weight(q, scale, q.shape[1] // scale.shape[1], _with_scale(module, activations, parts))
 
 
-def _float8(module: str, parts: Parts, block: tuple[int, int] | None = None) -> Fp8Weight:
+def _float8(
+    module: str, parts: Parts, block: tuple[int, int] | None = None, activations: Activations | None = None
+) -> Fp8Weight:
     name = "weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"
     q, scale = parts["weight"], parts[name]
     if q.dtype != torch.float8_e4m3fn or q.dim() != 2:
@@ -102,7 +131,17 @@ def _float8(module: str, parts: Parts, block: tuple[int, int] | None = None) -> 
         raise ValueError(
             f"{module}.{name}: shape {tuple(parts[name].shape)}; expected {expected} for {n} outputs of {k}"
         )
-    return Fp8Weight(q, scale, block)
+    return Fp8Weight(q, scale, block, _with_scale(module, activations, parts))
+
+
+def _with_scale(module: str, activations: Activations | None, parts: Parts) -> Activations | None:
+    """What quantises the inputs of this layer; its own scale where the checkpoint has one (static quantisation)."""
+    if activations is None or activations.granularity != "tensor" or "input_scale" not in parts:
+        return activations
+    scale = parts["input_scale"]
+    if scale.numel() != 1 or not scale.is_floating_point():
+        raise ValueError(f"{module}.input_scale: {scale.dtype}, shape {tuple(scale.shape)}; expected one number")
+    return Activations("tensor", scale.reshape(1).float())
 
 
 def packed_format(config: Mapping[str, Any]) -> tuple[PackedFormat, list[str]]:
@@ -117,23 +156,29 @@ def packed_format(config: Mapping[str, Any]) -> tuple[PackedFormat, list[str]]:
         version = config.get("checkpoint_format", "gptq")
         if version not in ("gptq", "gptq_v2"):
             raise _unsupported("checkpoint_format", version, "gptq, gptq_v2")
+        read = partial(_gptq, zero_offset=1 if version == "gptq" else 0)
         required = frozenset({"qweight", "qzeros", "scales"})
-        return PackedFormat(
-            partial(_gptq, zero_offset=1 if version == "gptq" else 0), required, frozenset({"g_idx"})
-        ), []
+        return PackedFormat(read, required, frozenset({"g_idx"}), "qweight", lambda k, n: (n, 8 * k)), []
     if method == "awq":
         _expect(config, "bits" if "bits" in config else "w_bit", (4,))
         _expect(config, "version", ("gemm", "GEMM"), default="gemm")
-        return PackedFormat(_awq, frozenset({"qweight", "qzeros", "scales"})), []
+        required = frozenset({"qweight", "qzeros", "scales"})
+        return PackedFormat(_awq, required, frozenset(), "qweight", lambda k, n: (8 * n, k)), []
     if method == "compressed-tensors":
         return _compressed_tensors(config)
     if method == "fp8":
         block = _block(config, "weight_block_size")
-        optional = frozenset({"activation_scale", "input_scale"})
-        return PackedFormat(partial(_float8, block=block), frozenset({"weight", "weight_scale_inv"}), optional), [
-            _DENSE
-        ]
-    raise _unsupported("quant_method", method, "gptq, awq, compressed-tensors, fp8; and GGUF files")
+        dynamic = config.get("activation_scheme", "dynamic") == "dynamic"
+        activations = Activations("group") if dynamic and block == (BLOCK, BLOCK) else None
+        optional = frozenset({"activation_scale", "input_scale"} if activations is None else ())
+        read_float8 = partial(_float8, block=block, activations=activations)
+        notes = [_DENSE] if activations is None else []
+        return PackedFormat(read_float8, frozenset({"weight", "weight_scale_inv"}), optional), notes
+    if method == "bitsandbytes":
+        _expect(config, "load_in_4bit", (True,))
+        _expect(config, "bnb_4bit_quant_type", ("nf4",), default="fp4")
+        return PackedFormat(read_nf4, NF4_REQUIRED, NF4_OPTIONAL, "weight", lambda n, k: None), [_NF4]
+    raise _unsupported("quant_method", method, "gptq, awq, compressed-tensors, fp8, bitsandbytes (nf4); and GGUF files")
 
 
 def _compressed_tensors(config: Mapping[str, Any]) -> tuple[PackedFormat, list[str]]:
@@ -142,7 +187,11 @@ def _compressed_tensors(config: Mapping[str, Any]) -> tuple[PackedFormat, list[s
         raise _unsupported("config_groups", f"{len(groups)} of them", "one, for all linear layers")
     weights = groups[0].get("weights") or {}
     name = groups[0].get("format") or config.get("format")
-    notes = [_PLAIN_ACTIVATIONS] if groups[0].get("input_activations") else []
+    inputs = groups[0].get("input_activations")
+    activations = _activations(inputs, weights) if inputs else None
+    notes = [_PLAIN_ACTIVATIONS] if inputs and activations is None else []
+    static = activations is not None and not inputs.get("dynamic")
+    required, optional = ({"input_scale"}, ()) if static else ((), {"input_scale"})
     if config.get("kv_cache_scheme"):
         notes.append("the KV cache is not quantised, though the checkpoint has scales for it")
     _expect(weights, "symmetric", (True, False) if name == "pack-quantized" else (True,), default=True)
@@ -151,25 +200,44 @@ def _compressed_tensors(config: Mapping[str, Any]) -> tuple[PackedFormat, list[s
         _expect(weights, "num_bits", (8,))
         _expect(weights, "strategy", ("tensor", "channel", "block"))
         block = _block(weights, "block_structure") if weights["strategy"] == "block" else None
-        optional = frozenset({"input_scale"})
-        return PackedFormat(partial(_float8, block=block), frozenset({"weight", "weight_scale"}), optional), [
-            *notes,
-            _DENSE,
-        ]
+        read_float8 = partial(_float8, block=block, activations=activations)
+        if activations is None:
+            notes.append(_DENSE)
+        names = frozenset({"weight", "weight_scale", *required})
+        return PackedFormat(read_float8, names, frozenset(optional)), notes
     _expect(weights, "type", ("int",), default="int")
     _expect(weights, "strategy", ("group", "channel"))
     if name == "pack-quantized":
         _expect(weights, "num_bits", (4,))
-        optional = frozenset({"weight_zero_point", "weight_g_idx"})
-        return PackedFormat(_packed, frozenset({"weight_packed", "weight_scale", "weight_shape"}), optional), notes
+        names = frozenset({"weight_packed", "weight_scale", "weight_shape"})
+        zero_and_order = frozenset({"weight_zero_point", "weight_g_idx"})
+        return PackedFormat(_packed, names, zero_and_order, "weight_packed", lambda n, k: (n, 8 * k)), notes
     if name == "int-quantized":
         _expect(weights, "num_bits", (8,))
-        return PackedFormat(_integers, frozenset({"weight", "weight_scale"}), frozenset({"input_scale"})), notes
+        names = frozenset({"weight", "weight_scale", *required})
+        return PackedFormat(partial(_integers, activations=activations), names, frozenset(optional)), notes
     raise _unsupported("format", name, "pack-quantized, int-quantized, float-quantized")
 
 
 _PLAIN_ACTIVATIONS = "activations are not quantised, though the checkpoint was made for that: weights alone are"
+_NF4 = "NF4 weights are dequantised to the dtype of the activations: four times the memory"
 _DENSE = "fp8 weights are kept dense, in the dtype of the activations: twice the memory, or four times"
+
+
+def _activations(inputs: Mapping[str, Any], weights: Mapping[str, Any]) -> Activations | None:
+    """How the layers' inputs are quantised; None where octavo has no op for it."""
+    kind = weights.get("type", "int")
+    same = inputs.get("type", "int") == kind and inputs.get("num_bits", 8) == weights.get("num_bits") == 8
+    if not same or not inputs.get("symmetric", True):
+        return None
+    dynamic, strategy = inputs.get("dynamic", False), inputs.get("strategy", "tensor")
+    if weights.get("strategy") in ("channel", "tensor"):
+        if strategy == "tensor":
+            return Activations("tensor")
+        return Activations("token") if strategy == "token" and dynamic is True else None
+    blocks = kind == "float" and weights.get("block_structure") == [BLOCK, BLOCK]
+    groups = strategy == "group" and inputs.get("group_size") == BLOCK and dynamic is True
+    return Activations("group") if blocks and groups else None
 
 
 def _block(config: Mapping[str, Any], key: str) -> tuple[int, int]:
@@ -241,7 +309,7 @@ def _order(
 ) -> torch.Tensor | None:
     """The order of the inputs in which those of a group are neighbours (act-order); None where they are as they lie."""
     k, groups = q.shape[1], scale.shape[1]
-    in_order = torch.arange(k) // (k // groups)
+    in_order = torch.arange(k, device=scale.device) // (k // groups)
     if g_idx is None or torch.equal(g_idx.long(), in_order):
         return None
     if g_idx.shape != (k,) or not torch.equal(g_idx.long().sort().values, in_order):

@@ -81,6 +81,20 @@ class Tokenizer:
         )
         return cls(fast, eos_token_ids)
 
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json and what goes with it, from which `from_folder` and transformers make the same."""
+        self._backend.save_pretrained(folder)
+
+    def to_json(self) -> str:
+        """What tokenizer.json would hold."""
+        return self._backend.backend_tokenizer.to_str()
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template's text; None where there is none, or several under names."""
+        template = self._backend.chat_template
+        return template if isinstance(template, str) else None
+
     @property
     def has_chat_template(self) -> bool:
         """Whether `apply_chat_template` will work."""

@@ -20,9 +20,11 @@ from octavo.kernels.norm import add_rms_norm, rms_norm
 from octavo.kernels.quant.int4 import int4_linear
 from octavo.kernels.quant.int8 import int8_linear
 from octavo.kernels.quant.packing import packed_shape
+from octavo.kernels.quant.quantize import quantize_fp8, quantize_int8
+from octavo.kernels.quant.w8a8_linear import fp8_linear, int8_int8_linear
 from octavo.kernels.rope import rotary_embedding
 
-WEIGHTS = ("dense", "int4", "int8")
+WEIGHTS = ("dense", "int4", "int8", "int8_int8", "fp8", "fp8_blocks")
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": silu_and_mul,
     "gelu": gelu_and_mul,
@@ -50,7 +52,8 @@ def model_calls(
             hidden_size, intermediate_size, num_attention_heads; optional num_key_value_heads, head_dim, hidden_act,
             sliding_window.
         dtype: of activations, cache and norm weights.
-        weights: "dense" (the GEMMs are torch's), "int4" (scales without a minimum and with one) or "int8".
+        weights: "dense" (the GEMMs are torch's), "int4" (scales without a minimum and with one), "int8"; or with
+            activations quantised by token, "int8_int8" and "fp8", and in groups of 128, "fp8_blocks".
         group_size: of int4 and int8 weights.
         page_size: tokens a page of the KV cache.
         max_num_batched_tokens: tokens in one step at most.
@@ -94,7 +97,7 @@ def model_calls(
             sizes = tokens, max_seqlen_q, heads, kv_heads, head_dim, page_size
             calls.append(partial(_attention, *sizes, _get(config, "sliding_window", None), dtype))
         if weights != "dense":
-            linear = {"int4": _int4, "int8": _int8}[weights]
+            linear = {"int4": _int4, "int8": _int8}.get(weights, partial(_w8a8, weights))
             calls += [partial(linear, tokens, n, k, group_size, dtype) for n, k in sorted(linears)]
     return calls
 
@@ -195,3 +198,17 @@ def _int4(tokens: int, n: int, k: int, group_size: int, dtype: torch.dtype) -> N
 def _int8(tokens: int, n: int, k: int, group_size: int, dtype: torch.dtype) -> None:
     weight, scale = _empty(n, k, dtype=torch.int8), _empty(k // group_size, n, dtype=dtype)
     int8_linear(_empty(tokens, k, dtype=dtype), weight, scale, group_size=group_size)
+
+
+def _w8a8(weights: str, tokens: int, n: int, k: int, _: int, dtype: torch.dtype) -> None:
+    x = _empty(tokens, k, dtype=dtype)
+    if weights == "int8_int8":
+        q, x_scale = quantize_int8(x)
+        weight, scale = _empty(n, k, dtype=torch.int8), _empty(n, dtype=torch.float32)
+        int8_int8_linear(q, weight, x_scale, scale, out_dtype=dtype)
+        return
+    blocks = weights == "fp8_blocks"
+    q, x_scale = quantize_fp8(x, granularity="group" if blocks else "token")
+    weight = _empty(n, k, dtype=torch.float8_e4m3fn)
+    scale = _empty(*((-(-n // 128), k // 128) if blocks else (n,)), dtype=torch.float32)
+    fp8_linear(q, weight, x_scale, scale, out_dtype=dtype)

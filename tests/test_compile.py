@@ -48,7 +48,7 @@ def test_kernels_wait_before_they_touch_memory():
         for path in (TESTS.parent / "kernels").rglob("*.py")
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
-        if any("triton.jit" in ast.unparse(d) for d in node.decorator_list)  # Gluon's are long, and not chained
+        if any("triton.jit" in ast.unparse(d) for d in node.decorator_list)  # Gluon's are long
     ]
     assert len(kernels) > 10
     for kernel in kernels:

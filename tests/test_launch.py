@@ -105,7 +105,11 @@ def test_workers_that_die_or_print(trick, expected):
     ("change", "error", "message"),
     [
         (dict(config=dict(hidden_size=64)), ValueError, "config: intermediate_size is missing"),
-        (dict(weights="int3"), ValueError, "weights: 'int3'; expected one of dense, int4, int8"),
+        (
+            dict(weights="int3"),
+            ValueError,
+            "weights: 'int3'; expected one of dense, int4, int8, int8_int8, fp8, fp8_blocks",
+        ),
         (dict(dtype=torch.int8), TypeError, "dtype: torch.int8; expected"),
         (dict(max_num_batched_tokens=0), ValueError, "max_num_batched_tokens: 0"),
         (

@@ -11,7 +11,7 @@ from test_w8a8_linear import FP8, HALF, INT8, case, check, function
 
 from octavo.kernels.launch import Recorder, launch, recording
 from octavo.kernels.quant import w8a8_few
-from octavo.kernels.quant.w8a8_few import FewTiles, choose_few, stages_of
+from octavo.kernels.quant.w8a8_few import FewTiles, choose_few, stages_for_two
 from octavo.kernels.tiles import KNOWN_DEVICES, cdiv, next_power_of_2
 
 H100 = KNOWN_DEVICES[90]
@@ -99,9 +99,9 @@ def few_in_python(args, tiles, out_dtype, width):
         (16, 100, 1024, "token", True, True, None, FewTiles(64, 32, 4, 2)),
         (7, 200, 640, "zero", True, False, None, FewTiles(16, 64, 2, 1)),
         (30, 96, 528, "zero", False, True, "silu_and_mul", FewTiles(32, 64, 3, 1)),
-        (64, 208, 1024, "tensor", True, False, "silu_and_mul", FewTiles(64, 128, 2, 1)),
+        (64, 208, 1024, "tensor", True, False, "silu_and_mul", FewTiles(64, 64, 2, 1)),
         (60, 112, 1168, "zero", True, True, "silu_and_mul", FewTiles(64, 64, 3, 3)),
-        (100, 70, 256, "token", True, True, None, FewTiles(128, 64, 4, 1)),
+        (100, 70, 256, "token", True, True, None, FewTiles(128, 64, 4, 2)),
     ],
 )
 def test_source_of_few(m, n, k, kind, bias, with_residual, activation, tiles, operand):
@@ -142,7 +142,7 @@ def test_source_of_many(m, n, k, bias, with_residual, activation, block_n, opera
 @pytest.mark.parametrize("inputs", [64, 4096, 8192, 14336, 28672])
 @pytest.mark.parametrize("outputs", [1, 1024, 4096, 6144, 8192, 28672, 57344])
 def test_tiles_of_few(inputs, outputs):
-    """All tokens fit; a program has room for two; parts have work and a multiprocessor each; powers of two decide."""
+    """All tokens and the barriers fit; parts have work and a multiprocessor each; powers of two decide."""
     for activated in (False, True):
         for tokens in range(1, 200):
             tiles = choose_few(tokens, outputs, inputs, H100, activated=activated)
@@ -150,17 +150,45 @@ def test_tiles_of_few(inputs, outputs):
             if tiles is None:
                 assert tokens > 64
                 continue
-            assert tokens <= tiles.tokens and tiles.outputs in (32, 64, 128)
+            assert tokens <= tiles.tokens and tiles.outputs in (32, 64)
             assert (tiles.outputs > 32) or (tiles.tokens == 64 and not activated)
-            assert 2 * (tiles.stages * (tiles.tokens + tiles.outputs) * 128 + 1024) < H100.shared_memory
+            programs = 1 if inputs % 8192 == 0 and tiles.outputs == 64 and tokens <= 64 else 2
+            assert programs * (tiles.stages * (tiles.tokens + tiles.outputs) * 128 + 1024) < H100.shared_memory
             assert tiles.stages >= 4
             assert tiles.parts == 1 or tiles.parts * cdiv(outputs, tiles.outputs) <= H100.num_sms
             assert tiles.parts == 1 or inputs * tiles.outputs / tiles.parts >= 2**18
+            assert tiles.parts != (1 if tokens > 64 else 2)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "inputs", "expected"),
+    [
+        (1, 6144, 4096, FewTiles(16, 64, 11, 1)),
+        (16, 4096, 14336, FewTiles(16, 64, 11, 1)),
+        (16, 8192, 8192, FewTiles(16, 64, 22, 1)),
+        (16, 8192, 28672, FewTiles(16, 64, 11, 1)),
+        (16, 1024, 14336, FewTiles(16, 64, 11, 3)),
+        (32, 28672, 4096, FewTiles(32, 64, 9, 1)),
+        (32, 57344, 8192, FewTiles(32, 64, 18, 1)),
+        (64, 4096, 14336, FewTiles(64, 32, 9, 1)),
+        (64, 8192, 8192, FewTiles(64, 32, 9, 1)),
+        (64, 28672, 4096, FewTiles(64, 64, 6, 1)),
+        (64, 57344, 8192, FewTiles(64, 64, 12, 1)),
+        (128, 4096, 14336, FewTiles(128, 64, 4, 2)),
+        (128, 4096, 4096, None),
+        (128, 8192, 28672, None),
+    ],
+)
+def test_tiles_that_were_fastest(tokens, outputs, inputs, expected):
+    """On an H100, among those that w8a8_few.py says; three parts are not measured."""
+    assert choose_few(tokens, outputs, inputs, H100, activated=False) == expected
 
 
 @pytest.mark.parametrize("operand", [INT8, FP8], ids=str)
 @pytest.mark.parametrize("m", [1, 16, 30, 64, 128, 200])
-@pytest.mark.parametrize(("n", "k"), [(4096, 14336), (6144, 4096), (57344, 1024), (576, 1536), (1040, 144)])
+@pytest.mark.parametrize(
+    ("n", "k"), [(4096, 14336), (6144, 4096), (9008, 8192), (57344, 1024), (576, 1536), (1040, 144)]
+)
 @pytest.mark.parametrize("marked", [pytest.param(None, marks=on_hopper)])
 def test_on_a_gpu(m, n, k, operand, marked):
     for kind in ("token", "zero", "tensor")[:: 1 if operand == INT8 else 2]:
@@ -178,13 +206,13 @@ def test_on_a_gpu(m, n, k, operand, marked):
 
 
 @pytest.mark.parametrize("operand", [INT8, FP8], ids=str)
-@pytest.mark.parametrize("tokens", [16, 32, 64, 128])
-@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize(("tokens", "parts"), [(16, 1), (16, 3), (32, 1), (32, 3), (64, 1), (64, 3), (128, 3)])
 @pytest.mark.parametrize("marked", [pytest.param(None, marks=on_hopper)])
 def test_every_tile_on_a_gpu(operand, tokens, parts, marked, monkeypatch):
-    sizes = (32, 64, 128) if tokens == 64 else (64,)
+    sizes = (32, 64) if tokens == 64 else (64,)
     for size in sizes:
-        tiles = FewTiles(tokens, size, stages_of(tokens, size, H100), parts)
+        stages = stages_for_two(tokens, size, H100) * (2 if parts == 1 and size == 64 else 1)
+        tiles = FewTiles(tokens, size, stages, parts)
         monkeypatch.setattr("octavo.kernels.quant.w8a8.choose_few", lambda *a, tiles=tiles, **options: tiles)
         args = case(operand, tokens - 3, 1000, 4096, device="cuda", bias=True)
         check(getattr(torch.ops.octavo, function(operand).__name__)(*args.values(), *_rest(operand)), args)

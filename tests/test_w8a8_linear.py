@@ -402,12 +402,16 @@ def launches(dtype):
         return torch.empty(shape, device="meta", dtype=dtype)
 
     few = [(m, n) for m in (7, 30, 64) for n in (1024, 8192)]
-    for m, n in (*few, (64, 57344), (128, 8192), (256, 1024), (256, 8192), (1024, 8192)):
-        for k, full in ((4096, False), (4112, True)):
+    for m, n in (*few, (64, 57344), (128, 4096), (128, 8192), (256, 1024), (256, 8192), (1024, 8192)):
+        for k, full in ((4096, False), (4112, True), (8192, False)):
             scales, bias = (empty(m, 1), empty(n)), empty(n, dtype=dtype) if full else None
             zero = (empty(m, 1, dtype=torch.int32), empty(n, dtype=torch.int32)) if full else (None, None)
             x, weight = empty(m, k, dtype=INT8), empty(n, k, dtype=INT8)
-            after = (empty(m, n // 2, dtype=dtype), "silu_and_mul") if full else (None, None)
+            after = None, None
+            if full:
+                after = empty(m, n // 2, dtype=dtype), "silu_and_mul"
+            elif k == 8192:
+                after = empty(m, n, dtype=dtype), None
             w8a8_linear._int8_int8_linear_cuda(x, weight, *scales, bias, *zero, dtype, *after)
             if full:
                 w8a8_linear._int8_int8_linear_cuda(x, weight, *scales, None, None, None, dtype, *after)
@@ -415,7 +419,7 @@ def launches(dtype):
                 continue
             x, weight = empty(m, k, dtype=FP8), empty(n, k, dtype=FP8)
             w8a8_linear._fp8_linear_cuda(x, weight, *scales, bias, dtype, True, *after)
-            if not full:
+            if k == 4096:
                 w8a8_linear._fp8_linear_cuda(x, weight, *scales, bias, dtype, False)
                 scales = empty(m, k // 128), empty(n // 128, k // 128)
                 w8a8_linear._fp8_linear_cuda(x, weight, *scales, bias, dtype, True)
@@ -430,7 +434,14 @@ def test_tiles_fit():
         return w8a8.choose_tiles(tokens, outputs, h100, **options | more)
 
     assert [chosen(16, n).split for n in (1024, 4096, 8192)] == [True, False, False]
-    many = {(256, 8192): 128, (256, 28672): 256, (256, 57344): 128, (1024, 8192): 256, (1024, 6144): 128}
+    many = {
+        (128, 28672): 128,
+        (256, 8192): 128,
+        (256, 28672): 256,
+        (256, 57344): 128,
+        (1024, 8192): 256,
+        (1024, 6144): 128,
+    }
     assert {shape: chosen(*shape).block_n for shape in many} == many
     assert all(chosen(*shape).gluon for shape in many)
     for tokens, outputs in ((300, 8192), (70, 57344), (1500, 6144)):  # as a warm-up at powers of two meets it

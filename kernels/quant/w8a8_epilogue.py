@@ -70,6 +70,12 @@ def finish(
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@gluon.constexpr_function
+def results_layout(rows, columns, turned):
+    """That of a warpgroup's results as they are written."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 32]) if turned else wide_layout(rows, columns)
+
+
 @gluon.jit
 def halves(acc):
     """The left and the right half of the columns."""
@@ -77,15 +83,49 @@ def halves(acc):
 
 
 @gluon.jit
-def finish_gluon(acc, first_m, first_n, epilogue, TURNED: gl.constexpr, ACTIVATED: gl.constexpr):
-    """`finish` for sums in the layout of Hopper's tensor cores, of one warpgroup.
+def _places(first_m, first_n, N, ROWS: gl.constexpr, COLS: gl.constexpr, layout: gl.constexpr, TURNED: gl.constexpr):
+    """Tokens, outputs and where they are in memory, of a tile of results with N outputs a token."""
+    rows = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), 1)
+    cols = gl.expand_dims(gl.arange(0, COLS, layout=gl.SliceLayout(0, layout)), 0)
+    if TURNED:
+        m, n = first_m + cols, first_n + rows
+    else:
+        m, n = first_m + rows, first_n + cols
+    return m, n, m.to(gl.int64) * N + n
+
+
+@gluon.jit
+def residual_of(
+    first_m, first_n, epilogue, ROWS: gl.constexpr, COLS: gl.constexpr, TURNED: gl.constexpr, ACTIVATED: gl.constexpr
+):  # fmt: skip
+    """What is added to the results of a warpgroup's `ROWS × COLS` sums; None where nothing is.
+
+    Kernels begin to read it ahead of the steps, so that nobody waits for it after the last.
+    """
+    _, M, N = epilogue[:3]
+    residual_ptr = epilogue[11]
+    HALF: gl.constexpr = 2 if ACTIVATED else 1
+    ROWS_LEFT: gl.constexpr = ROWS // HALF if TURNED else ROWS
+    COLS_LEFT: gl.constexpr = COLS if TURNED else COLS // HALF
+    layout: gl.constexpr = results_layout(ROWS_LEFT, COLS_LEFT, TURNED)
+    residual = None
+    if residual_ptr is not None:
+        N = N // HALF
+        m, n, at = _places(first_m, first_n // HALF, N, ROWS_LEFT, COLS_LEFT, layout, TURNED)
+        residual = gl.load(residual_ptr + at, mask=(m < M) & (n < N), other=0.0)
+    return residual
+
+
+@gluon.jit
+def finish_gluon(acc, residual, first_m, first_n, epilogue, TURNED: gl.constexpr, ACTIVATED: gl.constexpr):
+    """`finish` for sums in the layout of Hopper's tensor cores, of one warpgroup; residual: from `residual_of`.
 
     Tokens as rows are written 64 bytes of one by four lanes; outputs as rows from where they are, 16 bytes of a token
     by eight lanes: those are few, and would have to go through shared memory for more.
     """
     out_ptr, M, N = epilogue[0], epilogue[1], epilogue[2]
     x_scale_ptr, stride_x_scale, weight_scale_ptr, stride_weight_scale = epilogue[3:7]
-    x_zero_ptr, stride_x_zero, weight_sum_ptr, bias_ptr, residual_ptr = epilogue[7:]
+    x_zero_ptr, stride_x_zero, weight_sum_ptr, bias_ptr = epilogue[7:11]
     TOKENS: gl.constexpr = 1 if TURNED else 0  # dimensions of the tile
     OUTPUTS: gl.constexpr = 0 if TURNED else 1
     layout: gl.constexpr = acc.type.layout
@@ -104,15 +144,11 @@ def finish_gluon(acc, first_m, first_n, epilogue, TURNED: gl.constexpr, ACTIVATE
         y = _silu_and_mul(y, TURNED)
         first_n = first_n // 2
         N = N // 2
-    if residual_ptr is None:
+    if residual is None:
         y = y.to(out_ptr.dtype.element_ty)  # half as much to move from lane to lane
-    if not TURNED:
-        y = gl.convert_layout(y, wide_layout(y.shape[0], y.shape[1]))
-    last: gl.constexpr = y.type.layout
-    m = gl.expand_dims(first_m + gl.arange(0, y.shape[TOKENS], layout=gl.SliceLayout(OUTPUTS, last)), OUTPUTS)
-    n = gl.expand_dims(first_n + gl.arange(0, y.shape[OUTPUTS], layout=gl.SliceLayout(TOKENS, last)), TOKENS)
-    at = m.to(gl.int64) * N + n
-    mask = (m < M) & (n < N)
-    if residual_ptr is not None:
-        y += gl.load(residual_ptr + at, mask=mask, other=0.0).to(gl.float32)
-    gl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
+    last: gl.constexpr = results_layout(y.shape[0], y.shape[1], TURNED)
+    y = gl.convert_layout(y, last)
+    if residual is not None:
+        y += residual.to(gl.float32)
+    m, n, at = _places(first_m, first_n, N, y.shape[0], y.shape[1], last, TURNED)
+    gl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=(m < M) & (n < N))

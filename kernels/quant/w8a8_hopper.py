@@ -5,8 +5,8 @@ goes on to the next tile's operands while two warpgroups, 64 tokens each, write 
 products while those of the step before run, also with int32 sums, for which Triton's own pipeline waits at every step.
 
 It is not chained to the kernel before it: a program fills its multiprocessor, so that none starts early. Chained, with
-its first weights prefetched into the cache (L2), int8 took up to 21 % longer at 15 of 20 sizes on an H100, and up to 2 %
-less at the others.
+its first weights prefetched into the cache (L2), int8 took up to 21 % longer at 15 of 20 sizes on an H100, and at most
+2 % less at the others.
 """
 
 import torch
@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from octavo.kernels.launch import launch
 from octavo.kernels.quant.stream_k import tile_at
-from octavo.kernels.quant.w8a8_epilogue import finish_gluon, halves
+from octavo.kernels.quant.w8a8_epilogue import finish_gluon, halves, residual_of
 from octavo.kernels.quant.w8a8_loads import BLOCK_K, described
 from octavo.kernels.tiles import cdiv, device_properties
 
@@ -57,17 +57,32 @@ def _load(
 
 
 @gluon.jit
+def _finish(acc, residual, first_m, first_n, epilogue, ACTIVATED: gl.constexpr):
+    """Finishes both halves of sums, one after the other, so that nothing spills; residual: of the left half."""
+    HALF: gl.constexpr = acc.shape[1] // 2
+    left, right = halves(acc)
+    finish_gluon(left, residual, first_m, first_n, epilogue, False, ACTIVATED)
+    residual = residual_of(first_m, first_n + HALF, epilogue, acc.shape[0], HALF, False, ACTIVATED)
+    finish_gluon(right, residual, first_m, first_n + HALF, epilogue, False, ACTIVATED)
+
+
+@gluon.jit
 def _compute(
     group: gl.constexpr, epilogue, x, weight, full, empty, m_tiles, n_tiles, steps, BLOCK_M: gl.constexpr, BLOCK_N:
     gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, ACTIVATED: gl.constexpr,
 ):
     """What warpgroup number `group` does."""
     ROWS: gl.constexpr = BLOCK_M // 2
+    ADDED: gl.constexpr = epilogue[11] is not None  # a residual, of which registers have room for 64 columns at a time
     SUM: gl.constexpr = gl.int32 if x.dtype == gl.int8 else gl.float32
     WIDTH: gl.constexpr = 128 if x.dtype == gl.int8 else BLOCK_N  # of an instruction: Triton has no wider one for int8
     acc = gl.zeros([ROWS, BLOCK_N], SUM, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32]))
     i = 0
     for tile in range(gl.program_id(0), m_tiles * n_tiles, gl.num_programs(0)):
+        residual = None
+        if ADDED:
+            m, n = tile_at(tile, m_tiles, n_tiles, GROUP)
+            residual = residual_of(m * BLOCK_M + group * ROWS, n * BLOCK_N, epilogue, ROWS, 64, False, ACTIVATED)
         for step in range(steps):
             stage, before = i % STAGES, (i + STAGES - 1) % STAGES
             mbarrier.wait(full.index(stage), i // STAGES & 1)
@@ -80,9 +95,13 @@ def _compute(
         mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
         m, n = tile_at(tile, m_tiles, n_tiles, GROUP)
         first_m, first_n = m * BLOCK_M + group * ROWS, n * BLOCK_N
-        left, right = halves(acc)  # one after the other, so that nothing spills
-        finish_gluon(left, first_m, first_n, epilogue, False, ACTIVATED)
-        finish_gluon(right, first_m, first_n + left.shape[1], epilogue, False, ACTIVATED)
+        if not ADDED or BLOCK_N == 128:
+            _finish(acc, residual, first_m, first_n, epilogue, ACTIVATED)
+        else:
+            left, right = halves(acc)
+            _finish(left, residual, first_m, first_n, epilogue, ACTIVATED)
+            residual = residual_of(first_m, first_n + BLOCK_N // 2, epilogue, ROWS, 64, False, ACTIVATED)
+            _finish(right, residual, first_m, first_n + BLOCK_N // 2, epilogue, ACTIVATED)
 
 
 @gluon.jit(do_not_specialize=["M", "stride_x_scale", "m_tiles"])

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from octavo.engine.checkpoint import open_checkpoint
@@ -35,8 +36,8 @@ def test_every_tensor(folder):
     assert read.keys() == expected.keys()
     for name, weight in read.items():
         assert weight.dtype == torch.bfloat16 and torch.equal(weight, expected[name]), name
-    data = sum(t.numel() * 2 for t in expected.values())
-    assert data < checkpoint.num_bytes < 2 * data  # shards this small are a third header
+    assert checkpoint.num_bytes == sum(t.numel() * 2 for t in expected.values())
+    assert {name: at.shape for name, at in checkpoint.index.items()} == {n: t.shape for n, t in expected.items()}
     assert checkpoint.config.dtype == torch.bfloat16 and checkpoint.notes == []
 
 
@@ -100,12 +101,53 @@ def test_a_broken_index_is_named(shards, content):
         open_checkpoint(path)
 
 
-def test_pickles_are_refused(tmp_path):
+@pytest.fixture(params=["one pickle", "pickled shards"])
+def pickled(request, folder):
+    """A folder with the same weights, pickled; only the library's older versions write them."""
+    path, expected = folder
+    for file in path.glob("model*safetensors*"):
+        file.unlink()
+    if request.param == "one pickle":
+        torch.save(expected, path / "pytorch_model.bin")
+    else:
+        names = sorted(expected)
+        parts = {"pytorch_model-1.bin": names[::2], "pytorch_model-2.bin": names[1::2]}
+        for file, of in parts.items():
+            torch.save({name: expected[name].clone() for name in of}, path / file)
+        index = {"weight_map": {name: file for file, of in parts.items() for name in of}}
+        (path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return path, expected
+
+
+def test_pickles_are_read_where_they_are_asked_for(pickled):
+    path, expected = pickled
+    with pytest.raises(ValueError, match=r"pickled weights only \(pytorch_model.*save_pretrained.*--allow-pickle"):
+        open_checkpoint(path)
+    checkpoint = open_checkpoint(path, allow_pickle=True)
+    read = dict(checkpoint.tensors())
+    assert read.keys() == expected.keys() == checkpoint.index.keys()
+    assert all(torch.equal(read[name], expected[name]) for name in read)
+
+
+def test_safetensors_go_before_pickles(tmp_path):
     tiny().save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pickled weights only \(pytorch_model\.bin\).*save_pretrained"):
-        open_checkpoint(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not even a pickle")
+    assert dict(open_checkpoint(tmp_path, allow_pickle=True).tensors())
+
+
+def test_a_dtype_that_no_format_explains_is_refused(tmp_path):
+    """Codes without a quantization_config are no weights."""
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    for dtype in (torch.float8_e4m3fn, torch.int8):
+        weights = {n: t.clone() for n, t in model.state_dict().items()}
+        weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(48, 32).to(dtype)
+        save_file(weights, tmp_path / "model.safetensors")
+        with pytest.raises(
+            ValueError, match=r"model\.safetensors: model\.layers\.1\.mlp\.up_proj\.weight: dtype"
+        ) as error:
+            open_checkpoint(tmp_path)
+        assert "supported: bfloat16" in str(error.value)
 
 
 def test_a_folder_without_weights(tmp_path):

@@ -1,11 +1,17 @@
 """The command as a user types it: text on stdout, the rest on stderr, exit code 2 and one line for a mistake."""
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
+from rich.console import Console
+from rich.text import Text
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import octavo
@@ -24,6 +30,32 @@ def test_generate_answers_from_the_real_model():
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout and "tokens/s" not in done.stdout
     assert "tokens/s" in done.stderr.splitlines()[-1]
+
+
+def test_a_terminal_is_told_what_loading_took(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(cli, "console", Console(file=out, force_terminal=True, highlight=False, width=200))
+    llm = cli._load("smollm2", "cpu", cli.DType.auto, allow_pickle=False)
+    text = Text.from_ansi(out.getvalue()).plain
+    assert "loading smollm2" in text and "B/s" in text, "the bar"
+    assert re.search(
+        r"loaded 0\.\d\d GB in \d+\.\d\d s \(\d+\.\d\d GB/s\), with at most \d+\.\d\d GB of the host", text
+    )
+    assert llm.load_report.num_bytes < llm.load_report.host_peak and llm.load_report.device_peak is None
+
+
+def test_pickles_only_where_they_are_asked_for(tmp_path):
+    from tiny_models import save_tiny_llama
+
+    save_tiny_llama(tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    command = ["generate", "w5 w6", "--model", str(tmp_path), "--device", "cpu", "--max-tokens", "3"]
+    refused = run(*command)
+    assert refused.returncode == 2 and "--allow-pickle" in refused.stderr and not refused.stdout
+    done = run(*command, "--allow-pickle")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"(w\d+ ?){3}", done.stdout.strip())
 
 
 def test_chat_answers_each_line_and_ends_with_its_input():

@@ -132,7 +132,9 @@ def test_other_types_are_dequantised_and_the_user_told(tmp_path):
         assert weight.dtype == checkpoint.config.dtype == torch.float16
         assert torch.equal(weight, expected[f"model.{name}.weight"].half())
     (note,) = checkpoint.notes
-    assert "float16: 2 of type Q4_K, 1 of type Q5_0 (of 21 tensors)" in note
+    assert "2 of type Q4_K, 1 of type Q5_0 (of 21 tensors)" in note
+    for name, weight in checkpoint.tensors(dtype=torch.float32):
+        assert torch.equal(dense(weight), expected[name]), f"{name}: in fp32 exactly what the gguf package makes of it"
 
 
 def test_dequantising_in_pieces(tmp_path, monkeypatch):
@@ -253,8 +255,8 @@ def test_unknown_types_are_named(tmp_path):
         open_checkpoint(tmp_path / "m.gguf")
     content[at] = Type.I16  # known, as large as F16, and no format of weights
     (tmp_path / "m.gguf").write_bytes(content)
-    with pytest.raises(ValueError, match=r"m\.gguf: blk\.0\.attn_v\.weight: .*I16"):
-        list(open_checkpoint(tmp_path / "m.gguf").tensors())
+    with pytest.raises(ValueError, match=r"m\.gguf: blk\.0\.attn_v\.weight: type I16; supported: F32, .*Q4_K"):
+        open_checkpoint(tmp_path / "m.gguf")
 
 
 def test_broken_scales_are_refused(tmp_path):
@@ -262,7 +264,21 @@ def test_broken_scales_are_refused(tmp_path):
     blocks[3, 1, :2] = np.array([9000], np.float16).view(np.uint8)  # −8 · 9000 is beyond fp16
     raw = torch.from_numpy(blocks.reshape(len(blocks), -1))
     with pytest.raises(ValueError, match="scale"):
-        gguf_file._decode(raw, "Q4_0")
+        gguf_file._blocks(raw, "Q4_0")
+
+
+def test_broken_scales_of_k_quants_are_refused(tmp_path):
+    write_gguf(tmp_path / "m.gguf", overrides={"blk.0.ffn_down.weight": Type.Q4_K})
+    content = bytearray((tmp_path / "m.gguf").read_bytes())
+    tensor = next(t for t in open_checkpoint(tmp_path / "m.gguf").table.values() if t.type == Type.Q4_K)
+    content[tensor.start : tensor.start + 2] = np.array([60000], np.float16).tobytes()
+    (tmp_path / "m.gguf").write_bytes(content)
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    with pytest.raises(
+        ValueError, match=r"m\.gguf: blk\.0\.ffn_down\.weight: dequantised it holds what float16 does not"
+    ):
+        list(checkpoint.tensors(dtype=torch.float16))
+    assert dict(checkpoint.tensors(dtype=torch.float32))["model.layers.0.mlp.down_proj.weight"].abs().max() > 65504
 
 
 def test_heads_that_do_not_fit_are_named(tmp_path):

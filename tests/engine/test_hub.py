@@ -2,6 +2,7 @@ import importlib.util
 import sys
 
 import huggingface_hub
+import huggingface_hub.errors
 import pytest
 
 from octavo.engine import hub
@@ -92,6 +93,23 @@ def test_a_repository_without_safetensors(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"no safetensors.*org/name:<file>\.gguf"):
         resolve("org/name")
+
+
+def test_pickles_are_fetched_where_they_are_asked_for(tmp_path, monkeypatch):
+    def download(repository, allow_patterns, ignore_patterns):
+        files = ["config.json", "pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json", "training_args.bin"]
+        for name in huggingface_hub.utils.filter_repo_objects(
+            files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
+            (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(FileNotFoundError, match="--allow-pickle"):
+        resolve("org/name")
+    assert not list(tmp_path.glob("*.bin"))
+    assert resolve("org/name", allow_pickle=True) == tmp_path
+    assert [p.name for p in tmp_path.glob("*.bin")] == ["pytorch_model-00001-of-00001.bin"]
 
 
 def test_a_file_of_a_repository(tmp_path, monkeypatch):

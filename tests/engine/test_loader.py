@@ -1,14 +1,15 @@
 """A checkpoint that does not fit its configuration is refused by name."""
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import octavo
-from octavo.engine.checkpoint import Int4Weight, Int8Weight
+from octavo.engine.checkpoint import Entry, Int4Weight, Int8Weight
 from octavo.engine.config import ModelConfig
-from octavo.engine.layers import DenseLinear, Int4Linear, Int8Linear, SplitLinear, embed, make_linear
+from octavo.engine.layers import DenseLinear, Int4Linear, Int8Linear, SplitLinear, embed, make_linear, weight_shape
 from octavo.engine.loader import _expected_shapes, load_model
 
 CPU, F32 = torch.device("cpu"), torch.float32
@@ -41,9 +42,17 @@ class Made:
     config: ModelConfig = CONFIG
     notes: list = field(default_factory=list)
     num_bytes: int = 0
+    path: Path = Path("made-up")
+    read: list = field(default_factory=list)
 
-    def tensors(self):
-        yield from self.weights.items()
+    @property
+    def index(self):
+        return {name: Entry(self.path / "file", weight_shape(weight)) for name, weight in self.weights.items()}
+
+    def tensors(self, device, dtype, progress):
+        for name, weight in self.weights.items():
+            self.read.append(name)
+            yield name, weight
 
 
 def weights(config=CONFIG):
@@ -62,28 +71,36 @@ def test_any_order_of_tensors_gives_the_same_model():
     assert torch.equal(forwards.layers[1].qkv.weight, torch.cat([q, k, v]))
 
 
-def test_progress_counts_every_byte():
-    made, seen = weights(), []
-    load_model(Made(made), CPU, F32, 64, seen.append)
-    assert sum(seen) == sum(w.numel() * 4 for w in made.values())
+def assert_refused(made, message):
+    """With that error, and before any tensor is read."""
+    checkpoint = Made(made)
+    with pytest.raises(ValueError, match=message):
+        load(checkpoint)
+    assert not checkpoint.read
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.self_attn.k_proj.weight", "lm_head.weight"])
 def test_missing_tensor(name):
     made = weights()
     del made[name]
-    with pytest.raises(ValueError, match=f"{name}: missing"):
-        load(Made(made))
+    assert_refused(made, rf"made-up: {name}: missing from the checkpoint$")
+
+
+def test_missing_tensors_are_counted():
+    made = {name: weight for name, weight in weights().items() if ".layers.1." not in name}
+    assert_refused(
+        made, r"made-up: model\.layers\.1\.input_layernorm\.weight: missing from the checkpoint \(and 8 more\)"
+    )
 
 
 def test_unexpected_tensor():
-    with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj.bias: unexpected"):
-        load(Made({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)} | weights()))
+    made = weights() | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}
+    assert_refused(made, r"made-up/file: model\.layers\.0\.self_attn\.q_proj\.bias: unexpected")
 
 
 def test_wrong_shape():
-    with pytest.raises(ValueError, match=r"model.layers.0.mlp.up_proj.weight: shape \(64, 31\).* says \(64, 32\)"):
-        load(Made(weights() | {"model.layers.0.mlp.up_proj.weight": torch.zeros(64, 31)}))
+    made = weights() | {"model.layers.0.mlp.up_proj.weight": torch.zeros(64, 31)}
+    assert_refused(made, r"made-up/file: model\.layers\.0\.mlp\.up_proj\.weight: shape \(64, 31\).* says \(64, 32\)")
 
 
 def test_a_tied_head_stored_twice_is_ignored():

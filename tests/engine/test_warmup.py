@@ -47,6 +47,43 @@ def test_every_step_is_covered():
     assert run.returncode == 0 and "covered" in run.stdout, run.stderr[-3000:]
 
 
+W8A8 = """
+import torch, octavo
+from octavo.engine.checkpoint import Activations
+from octavo.engine.layers import W8A8Linear
+from octavo.kernels.tiles import KNOWN_DEVICES
+from octavo.kernels.launch import launch_key
+from octavo.kernels.warmup import _launches
+
+def keys(calls):
+    return {
+        launch_key(k.kernel, 0, k.args, k.constexprs, k.num_warps, k.num_stages)
+        for k in _launches(calls, KNOWN_DEVICES[90])
+    }
+
+config = dict(hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=2)
+dense = keys(octavo.model_calls(config, max_num_batched_tokens=256))
+for weights, dtype, granularity, scale in (
+    ("int8_int8", torch.int8, "token", (2048,)),
+    ("fp8", torch.float8_e4m3fn, "token", (2048,)),
+    ("fp8_blocks", torch.float8_e4m3fn, "group", (16, 4)),
+):
+    warm = keys(octavo.model_calls(config, weights=weights, max_num_batched_tokens=256))
+    weight, scale = torch.empty(2048, 512, dtype=dtype, device="meta"), torch.empty(scale, device="meta")
+    layer = W8A8Linear(weight, scale, None, Activations(granularity))
+    for tokens in (1, 7, 50, 100, 255):
+        called = keys([lambda: layer(torch.empty(tokens, 512, dtype=torch.bfloat16, device="meta"))])
+        assert len(called) == 2 and called <= warm and not called & dense, (weights, tokens, called - warm)
+print("covered")
+"""
+
+
+def test_w8a8_layers_are_covered_by_model_calls():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", W8A8], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0 and "covered" in run.stdout, run.stderr[-3000:]
+
+
 def test_a_cpu_has_nothing_to_compile():
     llm = LLM("smollm2", device="cpu")
     with pytest.raises(ValueError, match="device: cpu; only a GPU's kernels are compiled"):

@@ -1,0 +1,161 @@
+"""Quantising one layer, half by half: each linear layer sees in calibration what those before it have become."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from octavo.engine.checkpoint import Weight
+from octavo.engine.layers import Linear, dequantize, make_linear
+from octavo.engine.packed_formats import packed_format
+from octavo.engine.quantize.forward import HALVES, Forward, Half, HalfWeights, Stream
+from octavo.engine.quantize.gptq import gptq
+from octavo.engine.quantize.rounding import round_to_nearest, stored
+from octavo.engine.quantize.settings import BLOCK, Settings
+from octavo.engine.quantize.smooth import Largest, balance
+
+Tensors = dict[str, torch.Tensor]
+
+
+class LayerQuantizer:
+    """Quantises layers of one model.
+
+    Args:
+        settings: how.
+        forward: the model's computation.
+        stored_dtype: of what stays dense, and of int4's scales.
+        dtype: of the computation in calibration.
+    """
+
+    def __init__(self, settings: Settings, forward: Forward, stored_dtype: torch.dtype, dtype: torch.dtype) -> None:
+        self.settings, self.forward = settings, forward
+        self.stored_dtype, self.dtype, self.device = stored_dtype, dtype, forward.device
+        self.format, _ = packed_format(settings.quantization_config())
+
+    def quantize(
+        self, name: str, weights: dict[str, Weight], calibration: Stream | None, progress: Callable[[str], None]
+    ) -> tuple[Tensors, list[dict[str, Any]]]:
+        """Quantises a layer and moves the calibration's hidden states past it.
+
+        Args:
+            name: the layer's, "model.layers.0".
+            weights: the layer's, by full names.
+            calibration: the hidden states before it, or None for settings that need none.
+            progress: called with the name of what is at work.
+
+        Returns:
+            The tensors to be stored, by full names on the CPU, and a row of the report for each weight.
+
+        Raises:
+            ValueError: weights or inputs that are not finite; it names the layer.
+        """
+        tensors: Tensors = {
+            key: dequantize(weight, torch.device("cpu")).to(self.stored_dtype)
+            for key, weight in weights.items()
+            if key.endswith((".bias", "layernorm.weight"))
+        }
+        rows: list[dict[str, Any]] = []
+        for half in HALVES:
+            rows += self._quantize_half(name, half, weights, tensors, calibration, progress)
+        return tensors, rows
+
+    def halves(self, name: str, tensors: Tensors) -> tuple[HalfWeights, ...]:
+        """A quantised layer as it is calibrated on: dense, and its activations as they are."""
+        return tuple(self._dense_half(name, half, tensors) for half in HALVES)
+
+    def _quantize_half(
+        self,
+        name: str,
+        half: Half,
+        weights: dict[str, Weight],
+        tensors: Tensors,
+        calibration: Stream | None,
+        progress: Callable[[str], None],
+    ) -> list[dict[str, Any]]:
+        """Adds a half's tensors to `tensors`; returns their rows of the report."""
+        forward, at = self.forward, f"{name}.{half.norm}.weight"
+        first, last = [f"{name}.{module}" for module in half.first], f"{name}.{half.last}"
+        progress(first[0])
+        values = [self._values(module, weights) for module in first]
+        norm = tensors[at].to(self.device)
+        if self.settings.scheme == "int8" and calibration is not None:
+            largest = Largest(values[0].shape[1], self.device)
+            for hidden in calibration:
+                largest.add(forward.first_inputs(hidden, norm.to(self.dtype)))
+            norm, values = balance(norm, values, largest.value, self.settings.smooth)
+            tensors[at] = norm.cpu()
+        norm = norm.to(self.dtype)
+        hessian = self._hessian(calibration, lambda hidden: forward.first_inputs(hidden, norm))
+        rows = self._round(first, values, hessian, tensors)
+        progress(last)
+        linear = self._dense_linear(first, tensors)
+        hessian = self._hessian(
+            calibration, lambda hidden: forward.last_inputs(half, linear(forward.first_inputs(hidden, norm)))
+        )
+        rows += self._round([last], [self._values(last, weights)], hessian, tensors)
+        if calibration is not None:
+            calibration.advance(partial(forward.half, half, self._dense_half(name, half, tensors)))
+        return rows
+
+    def _values(self, module: str, weights: dict[str, Weight]) -> torch.Tensor:
+        """`[N, K]`, fp32, on the device."""
+        values = dequantize(weights[f"{module}.weight"], self.device)
+        if not values.isfinite().all():
+            raise ValueError(f"{module}.weight: has values that are not finite")
+        return values
+
+    def _hessian(
+        self, calibration: Stream | None, inputs: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor | None:
+        if calibration is None or not self.settings.uses_gptq:
+            return None
+        total: torch.Tensor | None = None
+        for hidden in calibration:
+            x = inputs(hidden).float()
+            total = torch.zeros(x.shape[1], x.shape[1], device=self.device) if total is None else total
+            total.addmm_(x.t(), x)
+        return total
+
+    def _round(
+        self, modules: list[str], values: list[torch.Tensor], hessian: torch.Tensor | None, tensors: Tensors
+    ) -> list[dict[str, Any]]:
+        """Quantises layers that have the same inputs."""
+        s = self.settings
+        weight = torch.cat(values)
+        if hessian is None:
+            q, scale = round_to_nearest(weight, s, self.stored_dtype)
+        else:
+            try:
+                q, scale = gptq(weight, hessian, s.group_size, s.act_order, s.damp, self.stored_dtype)
+            except ValueError as reason:
+                raise ValueError(f"{modules[0]}: {reason}") from None
+        rows, sizes = [], [len(w) for w in values]
+        scales = scale.split([n // BLOCK for n in sizes] if s.scheme == "fp8-block" else sizes)
+        for module, w, codes, of in zip(modules, values, q.split(sizes), scales, strict=True):
+            parts = stored(codes, of, s)
+            tensors |= {f"{module}.{suffix}": part for suffix, part in parts.items()}
+            error = dequantize(self.format.weight(module, parts), self.device) - w
+            row = {"name": f"{module}.weight", "error": (error.norm() / w.norm()).item()}
+            if hessian is not None:
+                row["output_error"] = (_energy(error, hessian) / _energy(w, hessian)) ** 0.5
+            rows.append(row)
+        return rows
+
+    def _weight(self, module: str, tensors: Tensors) -> Weight:
+        suffixes = self.format.required
+        return self.format.weight(module, {suffix: tensors[f"{module}.{suffix}"] for suffix in suffixes})
+
+    def _dense_linear(self, modules: list[str], tensors: Tensors) -> Linear:
+        weights: list[Weight] = [dequantize(self._weight(m, tensors), self.device) for m in modules]
+        return make_linear(weights, [tensors.get(f"{m}.bias") for m in modules], self.device, self.dtype)
+
+    def _dense_half(self, name: str, half: Half, tensors: Tensors) -> HalfWeights:
+        norm = tensors[f"{name}.{half.norm}.weight"].to(self.device, self.dtype)
+        first = self._dense_linear([f"{name}.{module}" for module in half.first], tensors)
+        return HalfWeights(norm, first, self._dense_linear([f"{name}.{half.last}"], tensors))
+
+
+def _energy(change: torch.Tensor, hessian: torch.Tensor) -> float:
+    """The sum of squares of the outputs that a weight makes of the inputs behind a Hessian."""
+    return ((change @ hessian) * change).sum().clamp(min=torch.finfo(torch.float32).tiny).item()

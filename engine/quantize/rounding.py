@@ -1,0 +1,71 @@
+"""Round to nearest: scales from the weights alone, codes, and both as compressed-tensors lays them out.
+
+    scale = max(|w|) / limit,    q = round(w / scale)    limit = 7.5 (int4), 127 (int8), 448 (e4m3)
+
+with int4 from -8 to 7; its scale is the best, by squared error, of that one and smaller ones that cut off the largest
+weights. q is found with the scale as it is stored, so that its rounding costs nothing.
+"""
+
+import torch
+
+from octavo.engine.quantize.settings import BLOCK, Settings
+
+SHRINK = tuple(1 - step / 20 for step in range(7))
+"""Parts of the scale that fits the largest weight which int4 tries: 1, 0.95, … 0.7."""
+
+
+def int4_scale(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Scales `[N, …, 1]` in `dtype` of groups `[N, …, group_size]`, fp32."""
+    widest = (weight.abs().amax(-1, keepdim=True) / 7.5).clamp(min=2 * torch.finfo(dtype).tiny)
+    scales = torch.stack([(widest * part).to(dtype) for part in SHRINK])
+    errors = [int4_round(weight, s).mul_(s.float()).sub_(weight).square_().sum(-1, keepdim=True) for s in scales]
+    return scales.gather(0, torch.stack(errors).argmin(0, keepdim=True)).squeeze(0)
+
+
+def int4_round(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Codes from -8 to 7, in fp32."""
+    return (weight / scale.float()).round_().clamp_(-8, 7)
+
+
+def round_to_nearest(weight: torch.Tensor, settings: Settings, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of a weight.
+
+    Args:
+        weight: `[N, K]`, fp32.
+        settings: the scheme.
+        dtype: of int4's scales; those of the other schemes are fp32.
+
+    Returns:
+        codes `[N, K]`, int8 or float8_e4m3fn, and scales: `[N, K / group_size]`, `[N, 1]`, or by blocks
+        `[N / 128, K / 128]`.
+    """
+    if settings.scheme == "int4":
+        groups = weight.unflatten(1, (-1, settings.group_size))
+        scale = int4_scale(groups, dtype)
+        return int4_round(groups, scale).flatten(1).to(torch.int8), scale.squeeze(-1)
+    limit = 127.0 if settings.scheme == "int8" else 448.0
+    if settings.scheme == "fp8-block":
+        tiles = weight.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))  # [N / 128, 128, K / 128, 128]
+        scale = _positive(tiles.abs().amax((1, 3)) / limit)
+        q = (tiles / scale[:, None, :, None]).flatten(2).flatten(0, 1)
+    else:
+        scale = _positive(weight.abs().amax(1, keepdim=True) / limit)
+        q = weight / scale
+    q = q.clamp_(-limit, limit)
+    return (q.round_().to(torch.int8) if settings.scheme == "int8" else q.to(torch.float8_e4m3fn)), scale
+
+
+def _positive(scale: torch.Tensor) -> torch.Tensor:
+    return scale.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def stored(q: torch.Tensor, scale: torch.Tensor, settings: Settings) -> dict[str, torch.Tensor]:
+    """The tensors of a layer by suffix, on the CPU; int4 has eight codes, plus 8, a word, from the lowest bits."""
+    scale = scale.cpu().contiguous()
+    if settings.scheme != "int4":
+        return {"weight": q.cpu().contiguous(), "weight_scale": scale}
+    codes = (q.to(torch.int32) + 8).unflatten(1, (-1, 8))
+    words = torch.zeros_like(codes[..., 0])
+    for i in range(8):
+        words |= codes[..., i] << 4 * i
+    return {"weight_packed": words.cpu(), "weight_scale": scale, "weight_shape": torch.tensor(q.shape)}

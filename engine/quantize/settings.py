@@ -1,0 +1,138 @@
+"""What `octavo quantize` is asked for, and the `quantization_config` that says so to whoever loads the result."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from octavo.engine.config import ModelConfig
+
+SCHEMES = ("int4", "int8", "fp8", "fp8-block")
+METHODS = ("gptq", "rtn")
+GROUP_SIZES = (32, 64, 128)
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the linear layers are quantised; embedding, norms and head stay as they are.
+
+    Args:
+        scheme: "int4", weights alone, symmetric, a scale for `group_size` inputs; "int8", a scale an output, and the
+            layer's inputs quantised too, by token (W8A8); "fp8", the same in e4m3; "fp8-block", with a scale for 128 by
+            128 weights and for 128 inputs of a token.
+        method: of int4, "gptq" (Frantar et al. 2022, https://arxiv.org/abs/2210.17323: the error of each input's
+            weights is made up for in those that follow, by calibration) or "rtn", round to nearest, without it.
+        group_size: of int4, 32, 64 or 128: a divisor of every layer's inputs.
+        act_order: of GPTQ, whether inputs are taken in the order of their size (groups stay as they lie, so that the
+            layers cost the same; compressed-tensors calls it actorder "weight").
+        damp: of GPTQ, what is added to the Hessian's diagonal, in parts of its mean.
+        smooth: of int8, SmoothQuant's alpha (Xiao et al. 2022, https://arxiv.org/abs/2211.10438), by which large inputs
+            of the layers behind a norm are balanced with their weights; 0 does without, and without calibration.
+        calibration_tokens: of the calibration text at most.
+        sequence_length: tokens of it that see each other.
+
+    Raises:
+        ValueError: a value that is not accepted.
+    """
+
+    scheme: str
+    method: str = "gptq"
+    group_size: int = 128
+    act_order: bool = True
+    damp: float = 0.01
+    smooth: float = 0.5
+    calibration_tokens: int = 128 * 2048
+    sequence_length: int = 2048
+
+    def __post_init__(self) -> None:
+        for name, supported in (("scheme", SCHEMES), ("method", METHODS), ("group_size", GROUP_SIZES)):
+            if getattr(self, name) not in supported:
+                raise ValueError(
+                    f"{name}: {getattr(self, name)!r}; expected one of {', '.join(str(s) for s in supported)}"
+                )
+        if not 0 < self.damp <= 1:
+            raise ValueError(f"damp: {self.damp}; expected more than 0 and at most 1")
+        if not 0 <= self.smooth < 1:
+            raise ValueError(f"smooth: {self.smooth}; expected 0 (off) or less than 1; 0.5 is usual")
+        for name in ("calibration_tokens", "sequence_length"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name}: {getattr(self, name)}; expected at least 2")
+
+    @property
+    def uses_gptq(self) -> bool:
+        return self.scheme == "int4" and self.method == "gptq"
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the result depends on a calibration text."""
+        return self.uses_gptq or (self.scheme == "int8" and self.smooth > 0)
+
+    def effective(self) -> dict[str, Any]:
+        """What has a say in the result."""
+        names = {"scheme"}
+        if self.scheme == "int4":
+            names |= {"method", "group_size"}
+        if self.uses_gptq:
+            names |= {"act_order", "damp"}
+        if self.scheme == "int8":
+            names |= {"smooth"}
+        if self.calibrates:
+            names |= {"calibration_tokens", "sequence_length"}
+        return {name: value for name, value in asdict(self).items() if name in names}
+
+    def check(self, config: ModelConfig) -> None:
+        """Looks at every linear layer's shape before any work is done.
+
+        Raises:
+            ValueError: a shape that the scheme does not fit; it names the tensor, and what would fit.
+        """
+        c = config
+        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        shapes = {
+            "self_attn.q_proj": (q, c.hidden_size),
+            "self_attn.k_proj": (kv, c.hidden_size),
+            "self_attn.v_proj": (kv, c.hidden_size),
+            "self_attn.o_proj": (c.hidden_size, q),
+            "mlp.gate_proj": (c.intermediate_size, c.hidden_size),
+            "mlp.up_proj": (c.intermediate_size, c.hidden_size),
+            "mlp.down_proj": (c.hidden_size, c.intermediate_size),
+        }
+        for name, (n, k) in shapes.items():
+            at = f"model.layers.0.{name}.weight"
+            if self.scheme == "int4" and k % self.group_size:
+                fitting = [str(g) for g in GROUP_SIZES if not any(inputs % g for _, inputs in shapes.values())]
+                advice = f"choose {' or '.join(fitting)}" if fitting else "no group size fits this model: choose int8"
+                raise ValueError(f"group_size: {self.group_size} does not divide the {k} inputs of {at}: {advice}")
+            if self.scheme == "fp8-block" and (k % BLOCK or n % BLOCK):
+                raise ValueError(
+                    f"scheme: fp8-block, but {at} has {n} outputs and {k} inputs, no multiples of {BLOCK}: choose fp8, "
+                    "whose scales are by output"
+                )
+            if k % 32:
+                raise ValueError(f"{at}: {k} inputs; expected a multiple of 32")
+
+    def quantization_config(self) -> dict[str, Any]:
+        """config.json's entry, in compressed-tensors' terms."""
+        bits, kind = (4 if self.scheme == "int4" else 8), ("float" if self.scheme.startswith("fp8") else "int")
+        weights: dict[str, Any] = dict(num_bits=bits, type=kind, symmetric=True, dynamic=False)
+        inputs: dict[str, Any] = dict(num_bits=8, type=kind, symmetric=True, dynamic=True)
+        if self.scheme == "int4":
+            weights |= dict(strategy="group", group_size=self.group_size)
+            if self.uses_gptq and self.act_order:
+                weights["actorder"] = "weight"
+        elif self.scheme == "fp8-block":
+            weights |= dict(strategy="block", block_structure=[BLOCK, BLOCK])
+            inputs |= dict(strategy="group", group_size=BLOCK)
+        else:
+            weights |= dict(strategy="channel")
+            inputs |= dict(strategy="token")
+        form = {"int4": "pack-quantized", "int8": "int-quantized"}.get(self.scheme, "float-quantized")
+        group: dict[str, Any] = dict(targets=["Linear"], weights=weights, format=form)
+        group["input_activations"] = None if self.scheme == "int4" else inputs
+        return dict(
+            quant_method="compressed-tensors",
+            quantization_status="compressed",
+            format=form,
+            config_groups={"group_0": group},
+            ignore=["lm_head"],
+            kv_cache_scheme=None,
+        )

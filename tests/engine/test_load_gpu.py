@@ -1,0 +1,50 @@
+"""Weights that are read to a GPU, and taken apart there, are those that a CPU reads; bit for bit."""
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from quantised_models import FORMATS, GGUF_KINDS, save_gguf, save_quantised
+
+from octavo.engine import LLM, SamplingParams, tensor_files
+from octavo.engine.checkpoint import open_checkpoint
+
+pytestmark = pytest.mark.gpu
+NAMES = [*FORMATS, *(f"GGUF {kind.name}" for kind in GGUF_KINDS)]
+
+
+def fields(weight):
+    return {"weight": weight} if isinstance(weight, torch.Tensor) else vars(weight)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def path(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    if request.param.startswith("GGUF"):
+        save_gguf(folder / "m.gguf", Type[request.param.split()[1]])
+        return folder / "m.gguf"
+    save_quantised(folder, request.param)
+    return folder
+
+
+@pytest.mark.parametrize("piece", [1000, 64 << 20])
+def test_the_same_bits(path, piece, monkeypatch):
+    monkeypatch.setattr(tensor_files, "PIECE", piece)
+    checkpoint = open_checkpoint(path)
+    here = dict(checkpoint.tensors(dtype=torch.float16))
+    there = dict(checkpoint.tensors(torch.device("cuda"), torch.float16))
+    assert here.keys() == there.keys()
+    for name in here:
+        for field, value in fields(here[name]).items():
+            other = fields(there[name])[field]
+            if not isinstance(value, torch.Tensor):
+                assert other == value
+                continue
+            assert other.is_cuda and other.dtype == value.dtype, (name, field)
+            assert torch.equal(other.cpu().view(torch.uint8), value.contiguous().view(torch.uint8)), (name, field)
+
+
+def test_it_generates(path):
+    llm = LLM(str(path), device="cuda", dtype=torch.float16, warmup=False)
+    assert llm.load_report.device_peak > 0
+    (completion,) = llm.generate([[3, 4, 5]], SamplingParams(max_tokens=4, temperature=0))
+    assert len(completion.token_ids) == 4
