@@ -2,9 +2,7 @@
 
 import torch
 
-from octavo.reference.epilogue import PAIRED as PAIRED
 from octavo.reference.epilogue import finished
-from octavo.reference.epilogue import interleave_gate_up as interleave_gate_up
 from octavo.reference.quant import dequantize_int4
 
 BLOCK = 128

@@ -78,9 +78,8 @@ def finish(
         N = N // 2
     OUTPUTS: gl.constexpr = acc.shape[0]
     if residual_ptr is None:
-        TOKENS: gl.constexpr = acc.shape[1]
-        out = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), out_layout(OUTPUTS, TOKENS))
-        at, mask = _places(row, token, M, N, OUTPUTS, TOKENS)
+        out = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), out_layout(OUTPUTS, acc.shape[1]))
+        at, mask = _places(row, token, M, N, OUTPUTS, acc.shape[1])
         gl.store(out_ptr + at, out, mask=mask)
     else:
         wait_for_previous(CHAINED)  # the warp that loads tokens has, but these threads read what was written
