@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--group-size", type=int, default=64, help="of int4; SmolLM2's 576 inputs allow 32 and 64")
     parser.add_argument("--calibration-tokens", type=int, default=128 * 2048)
+    parser.add_argument("--only", nargs="*", help="schemes, as the table names them")
     parser.add_argument("--engine", action="store_true", help="measure with LLM too")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -37,7 +38,7 @@ def main() -> None:
     schemes: dict[str, Settings | None] = {
         "as shipped": None,
         "int8": Settings("int8", **tokens),
-        "fp8": Settings("fp8"),
+        "fp8": Settings("fp8", **tokens),
         "int4 rtn": Settings("int4", method="rtn", **group),
         "int4 gptq": Settings("int4", **group, **tokens),
     }
@@ -46,6 +47,8 @@ def main() -> None:
     rows, shipped = [], math.nan
     print(f"{args.model} on {where}, torch {torch.__version__}")
     for name, settings in schemes.items():
+        if args.only is not None and name not in args.only:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             path, start, calibrated = resolve(args.model), time.perf_counter(), 0
             if settings is not None:

@@ -21,6 +21,8 @@ assert all(importlib.util.find_spec(name) is None for name in ("kernels", "refer
 assert "rms_norm" in octavo.bench.harness.benchmarks()
 assert torch.equal(octavo.rms_norm(torch.ones(1, 4), torch.ones(4), 0.0), torch.ones(1, 4))
 assert (pathlib.Path(octavo.__file__).parent / "py.typed").exists()
+from octavo.engine.quantize.run import default_calibration
+assert len(default_calibration()) > 40_000
 print(pathlib.Path(octavo.__file__).parent)
 """
 

@@ -1,4 +1,4 @@
-"""GPTQ: int4 whose rounding errors are made up for by the weights that are not rounded yet.
+"""GPTQ: rounding whose errors are made up for by the weights that are not rounded yet.
 
 With inputs x of a layer and H = Σ x xᵀ, the output changes by tr(E H Eᵀ) when the weights change by E. Columns are
 rounded one after another; the error of column j, over [H⁻¹]'s Cholesky factor U, is taken out of the columns behind it:
@@ -11,61 +11,58 @@ https://arxiv.org/abs/2210.17323, algorithm 1.
 
 import torch
 
-from octavo.engine.quantize.rounding import int4_round, int4_scale
+from octavo.engine.quantize.rounding import as_codes, codes_of, int4_scale, round_to_nearest
+from octavo.engine.quantize.settings import BLOCK, Settings
 
 COLUMNS = 128
 """Columns between which errors are handed on at once; those behind them get theirs in one matrix product."""
 
 
 def gptq(
-    weight: torch.Tensor, hessian: torch.Tensor, group_size: int, act_order: bool, damp: float, dtype: torch.dtype
+    weight: torch.Tensor, hessian: torch.Tensor, settings: Settings, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rounds a weight to int4.
+    """Rounds a weight.
 
     Args:
         weight: `[N, K]`, fp32.
         hessian: `[K, K]`, fp32: the sum of its inputs' outer products.
-        group_size: inputs that share a scale, a divisor of K and of 128.
-        act_order: whether columns are rounded in the order of the Hessian's diagonal, the largest first. Scales are
-            then those of the weights as they were (static groups).
-        damp: what is added to the diagonal, in parts of its mean; more where that does not make it definite.
-        dtype: of the scales.
+        settings: the scheme; `act_order` says whether columns are rounded in the order of the Hessian's diagonal, the
+            largest first, and `damp` what is added to it, in parts of its mean (more where that does not make it
+            definite). Scales are those of the weights as they were; but int4 in order takes a group's once it is there.
+        dtype: of int4's scales.
 
     Returns:
-        codes `[N, K]` int8, -8 to 7, and scales `[N, K / group_size]`.
+        codes and scales, as `round_to_nearest` does.
 
     Raises:
         ValueError: a Hessian that is not finite, or has no inverse.
     """
     n, k = weight.shape
-    w = weight.clone()
-    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else None
-    fixed = int4_scale(w.unflatten(1, (-1, group_size)), dtype).squeeze(-1) if act_order else None
-    if order is not None:
-        w, hessian = w[:, order], hessian[order][:, order]
-    factor = _inverse_factor(hessian, damp)
-    q, scales = torch.empty_like(w), []
-    group_of = (torch.arange(k) if order is None else order.cpu()) // group_size
-    groups = group_of.tolist()
+    scheme = settings.scheme
+    width = {"int4": settings.group_size, "fp8-block": BLOCK}.get(scheme, k)  # inputs that share a scale
+    moving = scheme == "int4" and not settings.act_order
+    scales: torch.Tensor = round_to_nearest(weight, settings, dtype)[1]
+    wide = scales.repeat_interleave(BLOCK, 0) if scheme == "fp8-block" else scales.clone()  # [N, K / width]
+    order = torch.arange(k, device=weight.device)
+    if settings.act_order:
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+    w, factor = weight[:, order], _inverse_factor(hessian[order][:, order], settings.damp)
+    q, groups = torch.empty_like(w), (order // width).tolist()
     for start in range(0, k, COLUMNS):
         end = min(start + COLUMNS, k)
         block, errors = w[:, start:end], torch.empty(n, end - start, device=w.device)
         rows = factor[start:end, start:end]
         diagonal = rows.diagonal().tolist()
         for j in range(end - start):
-            column = start + j
-            if fixed is not None:
-                scale = fixed[:, groups[column]]
-            elif column % group_size == 0:
-                scale = int4_scale(block[:, j : j + group_size], dtype).squeeze(-1)
-                scales.append(scale)
-            q[:, column] = int4_round(block[:, j], scale)
-            errors[:, j] = (block[:, j] - q[:, column] * scale.float()) / diagonal[j]
+            column, group = start + j, groups[start + j]
+            if moving and column % width == 0:
+                wide[:, group] = int4_scale(block[:, j : j + width], dtype).squeeze(-1)
+            scale = wide[:, group].float()
+            q[:, column] = codes_of(block[:, j], scale, scheme)
+            errors[:, j] = (block[:, j] - q[:, column] * scale) / diagonal[j]
             block[:, j + 1 :].addr_(errors[:, j], rows[j, j + 1 :], alpha=-1)
         w[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
-    if order is not None and fixed is not None:
-        return q[:, order.argsort()].to(torch.int8), fixed
-    return q.to(torch.int8), torch.stack(scales, 1)
+    return as_codes(q[:, order.argsort()], scheme), wide if moving else scales
 
 
 def _inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:

@@ -9,11 +9,11 @@ import torch
 from octavo.engine.checkpoint import Weight
 from octavo.engine.layers import Linear, dequantize, make_linear
 from octavo.engine.packed_formats import packed_format
-from octavo.engine.quantize.forward import HALVES, Forward, Half, HalfWeights, Stream
+from octavo.engine.quantize.forward import ATTENTION, HALVES, Forward, Half, HalfWeights, Stream
 from octavo.engine.quantize.gptq import gptq
 from octavo.engine.quantize.rounding import round_to_nearest, stored
 from octavo.engine.quantize.settings import BLOCK, Settings
-from octavo.engine.quantize.smooth import Largest, balance
+from octavo.engine.quantize.smooth import Largest, balance, balance_rows
 
 Tensors = dict[str, torch.Tensor]
 
@@ -78,14 +78,10 @@ class LayerQuantizer:
         first, last = [f"{name}.{module}" for module in half.first], f"{name}.{half.last}"
         progress(first[0])
         values = [self._values(module, weights) for module in first]
-        norm = tensors[at].to(self.device)
-        if self.settings.scheme == "int8" and calibration is not None:
-            largest = Largest(values[0].shape[1], self.device)
-            for hidden in calibration:
-                largest.add(forward.first_inputs(hidden, norm.to(self.dtype)))
-            norm, values = balance(norm, values, largest.value, self.settings.smooth)
-            tensors[at] = norm.cpu()
-        norm = norm.to(self.dtype)
+        last_values = self._values(last, weights)
+        if calibration is not None and self.settings.smooths:
+            last_values = self._smooth(at, half, first, values, last_values, tensors, calibration)
+        norm = tensors[at].to(self.device, self.dtype)
         hessian = self._hessian(calibration, lambda hidden: forward.first_inputs(hidden, norm))
         rows = self._round(first, values, hessian, tensors)
         progress(last)
@@ -93,10 +89,40 @@ class LayerQuantizer:
         hessian = self._hessian(
             calibration, lambda hidden: forward.last_inputs(half, linear(forward.first_inputs(hidden, norm)))
         )
-        rows += self._round([last], [self._values(last, weights)], hessian, tensors)
+        rows += self._round([last], [last_values], hessian, tensors)
         if calibration is not None:
             calibration.advance(partial(forward.half, half, self._dense_half(name, half, tensors)))
         return rows
+
+    def _smooth(
+        self,
+        norm_name: str,
+        half: Half,
+        modules: list[str],
+        values: list[torch.Tensor],
+        last_values: torch.Tensor,
+        tensors: Tensors,
+        calibration: Stream,
+    ) -> torch.Tensor:
+        """Balances both of a half's inputs; changes the norm and bias in `tensors` and `values`, returns the last."""
+        forward, alpha = self.forward, self.settings.smooth
+        norm = tensors[norm_name].to(self.device)
+        dense: list[Weight] = [torch.cat(values)]
+        biases = [tensors[f"{m}.bias"] for m in modules if f"{m}.bias" in tensors]
+        linear = make_linear(dense, [torch.cat(biases) if biases else None], self.device, self.dtype)
+        first, last = (Largest(w.shape[1], self.device) for w in (values[0], last_values))
+        for hidden in calibration:
+            x = forward.first_inputs(hidden, norm.to(self.dtype))
+            first.add(evened(x.float()))
+            last.add(evened(forward.last_inputs(half, linear(x)).float()))
+        norm, values[:] = balance(norm, values, first.value, alpha)
+        tensors[norm_name] = norm.cpu()
+        heads = forward.config.num_key_value_heads if half is ATTENTION else 1
+        values[-1], last_values, s = balance_rows(values[-1], last_values, last.value, alpha, heads)
+        if f"{modules[-1]}.bias" in tensors:
+            bias = tensors[f"{modules[-1]}.bias"]
+            tensors[f"{modules[-1]}.bias"] = (bias.to(self.device).float() / s).to(bias.dtype).cpu()
+        return last_values
 
     def _values(self, module: str, weights: dict[str, Weight]) -> torch.Tensor:
         """`[N, K]`, fp32, on the device."""
@@ -112,7 +138,7 @@ class LayerQuantizer:
             return None
         total: torch.Tensor | None = None
         for hidden in calibration:
-            x = inputs(hidden).float()
+            x = evened(inputs(hidden).float())
             total = torch.zeros(x.shape[1], x.shape[1], device=self.device) if total is None else total
             total.addmm_(x.t(), x)
         return total
@@ -127,7 +153,7 @@ class LayerQuantizer:
             q, scale = round_to_nearest(weight, s, self.stored_dtype)
         else:
             try:
-                q, scale = gptq(weight, hessian, s.group_size, s.act_order, s.damp, self.stored_dtype)
+                q, scale = gptq(weight, hessian, s, self.stored_dtype)
             except ValueError as reason:
                 raise ValueError(f"{modules[0]}: {reason}") from None
         rows, sizes = [], [len(w) for w in values]
@@ -159,3 +185,14 @@ class LayerQuantizer:
 def _energy(change: torch.Tensor, hessian: torch.Tensor) -> float:
     """The sum of squares of the outputs that a weight makes of the inputs behind a Hessian."""
     return ((change @ hessian) * change).sum().clamp(min=torch.finfo(torch.float32).tiny).item()
+
+
+def evened(x: torch.Tensor) -> torch.Tensor:
+    """Inputs of tokens, `[T, K]`, none of them longer than the median.
+
+    The first token of a text is often hundreds of times as long as others (Sun et al., "Massive Activations in Large
+    Language Models" (2024), https://arxiv.org/abs/2402.17762). What is added to so large a hidden state must be right
+    to its own size alone; as it is, it would be all that a Hessian knows.
+    """
+    length = x.norm(dim=1, keepdim=True)
+    return x * (length.median() / length.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1.0)

@@ -10,6 +10,7 @@ import torch
 
 from octavo.engine.quantize.settings import BLOCK, Settings
 
+LIMITS = {"int8": 127.0, "fp8": 448.0, "fp8-block": 448.0}
 SHRINK = tuple(1 - step / 20 for step in range(7))
 """Parts of the scale that fits the largest weight which int4 tries: 1, 0.95, … 0.7."""
 
@@ -43,16 +44,28 @@ def round_to_nearest(weight: torch.Tensor, settings: Settings, dtype: torch.dtyp
         groups = weight.unflatten(1, (-1, settings.group_size))
         scale = int4_scale(groups, dtype)
         return int4_round(groups, scale).flatten(1).to(torch.int8), scale.squeeze(-1)
-    limit = 127.0 if settings.scheme == "int8" else 448.0
+    limit = LIMITS[settings.scheme]
     if settings.scheme == "fp8-block":
         tiles = weight.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))  # [N / 128, 128, K / 128, 128]
         scale = _positive(tiles.abs().amax((1, 3)) / limit)
-        q = (tiles / scale[:, None, :, None]).flatten(2).flatten(0, 1)
+        wide = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
     else:
-        scale = _positive(weight.abs().amax(1, keepdim=True) / limit)
-        q = weight / scale
-    q = q.clamp_(-limit, limit)
-    return (q.round_().to(torch.int8) if settings.scheme == "int8" else q.to(torch.float8_e4m3fn)), scale
+        wide = scale = _positive(weight.abs().amax(1, keepdim=True) / limit)
+    return as_codes(codes_of(weight, wide, settings.scheme), settings.scheme), scale
+
+
+def codes_of(weight: torch.Tensor, scale: torch.Tensor, scheme: str) -> torch.Tensor:
+    """The codes nearest to `weight / scale`, in fp32."""
+    if scheme == "int4":
+        return int4_round(weight, scale)
+    limit = LIMITS[scheme]
+    q = (weight / scale).clamp_(-limit, limit)
+    return q.round_() if scheme == "int8" else q.to(torch.float8_e4m3fn).float()
+
+
+def as_codes(values: torch.Tensor, scheme: str) -> torch.Tensor:
+    """Codes in fp32 as int8 or float8_e4m3fn, exactly."""
+    return values.to(torch.float8_e4m3fn if scheme.startswith("fp8") else torch.int8)
 
 
 def _positive(scale: torch.Tensor) -> torch.Tensor:

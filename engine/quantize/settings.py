@@ -19,14 +19,14 @@ class Settings:
         scheme: "int4", weights alone, symmetric, a scale for `group_size` inputs; "int8", a scale an output, and the
             layer's inputs quantised too, by token (W8A8); "fp8", the same in e4m3; "fp8-block", with a scale for 128 by
             128 weights and for 128 inputs of a token.
-        method: of int4, "gptq" (Frantar et al. 2022, https://arxiv.org/abs/2210.17323: the error of each input's
-            weights is made up for in those that follow, by calibration) or "rtn", round to nearest, without it.
+        method: "gptq" (Frantar et al. 2022, https://arxiv.org/abs/2210.17323: the error of each input's weights is made
+            up for in those that follow, by calibration) or "rtn", round to nearest.
         group_size: of int4, 32, 64 or 128: a divisor of every layer's inputs.
         act_order: of GPTQ, whether inputs are taken in the order of their size (groups stay as they lie, so that the
             layers cost the same; compressed-tensors calls it actorder "weight").
         damp: of GPTQ, what is added to the Hessian's diagonal, in parts of its mean.
         smooth: of int8, SmoothQuant's alpha (Xiao et al. 2022, https://arxiv.org/abs/2211.10438), by which large inputs
-            of the layers behind a norm are balanced with their weights; 0 does without, and without calibration.
+            of a layer are balanced with its weights, by what comes before it; 0 does without.
         calibration_tokens: of the calibration text at most.
         sequence_length: tokens of it that see each other.
 
@@ -59,18 +59,22 @@ class Settings:
 
     @property
     def uses_gptq(self) -> bool:
-        return self.scheme == "int4" and self.method == "gptq"
+        return self.method == "gptq"
+
+    @property
+    def smooths(self) -> bool:
+        return self.scheme == "int8" and self.smooth > 0
 
     @property
     def calibrates(self) -> bool:
         """Whether the result depends on a calibration text."""
-        return self.uses_gptq or (self.scheme == "int8" and self.smooth > 0)
+        return self.uses_gptq or self.smooths
 
     def effective(self) -> dict[str, Any]:
         """What has a say in the result."""
-        names = {"scheme"}
+        names = {"scheme", "method"}
         if self.scheme == "int4":
-            names |= {"method", "group_size"}
+            names |= {"group_size"}
         if self.uses_gptq:
             names |= {"act_order", "damp"}
         if self.scheme == "int8":

@@ -1,7 +1,9 @@
 """`octavo quantize`: what it writes is what others read, interrupted or not, and its methods do what they are for."""
 
 import json
+import re
 from dataclasses import replace
+from importlib.resources import files
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from octavo.engine.quantize import Settings, quantize
 from octavo.engine.quantize.gptq import gptq
 from octavo.engine.quantize.rounding import round_to_nearest
 from octavo.engine.quantize.run import default_calibration
-from octavo.engine.quantize.smooth import balance
+from octavo.engine.quantize.smooth import balance, balance_rows
 from octavo.engine.quantize.writer import Folder
 from octavo.testing import assert_accurate, without_interpreter
 
@@ -43,9 +45,9 @@ SETTINGS = {
     "int4 gptq": Settings("int4", group_size=32, **SHORT),
     "int4 gptq in order": Settings("int4", act_order=False, **SHORT),
     "int8": Settings("int8", **SHORT),
-    "int8 plain": Settings("int8", smooth=0),
-    "fp8": Settings("fp8"),
-    "fp8-block": Settings("fp8-block"),
+    "int8 plain": Settings("int8", method="rtn", smooth=0),
+    "fp8": Settings("fp8", method="rtn"),
+    "fp8-block": Settings("fp8-block", **SHORT),
 }
 CPU = torch.device("cpu")
 
@@ -136,15 +138,15 @@ def test_the_error_reported_is_that_of_the_weights(quantised, source):
     assert [row["name"] for row in report.layers] == [f"{n}.weight" for n in ORDER]
     for row in report.layers:
         w, q = expected[row["name"]].double(), dequantize(read[row["name"]], CPU).double()
-        balanced = name == "int8" and "o_proj" not in row["name"] and "down_proj" not in row["name"]
-        if not balanced:  # what is rounded there is the weight times its balance
+        if name != "int8":  # what is rounded there is the weight times its balance
             assert row["error"] == pytest.approx(((q - w).norm() / w.norm()).item(), rel=1e-4)
         # GPTQ moves weights on purpose, and far where it was calibrated on few tokens.
-        assert 0.001 < row["error"] < (0.4 if "gptq" in name else 0.15 if "int4" in name else 0.04)
-        assert ("output_error" in row) == ("gptq" in name)
+        assert 0.001 < row["error"] < (0.4 if SETTINGS[name].uses_gptq else 0.15 if "int4" in name else 0.04)
+        assert ("output_error" in row) == SETTINGS[name].uses_gptq
     kept = {n for n in expected if not n.endswith("_proj.weight")}
     changed = {n for n in kept if not torch.equal(read[n].float(), expected[n].float())}
-    assert changed == ({n for n in kept if "layers" in n and n.endswith("norm.weight")} if name == "int8" else set())
+    balanced = {n for n in kept if "layers" in n and n.endswith(("norm.weight", "v_proj.bias"))}
+    assert changed == (balanced if name == "int8" else set())
 
 
 @pytest.mark.parametrize("quantised", [name for name in SETTINGS if "int4" in name], indirect=True)
@@ -276,48 +278,70 @@ def correlated(inputs, tokens, seed=0):
     return torch.randn(tokens, inputs, generator=generator) @ mix.t()
 
 
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("group_size", [32, 128])
-def test_gptq_beats_rounding_to_nearest(act_order, group_size):
-    x, weight = correlated(256, 1000), torch.randn(48, 256, generator=torch.Generator().manual_seed(1))
-    unseen = correlated(256, 3000)[1000:]
+def wide(scale, settings, shape):
+    """A scale for each weight."""
+    rows, columns = {"int4": (1, settings.group_size), "fp8-block": (128, 128)}.get(settings.scheme, (1, shape[1]))
+    return scale.double().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+
+
+BY_GPTQ = [
+    Settings("int4", group_size=32, act_order=False),
+    Settings("int4", group_size=32),
+    Settings("int4", act_order=False),
+    Settings("int8"),
+    Settings("fp8", act_order=False),
+    Settings("fp8-block"),
+]
+
+
+def short(settings):
+    return f"{settings.scheme} {settings.group_size} {settings.act_order}"
+
+
+@pytest.mark.parametrize("settings", BY_GPTQ, ids=short)
+def test_gptq_beats_rounding_to_nearest(settings):
+    x, weight = correlated(256, 1000), torch.randn(128, 256, generator=torch.Generator().manual_seed(1))
+    unseen = correlated(256, 3000)[1000:].double()
 
     def error(q, scale):
-        change = q.float() * scale.float().repeat_interleave(group_size, 1) - weight
-        return ((unseen @ change.t()).norm() / (unseen @ weight.t()).norm()).item()
+        change = q.double() * wide(scale, settings, weight.shape) - weight.double()
+        return ((unseen @ change.t()).norm() / (unseen @ weight.double().t()).norm()).item()
 
-    nearest = round_to_nearest(weight, Settings("int4", method="rtn", group_size=group_size), torch.float32)
-    made_up_for = gptq(weight, x.t() @ x, group_size, act_order, 0.01, torch.float32)
-    assert error(*made_up_for) < 0.6 * error(*nearest)
+    nearest = round_to_nearest(weight, settings, torch.float32)
+    assert error(*gptq(weight, x.t() @ x, settings, torch.float32)) < 0.6 * error(*nearest)
 
 
-def test_gptq_of_inputs_that_know_nothing_of_each_other_is_rounding_to_nearest():
-    weight = torch.randn(40, 128)
-    expected = round_to_nearest(weight, Settings("int4", method="rtn", group_size=32), torch.float16)
+@pytest.mark.parametrize("settings", BY_GPTQ, ids=short)
+def test_gptq_of_inputs_that_know_nothing_of_each_other_is_rounding_to_nearest(settings):
+    weight = torch.randn(128, 128)
+    expected = round_to_nearest(weight, settings, torch.float16)
     for hessian in (3 * torch.eye(128), torch.zeros(128, 128)):
-        for act_order in (False, True):
-            q, scale = gptq(weight, hessian, 32, act_order, 0.01, torch.float16)
-            assert torch.equal(q, expected[0]) and torch.equal(scale, expected[1])
+        q, scale = gptq(weight, hessian, settings, torch.float16)
+        assert q.dtype == expected[0].dtype and torch.equal(q.float(), expected[0].float())
+        assert torch.equal(scale, expected[1])
 
 
-@pytest.mark.parametrize("act_order", [False, True])
-def test_gptq_against_optimal_brain_quantisation(act_order):
+@pytest.mark.parametrize("settings", BY_GPTQ, ids=short)
+def test_gptq_against_optimal_brain_quantisation(settings):
     """Column by column in float64, the inverse Hessian itself shrinking by one row and column at a time."""
-    x, weight = correlated(160, 500), torch.randn(7, 160)
-    group, damp = 32, 0.05
+    settings = replace(settings, damp=0.05)
+    x, weight = correlated(256, 500), torch.randn(128, 256)
     hessian = x.t() @ x
-    q, scale = gptq(weight, hessian, group, act_order, damp, torch.float32)
-    h, w = hessian.double(), weight.double()
-    inverse = torch.linalg.inv(h + damp * h.diagonal().mean() * torch.eye(160))
-    order = h.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(160)
-    expected = torch.empty(7, 160)
+    q, scale = gptq(weight, hessian, settings, torch.float32)
+    h, w, of = hessian.double(), weight.double(), wide(scale, settings, weight.shape)
+    inverse = torch.linalg.inv(h + 0.05 * h.diagonal().mean() * torch.eye(256))
+    order = h.diagonal().argsort(descending=True, stable=True) if settings.act_order else torch.arange(256)
+    low, high = {"int4": (-8, 7), "int8": (-127, 127)}.get(settings.scheme, (-448, 448))
+    expected = torch.empty(weight.shape, dtype=torch.float64)
     for j in order.tolist():
-        of = scale[:, j // group].double()
-        expected[:, j] = (w[:, j] / of).round().clamp(-8, 7)
-        error = (w[:, j] - expected[:, j] * of) / inverse[j, j]
+        code = (w[:, j] / of[:, j]).clamp(low, high)
+        expected[:, j] = code.float().to(q.dtype).double() if low == -448 else code.round()
+        error = (w[:, j] - expected[:, j] * of[:, j]) / inverse[j, j]
         w -= error[:, None] * inverse[j]
         inverse = inverse - inverse[:, j : j + 1] @ inverse[j : j + 1] / inverse[j, j]
-    assert torch.equal(q.float(), expected)
+    # Where a value lies between two codes, float32 and float64 may part ways, and then all behind it in that row.
+    rows = (q.double() == expected).all(1)
+    assert rows.double().mean() > 0.9, rows.sum()
 
 
 def test_int4_scales_are_the_best_of_those_tried():
@@ -349,6 +373,20 @@ def test_balancing_changes_no_product(dtype):
     assert divided.dtype == dtype and divided[3] == 0 and divided[9] == norm[9]
     spread = (largest / norm.float() * divided.float())[largest > 0]
     assert spread.max() / spread.min() < 0.02 * largest.max() / largest[largest > 0].min()
+
+
+@pytest.mark.parametrize(("heads", "sharing"), [(1, 1), (2, 3)])
+def test_balancing_rows_changes_no_product(heads, sharing):
+    """Inputs are front's rows, each shared by several heads' inputs, in attention's case."""
+    rows, inputs = heads * 8, heads * 8 * sharing
+    front, weight, largest = torch.randn(rows, 16), torch.randn(24, inputs), torch.logspace(-2, 2, inputs)
+    largest[[1, 5]] = 0
+    divided, scaled, s = balance_rows(front, weight, largest, 0.5, heads)
+    torch.testing.assert_close(divided * s[:, None], front)
+    of_input = torch.arange(rows).view(heads, 1, 8).expand(-1, sharing, -1).flatten()
+    before, after = weight.double() @ front.double()[of_input], scaled.double() @ divided.double()[of_input]
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    assert (s != 1).sum() >= rows - 2
 
 
 def test_smoothquant_helps_where_a_few_inputs_are_large():
@@ -433,6 +471,15 @@ def test_the_command(source, tmp_path):
         assert done.exit_code == 1 and message in str(done.exception)
 
 
+def test_the_calibration_text_is_not_what_is_evaluated():
+    def runs(text):
+        words = re.findall(r"\w+", text.lower())
+        return {tuple(words[i : i + 5]) for i in range(len(words) - 4)}
+
+    evaluated = (files("octavo.bench") / "text/founding.txt").read_text(encoding="utf-8")
+    assert len(runs(default_calibration())) > 7000 and not runs(default_calibration()) & runs(evaluated)
+
+
 CONFIGURATIONS = [
     CONFIG,
     transformers.MistralConfig(num_hidden_layers=1, sliding_window=None, rope_theta=1e6),
@@ -450,7 +497,7 @@ def test_config_json_says_the_same(config):
 def test_a_gguf_becomes_a_folder(tmp_path):
     """SmolLM2 as shipped, 4 bits in GGUF, to fp8: tokenizer, configuration and tied head go along."""
     target = tmp_path / "model"
-    quantize("smollm2", target, Settings("fp8"), device="cpu")
+    quantize("smollm2", target, Settings("fp8", method="rtn"), device="cpu")
     shipped, llm = LLM("smollm2", device="cpu"), LLM(str(target), device="cpu")
     assert replace(llm.config, dtype=None) == replace(shipped.config, dtype=None)
     assert llm.eos_token_ids == shipped.eos_token_ids
@@ -458,8 +505,8 @@ def test_a_gguf_becomes_a_folder(tmp_path):
     assert llm.tokenizer.encode(sentence) == shipped.tokenizer.encode(sentence)
     question = [{"role": "user", "content": "What is the capital of France?"}]
     assert llm.tokenizer.apply_chat_template(question) == shipped.tokenizer.apply_chat_template(question)
-    ids = shipped.tokenizer.encode(default_calibration()[-1500:])
-    assert perplexity(llm, ids, 512) == pytest.approx(perplexity(shipped, ids, 512), rel=0.02)
+    ids = shipped.tokenizer.encode(default_calibration()[-800:])
+    assert perplexity(llm, ids, 512) == pytest.approx(perplexity(shipped, ids, 512), rel=0.1)  # few tokens
 
 
 @pytest.mark.gpu
