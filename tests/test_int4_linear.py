@@ -404,15 +404,17 @@ def launches(dtype):
         for group, with_minimum in ((128, False), (128, True), (64, True), (32, True)):
             scale = torch.empty(4096 // group, 4096, device="meta", dtype=x.dtype)
             int4._int4_linear_cuda(x, packed, scale, scale if with_minimum else None, None, group)
-        residual, both = (torch.empty(*x.shape[:-1], n, device="meta", dtype=x.dtype) for n in (4096, 2048))
-        int4._int4_linear_cuda(x, packed, scale, scale, scale[0], 32, residual)
-        int4._int4_linear_cuda(x, packed, scale, scale, scale[0], 32, both, "silu_and_mul")
-    for m, n, k, group, with_minimum in HOPPER_CUTS:
+    for x in (*heads, tokens[7].float()):
+        scale = torch.empty(128, 4096, device="meta", dtype=x.dtype)
+        for n, activation in ((4096, None), (2048, "silu_and_mul")):
+            residual = torch.empty(*x.shape[:-1], n, device="meta", dtype=x.dtype)
+            int4._int4_linear_cuda(x, packed, scale, scale, scale[0], 32, residual, activation)
+    for i, (m, n, k, group, with_minimum) in enumerate(HOPPER_CUTS):
         x = torch.empty(m, k, device="meta", dtype=dtype)
         packed = torch.empty(n // 64, k // 128, 64, 32, device="meta", dtype=torch.int16)
         scale = torch.empty(k // group, n, device="meta", dtype=dtype)
         minimum = scale if with_minimum else None
         int4._int4_linear_cuda(x, packed, scale, minimum, None, group)
-        for outputs, activation in ((n, None), (n // 2, "silu_and_mul")):
-            residual = torch.empty(m, outputs, device="meta", dtype=dtype)
-            int4._int4_linear_cuda(x, packed, scale, minimum, None, group, residual, activation)
+        activation = (None, "silu_and_mul")[i % 2]
+        residual = torch.empty(m, n // 2 if activation else n, device="meta", dtype=dtype)
+        int4._int4_linear_cuda(x, packed, scale, minimum, None, group, residual, activation)

@@ -16,6 +16,8 @@ operand of `tl.dot`, and tokens, however few, are the short side. fp16 and bf16 
 (`int4_hopper.py`), which does the same for few tokens and large groups, and else rounds weights once.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -128,7 +130,10 @@ def _int4_linear_cuda(
     if int4_hopper.takes(x, packed, device_properties(x.device)):
         int4_hopper.linear(out, x, packed, scale, minimum, bias, group_size, residual, activation)
         return out
-    tiles = choose_tiles(m, x.dtype, 4, device_properties(x.device))
+    properties = device_properties(x.device)
+    tiles = choose_tiles(m, x.dtype, 4, properties)
+    if residual is not None and group_size % 128 and tiles.block_m == 16 and properties.capability == (8, 0):
+        tiles = replace(tiles, num_stages=2)  # with more of them a register is spilled there
     launch(
         _int4_linear_kernel,
         (cdiv(m, tiles.block_m), cdiv(n, tiles.block_n)),
