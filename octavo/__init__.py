@@ -18,9 +18,10 @@ from octavo.kernels.attention.merge import merge_attention_states
 from octavo.kernels.attention.cascade import cascade_attention
 from octavo.kernels.attention.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from octavo.kernels.quant.packing import int4_pack, int4_unpack
+from octavo.kernels.quant.epilogue import interleave_gate_up
 from octavo.kernels.quant.int4 import int4_linear
 from octavo.kernels.quant.int8 import int8_linear
-from octavo.kernels.quant.w8a8_linear import fp8_linear, int8_int8_linear, interleave_gate_up
+from octavo.kernels.quant.w8a8_linear import fp8_linear, int8_int8_linear
 from octavo.kernels.quant.w4a8_linear import int4_int8_linear
 from octavo.kernels.quant.quantize import quantize_fp8, quantize_int8
 from octavo.kernels.norm_quantize import add_rms_norm_quantize, rms_norm_quantize

@@ -2,6 +2,8 @@
 
 import torch
 
+from octavo.reference.epilogue import finished
+
 
 def int4_unpack(packed: torch.Tensor, n: int, k: int) -> torch.Tensor:
     planes = torch.stack([packed >> shift & 15 for shift in (0, 4, 8, 12)], -2).to(torch.uint8)
@@ -37,8 +39,11 @@ def int4_linear(
     minimum: torch.Tensor | None,
     bias: torch.Tensor | None,
     group_size: int,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
-    return linear(x, dequantize_int4(packed, scale, minimum, group_size), bias)
+    y = linear(x.float(), dequantize_int4(packed, scale, minimum, group_size), bias)
+    return finished(y, None, residual, activation, x.dtype)
 
 
 def int8_linear(

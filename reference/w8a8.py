@@ -2,12 +2,10 @@
 
 import torch
 
-from octavo.reference.activation import silu_and_mul
+from octavo.reference.epilogue import finished
 from octavo.reference.quant import dequantize_int4
 
 BLOCK = 128
-PAIRED = 8
-"""Outputs of gate beside as many of up, where one product computes both."""
 
 
 def scaled(sums: torch.Tensor, x_scale: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
@@ -21,25 +19,6 @@ def in_blocks(weight: torch.Tensor, weight_scale: torch.Tensor) -> bool:
     n, k = weight.shape
     blocks = -(-n // BLOCK), -(-k // BLOCK)
     return weight_scale.shape == blocks and weight_scale.shape != (n, 1) and weight_scale.numel() != 1
-
-
-def finished(
-    y: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    activation: str | None,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    """What follows the scaled sums `y`, `[..., N]` in fp32."""
-    if bias is not None:
-        y = y + bias.float()
-    if activation is not None:
-        y = silu_and_mul(y.unflatten(-1, (-1, 2, PAIRED)).transpose(-3, -2).flatten(-3))
-    return (y if residual is None else y + residual.float()).to(out_dtype)
-
-
-def interleave_gate_up(weight: torch.Tensor) -> torch.Tensor:
-    return weight.unflatten(0, (2, -1, PAIRED)).transpose(0, 1).flatten(0, 2)
 
 
 def int8_int8_linear(

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from octavo.reference.w8a8 import PAIRED
+from octavo.reference.epilogue import PAIRED
 
 KERNELS = Path(__file__).parent.parent / "kernels"
 NUMPY = {name: np.dtype(name) for name in ("int8", "int16", "int32", "int64", "uint16", "uint32", "float32")}

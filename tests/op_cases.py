@@ -161,6 +161,11 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
             int4 | dict(minimum=new(1, 80), bias=new(80)),
             dict(group_size=128),
         ),
+        "int4_linear with silu_and_mul and residual": (
+            octavo.int4_linear,
+            int4 | dict(residual=new(tokens, 40)),
+            dict(group_size=128, activation="silu_and_mul"),
+        ),
         "int8_linear": (octavo.int8_linear, int8, dict(group_size=128)),
         "int8_int8_linear": (octavo.int8_int8_linear, w8a8[torch.int8], {}),
         "int8_int8_linear with everything": (

@@ -12,16 +12,18 @@ from test_int4_linear import case, check
 import octavo
 from octavo.kernels.launch import Recorder, recording
 from octavo.kernels.quant import int4_hopper
+from octavo.kernels.quant.epilogue import outputs_of
 from octavo.kernels.tiles import KNOWN_DEVICES, cdiv, next_power_of_2
 from octavo.testing import without_interpreter
 
 H100 = KNOWN_DEVICES[90]
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 on_hopper = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an sm_90 GPU")]
-MODULES = [f"quant/int4_{name}.py" for name in ("shares", "loads", "compute", "parts", "hopper")]
+NAMES = ("shares", "loads", "epilogue", "compute", "parts", "hopper")
+MODULES = ["quant/epilogue.py", *(f"quant/int4_{name}.py" for name in NAMES)]
 
 
-def run_in_python(x, packed, scale, minimum, bias, group_size, tiles):
+def run_in_python(x, packed, scale, minimum, bias, group_size, tiles, residual=None, activation=None):
     """As `int4_hopper.linear` launches it; programs in any order."""
 
     def pointer(tensor):
@@ -29,7 +31,8 @@ def run_in_python(x, packed, scale, minimum, bias, group_size, tiles):
             return Pointer(tensor.float().contiguous().view(-1).numpy(), str(tensor.dtype).removeprefix("torch."))
 
     m, (groups, n), dtype = len(x), scale.shape, str(x.dtype).removeprefix("torch.")
-    out = Pointer(np.full(m * n, np.nan, np.float32), dtype)
+    outputs = outputs_of(n, activation)
+    out = Pointer(np.full(m * outputs, np.nan, np.float32), dtype)
     size = 2 * tiles.programs * tiles.outputs * tiles.tokens if tiles.shared else 1
     workspace = Pointer(np.full(size, np.nan, np.float32), "float32")
     row_tiles, token_tiles = cdiv(n, tiles.outputs), cdiv(m, tiles.tokens)
@@ -41,7 +44,7 @@ def run_in_python(x, packed, scale, minimum, bias, group_size, tiles):
             Descriptor(packed.view(-1, 64).numpy(), "int16", (32, 64)),
             Descriptor(x.float().numpy(), dtype, (tiles.tokens, 64)),
             out,
-            *map(pointer, (scale, minimum, bias)),
+            *map(pointer, (scale, minimum, bias, residual)),
             workspace,
             *map(Number, numbers),
             per_step,
@@ -52,22 +55,25 @@ def run_in_python(x, packed, scale, minimum, bias, group_size, tiles):
             tiles.sides,
             tiles.turns,
             tiles.stages,
+            activation is not None,
             False,
         )
     numbers = m, n, packed.shape[1], tiles.shared, tiles.programs, row_tiles, token_tiles, tiles.width
     for tile in range(tiles.shared):
-        for chunk in range(cdiv(min(m, tiles.tokens) * tiles.outputs, tiles.parts_block)):
-            namespace((MODULES[0], MODULES[3]), (tile, chunk), tiles.shared)["_int4_parts_kernel"](
+        for chunk in range(cdiv(min(m, tiles.tokens) * outputs_of(tiles.outputs, activation), tiles.parts_block)):
+            namespace((*MODULES[:2], MODULES[5]), (tile, chunk), tiles.shared)["_int4_parts_kernel"](
                 out,
                 pointer(bias),
+                pointer(residual),
                 workspace,
                 *map(Number, numbers),
                 tiles.outputs,
                 tiles.tokens,
                 tiles.parts_block,
+                activation is not None,
                 False,
             )
-    return torch.from_numpy(out.memory).view(m, n).to(x.dtype)
+    return torch.from_numpy(out.memory).view(m, outputs).to(x.dtype)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +131,37 @@ def test_source_of_every_cut(m, n, k, group, minimum, warpgroups, tokens, sharin
     check(run_in_python(x, *args, group, tiles), x, q, args)
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "k", "minimum", "warpgroups", "tokens", "sharing", "stages", "programs"),
+    [
+        (3, 304, 1024, False, (1, 4, 1), 16, True, 8, 3),
+        (9, 528, 256, False, (4, 1, 1), 16, False, 4, 5),
+        (20, 208, 512, True, (2, 2, 1), 32, True, 4, 3),
+        (60, 592, 384, False, (2, 1, 2), 64, True, 4, 5),
+        (130, 528, 256, True, (2, 1, 1), 128, True, 2, 7),
+        (150, 272, 256, False, (2, 1, 2), 128, False, 2, 3),
+        (270, 304, 256, True, (2, 1, 1), 256, True, 2, 5),
+    ],
+)
+@pytest.mark.parametrize(
+    ("with_residual", "activation"), [(True, None), (False, "silu_and_mul"), (True, "silu_and_mul")]
+)
+def test_source_of_what_follows(
+    m, n, k, minimum, warpgroups, tokens, sharing, stages, programs, with_residual, activation
+):
+    """Residual and SiLU × gate, of whole tiles and of shared ones, outputs and tokens ending within a tile."""
+    dtype = random.choice((torch.float16, torch.bfloat16))
+    with without_interpreter():
+        q, args = case(n, k, 128, "cpu", dtype, minimum, True)
+    x = torch.randn(m, k).to(dtype)
+    residual = torch.randn(m, outputs_of(n, activation)).to(dtype) if with_residual else None
+    device = replace(H100, num_sms=programs)
+    tiles = int4_hopper.cut(m, n, k, warpgroups, tokens, sharing, device, not minimum and tokens <= 64, stages)
+    assert (tiles.shared > 0) == sharing
+    with without_interpreter():
+        check(run_in_python(x, *args, 128, tiles, residual, activation), x, q, args, residual, activation)
+
+
 def test_rounded_scales_of_another_dtype():
     q, args = case(130, 256, 32, "cpu", torch.float32)
     x = torch.randn(4, 256).bfloat16()
@@ -138,7 +175,7 @@ def test_rounded_scales_of_another_dtype():
 def test_every_step_is_computed_once(m, n, k, programs):
     tiles = int4_hopper.choose_tiles(m, n, k, 32, False, replace(H100, num_sms=programs))
     count, k_tiles = cdiv(n, tiles.outputs) * cdiv(m, tiles.tokens), cdiv(k, 128)
-    names = namespace(MODULES[:1], (0,), 1)
+    names = namespace(MODULES[1:2], (0,), 1)
     shape = map(Number, (tiles.programs, count, tiles.shared, k_tiles))
     of, count, shared, k_tiles = shape
     longest, steps = 0, np.zeros((count, k_tiles), int)
@@ -218,6 +255,26 @@ def test_on_a_gpu(m, n, k, group, minimum, bias, dtype, marked):
     check(out, x, q, args)
     for _ in range(10):
         assert torch.equal(out, octavo.int4_linear(x, *args, group_size=group))
+
+
+@pytest.mark.parametrize("m", [1, 16, 40, 64, 200, 1000])
+@pytest.mark.parametrize(
+    ("n", "k", "group", "minimum", "bias"),
+    [(6144, 4096, 128, False, True), (4544, 4544, 64, True, False), (336, 480, 32, True, True)],
+)
+@pytest.mark.parametrize(
+    ("with_residual", "activation"), [(True, None), (False, "silu_and_mul"), (True, "silu_and_mul")]
+)
+@pytest.mark.parametrize("marked", [pytest.param(None, marks=on_hopper)])
+def test_what_follows_on_a_gpu(m, n, k, group, minimum, bias, with_residual, activation, marked):
+    q, args = case(n, k, group, "cuda", torch.bfloat16, minimum, bias)
+    x = torch.randn(m, k, device="cuda").bfloat16()
+    residual = torch.randn(m, outputs_of(n, activation), device="cuda").bfloat16() if with_residual else None
+    options = dict(group_size=group, residual=residual, activation=activation)
+    out = octavo.int4_linear(x, *args, **options)
+    check(out, x, q, args, residual, activation)
+    for _ in range(10):
+        assert torch.equal(out, octavo.int4_linear(x, *args, **options))
 
 
 @pytest.mark.parametrize("marked", [pytest.param(None, marks=on_hopper)])

@@ -33,12 +33,19 @@ def dequantized(q, scale, minimum):
     return q.double() * per_input(scale) + per_input(minimum)
 
 
-def check(out, x, q, args):
+def check(out, x, q, args, residual=None, activation=None):
     _, scale, minimum, bias = args
     w = dequantized(q, scale, minimum)
     exact, plain = x.double() @ w.t(), x @ w.to(x.dtype).t()
     if bias is not None:
         exact, plain = exact + bias.double(), plain + bias.to(x.dtype)
+    if activation is not None:
+        gate, up = (exact.view(len(exact), -1, 2, 8)[:, :, i].flatten(1) for i in range(2))
+        exact = gate / (1 + (-gate).exp()) * up
+        gate, up = (plain.view(len(plain), -1, 2, 8)[:, :, i].flatten(1) for i in range(2))
+        plain = octavo.silu_and_mul(torch.cat([gate, up], -1))
+    if residual is not None:
+        exact, plain = exact + residual.double(), plain + residual
     assert out.dtype == x.dtype and out.is_contiguous()
     assert_accurate(out, exact, plain)
 
@@ -75,6 +82,54 @@ def test_any_shape_and_strided_rows(m, n, groups, group, gap, minimum):
     q, args = case(n, k, group, device, torch.float32, minimum, bias=True)
     x = torch.randn(m, 2, k + gap, device=device, dtype=HALF)[..., :k]
     check(octavo.int4_linear(x, *args, group_size=group), x, q, args)
+
+
+@given(
+    m=st.integers(0, 20),
+    n=st.integers(1, 10),
+    group=st.sampled_from([32, 96, 128]),
+    minimum=st.booleans(),
+    bias=st.booleans(),
+    with_residual=st.booleans(),
+    activation=st.sampled_from([None, "silu_and_mul"]),
+    dtype=st.sampled_from([HALF, torch.float32]),
+)
+def test_what_follows(m, n, group, minimum, bias, with_residual, activation, dtype):
+    """The residual, and SiLU × gate, beside everything else; by the kernel, the reference and the CPU backend."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, args = case(16 * n, 2 * group, group, device, dtype, minimum, bias)
+    x = torch.randn(m, 2 * group, device=device, dtype=dtype)
+    residual = None
+    if with_residual:
+        residual = torch.randn(m, 8 * n if activation else 16 * n, device=device, dtype=dtype)
+    for function in (octavo.int4_linear, reference.int4_linear, cpu.int4_linear):
+        if function is octavo.int4_linear:
+            out = function(x, *args, group_size=group, residual=residual, activation=activation)
+        else:
+            out = function(x, *args, group, residual, activation)
+        assert out.shape == (m, 8 * n if activation else 16 * n)
+        check(out, x, q, args, residual, activation)
+
+
+def test_gate_and_up_interleaved(device):
+    """Rows of q and columns of scale and minimum go along, and the layer does as the two would."""
+    q, args = case(48, 128, 64, device, torch.float32, bias=True)
+    x = torch.randn(3, 128, device=device)
+    expected = octavo.silu_and_mul(octavo.int4_linear(x, *args, group_size=64))
+    packed = octavo.int4_pack(octavo.interleave_gate_up(q))
+    scale, minimum = (octavo.interleave_gate_up(t, dim=1) for t in args[1:3])
+    assert scale.is_contiguous() and torch.equal(scale[:, 8:16], args[1][:, 24:32])
+    bias = octavo.interleave_gate_up(args[3])
+    out = octavo.int4_linear(x, packed, scale, minimum, bias, group_size=64, activation="silu_and_mul")
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((4, 24), 1), ((16, 8), -1), ((16,), 1), ((16,), -2)])
+def test_errors_of_interleaving_columns(shape, dim):
+    with pytest.raises(
+        ValueError, match=r"weight: shape .*; expected gate and up along dimension .*, a multiple of 16"
+    ):
+        octavo.interleave_gate_up(torch.zeros(shape), dim)
 
 
 def test_weights_are_not_rounded(device):
@@ -116,6 +171,10 @@ def test_opcheck_and_compile(device):
     _, args = case(100, 160, 32, device, bias=True)
     x = torch.randn(3, 160, device=device, dtype=HALF)
     check_op("int4_linear", octavo.int4_linear, (x, *args, 32), x, *args, group_size=32)
+    _, args = case(96, 160, 32, device)
+    after = torch.randn(3, 48, device=device, dtype=HALF), "silu_and_mul"
+    more = dict(zip(("residual", "activation"), after, strict=True))
+    check_op("int4_linear", octavo.int4_linear, (x, *args, 32, *after), x, *args, group_size=32, **more)
 
 
 @pytest.fixture
@@ -289,6 +348,12 @@ def test_offsets_beyond_int32_in_packed_and_out():
         ({"minimum": torch.zeros(2, 70, dtype=torch.int8)}, TypeError, "minimum: dtype int8"),
         ({"bias": torch.zeros(69)}, ValueError, r"bias: shape \(69,\); expected \(70,\)"),
         ({"bias": torch.zeros(70, device="meta")}, ValueError, "bias: on meta"),
+        ({"activation": "gelu"}, ValueError, "activation: 'gelu'; expected None or \"silu_and_mul\""),
+        ({"activation": "silu_and_mul"}, ValueError, "scale: 70 outputs; expected a multiple of 16 beside activation"),
+        ({"residual": torch.zeros(2, 70).half()}, TypeError, "residual: dtype float16"),
+        ({"residual": torch.zeros(2, 35)}, ValueError, r"residual: shape \(2, 35\); expected \(2, 70\)"),
+        ({"residual": torch.zeros(70, 2).t()}, ValueError, "residual: strides .* not contiguous"),
+        ({"residual": torch.zeros(2, 70, device="meta")}, ValueError, "residual: on meta, but x is on cpu"),
     ],
 )
 def test_errors(change, error, message):
@@ -339,8 +404,17 @@ def launches(dtype):
         for group, with_minimum in ((128, False), (128, True), (64, True), (32, True)):
             scale = torch.empty(4096 // group, 4096, device="meta", dtype=x.dtype)
             int4._int4_linear_cuda(x, packed, scale, scale if with_minimum else None, None, group)
-    for m, n, k, group, with_minimum in HOPPER_CUTS:
+    for x in (*heads, tokens[7].float()):
+        scale = torch.empty(128, 4096, device="meta", dtype=x.dtype)
+        for n, activation in ((4096, None), (2048, "silu_and_mul")):
+            residual = torch.empty(*x.shape[:-1], n, device="meta", dtype=x.dtype)
+            int4._int4_linear_cuda(x, packed, scale, scale, scale[0], 32, residual, activation)
+    for i, (m, n, k, group, with_minimum) in enumerate(HOPPER_CUTS):
         x = torch.empty(m, k, device="meta", dtype=dtype)
         packed = torch.empty(n // 64, k // 128, 64, 32, device="meta", dtype=torch.int16)
         scale = torch.empty(k // group, n, device="meta", dtype=dtype)
-        int4._int4_linear_cuda(x, packed, scale, scale if with_minimum else None, None, group)
+        minimum = scale if with_minimum else None
+        int4._int4_linear_cuda(x, packed, scale, minimum, None, group)
+        activation = (None, "silu_and_mul")[i % 2]
+        residual = torch.empty(m, n // 2 if activation else n, device="meta", dtype=dtype)
+        int4._int4_linear_cuda(x, packed, scale, minimum, None, group, residual, activation)

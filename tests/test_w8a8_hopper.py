@@ -17,7 +17,7 @@ from octavo.kernels.tiles import KNOWN_DEVICES, cdiv, next_power_of_2
 H100 = KNOWN_DEVICES[90]
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 on_hopper = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an sm_90 GPU")]
-MODULES = [f"quant/{name}.py" for name in ("stream_k", "w8a8_epilogue", "w8a8_few", "w8a8_hopper")]
+MODULES = [f"quant/{name}.py" for name in ("epilogue", "stream_k", "w8a8_epilogue", "w8a8_few", "w8a8_hopper")]
 
 
 def arguments(m, n, k, operand, kind, bias, with_residual, activation, out_dtype):
@@ -59,7 +59,7 @@ def few_in_python(args, tiles, out_dtype, width):
     programs = cdiv(n, tiles.outputs) * count
     options = tiles.tokens, tiles.outputs, 128, tiles.stages, count, args["activation"] is not None, 128, 128, False
     for program in random.sample(range(programs), programs):
-        namespace(MODULES[:3], (program,), programs)["_w8a8_few_kernel"](
+        namespace(MODULES[:4], (program,), programs)["_w8a8_few_kernel"](
             descriptor(args["x"], tiles.tokens),
             descriptor(args["weight"], tiles.outputs),
             out,

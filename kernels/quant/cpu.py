@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 
 from octavo.reference import quant as reference
+from octavo.reference.epilogue import finished
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,14 @@ def int4_linear(
     minimum: torch.Tensor | None,
     bias: torch.Tensor | None,
     group_size: int,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
     def dequantize() -> torch.Tensor:
         return reference.dequantize_int4(packed, scale, minimum, group_size)
 
-    return _linear(x, _working_copy(dequantize, group_size, packed, scale, minimum), bias)
+    y = _linear(x.float(), _working_copy(dequantize, group_size, packed, scale, minimum), bias)
+    return finished(y, None, residual, activation, x.dtype)
 
 
 def int8_linear(

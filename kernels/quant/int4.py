@@ -16,6 +16,8 @@ operand of `tl.dot`, and tokens, however few, are the short side. fp16 and bf16 
 (`int4_hopper.py`), which does the same for few tokens and large groups, and else rounds weights once.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +25,7 @@ import triton.language as tl
 from octavo.kernels.checks import check_contiguous, check_device, check_dtype, check_shape
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.quant import cpu, int4_hopper
+from octavo.kernels.quant.epilogue import check_epilogue, outputs_of
 from octavo.kernels.quant.packing import packed_shape
 from octavo.kernels.quant.weight_only import check_linear, choose_tiles, store_outputs, token_offsets
 from octavo.kernels.registry import register
@@ -53,6 +56,7 @@ def _int4_linear_kernel(
     scale_ptr,
     minimum_ptr,
     bias_ptr,
+    residual_ptr,
     M,
     N,
     K,
@@ -65,12 +69,14 @@ def _int4_linear_kernel(
     WHOLE_TILES: tl.constexpr,  # group_size is a multiple of 128, so a tile lies in one group and within K
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    ACTIVATED: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     wait_for_previous(CHAINED)
     let_next_start(CHAINED)
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    first_n = tl.program_id(1).to(tl.int64) * BLOCK_N
+    n = first_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     rows = tl.minimum(n, N - 1)  # outputs past the last repeat it, and are never stored
     c = tl.arange(0, 32)
     tiles = tl.cdiv(K, 128)
@@ -105,7 +111,7 @@ def _int4_linear_kernel(
             acc = _add_group(
                 acc, product, x_sum, group, rows, scale_ptr, minimum_ptr, stride_scale_group, stride_minimum_group
             )
-    store_outputs(out_ptr, bias_ptr, acc, n, m, N, M)
+    store_outputs(out_ptr, bias_ptr, residual_ptr, acc, first_n, m, N, M, ACTIVATED)
 
 
 def _int4_linear_cuda(
@@ -115,14 +121,19 @@ def _int4_linear_cuda(
     minimum: torch.Tensor | None,
     bias: torch.Tensor | None,
     group_size: int,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
     k, n = x.shape[-1], scale.shape[1]
-    out = empty((*x.shape[:-1], n), x.dtype, x.device)
+    out = empty((*x.shape[:-1], outputs_of(n, activation)), x.dtype, x.device)
     m = x.numel() // k
     if int4_hopper.takes(x, packed, device_properties(x.device)):
-        int4_hopper.linear(out, x, packed, scale, minimum, bias, group_size)
+        int4_hopper.linear(out, x, packed, scale, minimum, bias, group_size, residual, activation)
         return out
-    tiles = choose_tiles(m, x.dtype, 4, device_properties(x.device))
+    properties = device_properties(x.device)
+    tiles = choose_tiles(m, x.dtype, 4, properties)
+    if residual is not None and group_size % 128 and tiles.block_m == 16 and properties.capability == (8, 0):
+        tiles = replace(tiles, num_stages=2)  # with more of them a register is spilled there
     launch(
         _int4_linear_kernel,
         (cdiv(m, tiles.block_m), cdiv(n, tiles.block_n)),
@@ -132,6 +143,7 @@ def _int4_linear_cuda(
         scale,
         minimum,
         bias,
+        residual,
         m,
         n,
         k,
@@ -145,6 +157,7 @@ def _int4_linear_cuda(
         WHOLE_TILES=group_size % 128 == 0,
         BLOCK_N=tiles.block_n,
         BLOCK_M=tiles.block_m,
+        ACTIVATED=activation is not None,
         CHAINED=chains(x.device),
     )
     return out
@@ -157,12 +170,15 @@ def _int4_linear_fake(
     minimum: torch.Tensor | None,
     bias: torch.Tensor | None,
     group_size: int,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], scale.shape[1]))
+    return x.new_empty((*x.shape[:-1], outputs_of(scale.shape[1], activation)))
 
 
 _int4_linear = register(
-    "int4_linear(Tensor x, Tensor packed, Tensor scale, Tensor? minimum, Tensor? bias, int group_size) -> Tensor",
+    "int4_linear(Tensor x, Tensor packed, Tensor scale, Tensor? minimum, Tensor? bias, int group_size, "
+    "Tensor? residual=None, str? activation=None) -> Tensor",
     reference=reference.int4_linear,
     launcher=_int4_linear_cuda,
     fake=_int4_linear_fake,
@@ -179,6 +195,8 @@ def int4_linear(
     bias: torch.Tensor | None = None,
     *,
     group_size: int,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
     """Linear layer with int4 weights in groups, as GPTQ, AWQ and GGUF's 4-bit types store them.
 
@@ -192,11 +210,15 @@ def int4_linear(
         minimum: None, or the value of q = 0, as scale; −zero · scale for a zero point. Its dtype is free too.
         bias: None, or `[N]`, fp16, bf16 or fp32.
         group_size: consecutive inputs that share a scale: a multiple of 32 that divides K, K itself included.
+        residual: None, or what is added to the result: its shape, in x's dtype, contiguous. It is not written.
+        activation: None, or "silu_and_mul": of the outputs, gate and up in the order of `interleave_gate_up` (so are
+            scale, minimum and bias), the result is `silu(gate) · up`. N: a multiple of 16.
 
     Returns:
-        `[..., N]`, contiguous, in x's dtype. Products and sums are fp32, rounded once. Weights are not rounded, but in
-        Hopper's kernel: its scales, minima and weights are rounded to x's dtype where there are more than 64 tokens, a
-        minimum, or groups that are no multiple of 128.
+        `[..., N]`, or `[..., N / 2]` with an activation, contiguous, in x's dtype. Products, sums and what
+        follows them are fp32, rounded once. Weights are not rounded, but in Hopper's kernel: its scales, minima and
+        weights are rounded to x's dtype where there are more than 64 tokens, a minimum, or groups that are no multiple
+        of 128.
 
     Raises:
         TypeError: a dtype that is not accepted.
@@ -214,4 +236,5 @@ def int4_linear(
     check_shape("packed", packed, shape, "[ceil(outputs/64), ceil(inputs/128), 64, 32], from int4_pack")
     check_contiguous("packed", packed)
     check_device("packed", packed, "x", x)
-    return _int4_linear(x, packed, scale, minimum, bias, group_size)
+    check_epilogue(x, "scale", scale.shape[1], residual, activation, x.dtype)
+    return _int4_linear(x, packed, scale, minimum, bias, group_size, residual, activation)

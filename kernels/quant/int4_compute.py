@@ -15,6 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from octavo.kernels.quant.int4_epilogue import fetch_residual, finish
 from octavo.kernels.quant.int4_shares import after_turns, place, share_of, slot_of, stage_of, step_at
 
 # Lists of arguments, one a line, would be longer than the code between them.
@@ -44,20 +45,6 @@ def words_layout(blocks):
         warp_bases=[[16, 0], [32, 0]],
         block_bases=[],
         shape=[64 * blocks, 16],
-    )
-
-
-@gluon.constexpr_function
-def out_layout(blocks, tokens):
-    """Outputs by tokens, a thread having eight outputs of a token side by side: 16 bytes."""
-    more = [[64 << i, 0] for i in range(blocks.bit_length() - 1)]
-    more += [[0, 16 << i] for i in range((tokens // 16).bit_length() - 1)]
-    return gl.DistributedLinearLayout(
-        reg_bases=[[1, 0], [2, 0], [4, 0], *more],
-        lane_bases=[[8, 0], [16, 0], [32, 0], [0, 1], [0, 2]],
-        warp_bases=[[0, 4], [0, 8]],
-        block_bases=[],
-        shape=[64 * blocks, tokens],
     )
 
 
@@ -215,19 +202,6 @@ def _of_half(scales, minima, scale_ptr, minimum_ptr, half: gl.constexpr, dtype: 
 
 
 @gluon.jit
-def _store(acc, out_ptr, bias_ptr, row, token, M, N, BLOCKS: gl.constexpr, TOKENS: gl.constexpr):
-    """Adds the bias and writes the outputs from `row` on, turned: 16 bytes of a token by each thread."""
-    layout: gl.constexpr = out_layout(BLOCKS, TOKENS)
-    if bias_ptr is not None:
-        n = row + gl.arange(0, 64 * BLOCKS, layout=gl.SliceLayout(1, acc.type.layout))
-        acc += gl.expand_dims(gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32), 1)
-    out = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), layout)
-    n = gl.expand_dims(row + gl.arange(0, 64 * BLOCKS, layout=gl.SliceLayout(1, layout)), 1)
-    m = gl.expand_dims(token + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, layout)), 0)
-    gl.store(out_ptr + m.to(gl.int64) * N + n, out, mask=(n < N) & (m < M))
-
-
-@gluon.jit
 def _leave(acc, part_ptr, tokens, OUTPUTS: gl.constexpr, TOKENS: gl.constexpr):
     """Leaves a warpgroup's part of a tile, of its first `tokens` tokens, for the kernel that adds the parts up."""
     n = gl.expand_dims(gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, acc.type.layout)), 1)
@@ -322,10 +296,11 @@ def _sum(
 
 @gluon.jit
 def compute(
-    group: gl.constexpr, out_ptr, scale_ptr, minimum_ptr, bias_ptr, workspace_ptr, words, x, full, empty, turns, left,
-    taken, M, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width, stride_scale_group,
-    stride_minimum_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, SCALE_SUMS: gl.constexpr, BLOCKS: gl.constexpr,
-    TOKENS: gl.constexpr, SIDES: gl.constexpr, TURNS: gl.constexpr, STAGES: gl.constexpr,
+    group: gl.constexpr, out_ptr, scale_ptr, minimum_ptr, bias_ptr, residual_ptr, workspace_ptr, words, x, full, empty,
+    turns, left, taken, M, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width,
+    stride_scale_group, stride_minimum_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, SCALE_SUMS: gl.constexpr,
+    BLOCKS: gl.constexpr, TOKENS: gl.constexpr, SIDES: gl.constexpr, TURNS: gl.constexpr, STAGES: gl.constexpr,
+    ACTIVATED: gl.constexpr, CHAINED: gl.constexpr,
 ):
     """What warpgroup number `group` does."""
     ROWS: gl.constexpr = 64 * BLOCKS
@@ -348,6 +323,8 @@ def compute(
         end = k_tiles
         if i < own:
             end = gl.minimum(k_tiles, k + own - i)
+        if residual_ptr is not None:
+            fetch_residual(residual_ptr, row, token_tile * TOKENS, M, N, ROWS, TOKENS, ACTIVATED)
         acc = gl.zeros([ROWS, TOKENS], gl.float32, acc_layout)
         # A stage is always the same warpgroup's, or one could take it for full before it is: STAGES divide by TURNS.
         ahead = (turn + TURNS - i % TURNS) % TURNS
@@ -374,7 +351,7 @@ def compute(
                 part_ptr = workspace_ptr + (slot.to(gl.int64) * (OUTPUTS * TOKENS) + side * ROWS)
                 _leave(acc, part_ptr, M - token, OUTPUTS, TOKENS)
             else:
-                _store(acc, out_ptr, bias_ptr, row, token, M, N, BLOCKS, TOKENS)
+                finish(acc, out_ptr, bias_ptr, residual_ptr, row, token, M, N, ACTIVATED, CHAINED)
             if TURNS > 1:  # behind the use of what was loaded, so that it has come
                 mbarrier.arrive(taken.index(side), count=1)
         parity ^= 1

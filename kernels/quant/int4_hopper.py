@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.kernels.launch import INTERPRET, empty, launch
+from octavo.kernels.quant.epilogue import outputs_of
 from octavo.kernels.quant.int4_compute import compute
 from octavo.kernels.quant.int4_loads import load_tokens, load_weights
 from octavo.kernels.quant.int4_parts import _int4_parts_kernel
@@ -59,10 +60,11 @@ OTHER_BYTES = 2048
 )
 def _int4_hopper_kernel(
     # Few tokens: bound by reading the weights, half a byte each. Many: by the tensor cores.
-    packed_desc, x_desc, out_ptr, scale_ptr, minimum_ptr, bias_ptr, workspace_ptr, M, N, k_tiles,
+    packed_desc, x_desc, out_ptr, scale_ptr, minimum_ptr, bias_ptr, residual_ptr, workspace_ptr, M, N, k_tiles,
     last_group, group_planes, tiles, shared, row_tiles, token_tiles, width, stride_scale_group, stride_minimum_group,
     GROUPS: gl.constexpr, EVEN: gl.constexpr, SCALE_SUMS: gl.constexpr, BLOCKS: gl.constexpr, TOKENS: gl.constexpr,
-    SIDES: gl.constexpr, TURNS: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr,
+    SIDES: gl.constexpr, TURNS: gl.constexpr, STAGES: gl.constexpr, ACTIVATED: gl.constexpr, CHAINED:
+    gl.constexpr,
 ):
     dtype: gl.constexpr = x_desc.dtype
     TILES: gl.constexpr = SIDES * BLOCKS
@@ -91,25 +93,25 @@ def _int4_hopper_kernel(
     if SIDES * TURNS == 4:
         gl.warp_specialize([
             (compute, (
-                0, out_ptr, scale_ptr, minimum_ptr, bias_ptr, workspace_ptr, words, x, full, empty, turns, left, taken,
-                M, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width,
+                0, out_ptr, scale_ptr, minimum_ptr, bias_ptr, residual_ptr, workspace_ptr, words, x, full, empty, turns,
+                left, taken, M, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width,
                 stride_scale_group, stride_minimum_group, GROUPS, EVEN, SCALE_SUMS, BLOCKS, TOKENS, SIDES, TURNS,
-                STAGES)),
+                STAGES, ACTIVATED, CHAINED)),
             (compute, (
-                1, out_ptr, scale_ptr, minimum_ptr, bias_ptr, workspace_ptr, words, x, full, empty, turns, left, taken,
-                M, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width,
+                1, out_ptr, scale_ptr, minimum_ptr, bias_ptr, residual_ptr, workspace_ptr, words, x, full, empty, turns,
+                left, taken, M, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width,
                 stride_scale_group, stride_minimum_group, GROUPS, EVEN, SCALE_SUMS, BLOCKS, TOKENS, SIDES, TURNS,
-                STAGES)),
+                STAGES, ACTIVATED, CHAINED)),
             (compute, (
-                2, out_ptr, scale_ptr, minimum_ptr, bias_ptr, workspace_ptr, words, x, full, empty, turns, left, taken,
-                M, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width,
+                2, out_ptr, scale_ptr, minimum_ptr, bias_ptr, residual_ptr, workspace_ptr, words, x, full, empty, turns,
+                left, taken, M, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width,
                 stride_scale_group, stride_minimum_group, GROUPS, EVEN, SCALE_SUMS, BLOCKS, TOKENS, SIDES, TURNS,
-                STAGES)),
+                STAGES, ACTIVATED, CHAINED)),
             (compute, (
-                3, out_ptr, scale_ptr, minimum_ptr, bias_ptr, workspace_ptr, words, x, full, empty, turns, left, taken,
-                M, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width,
+                3, out_ptr, scale_ptr, minimum_ptr, bias_ptr, residual_ptr, workspace_ptr, words, x, full, empty, turns,
+                left, taken, M, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width,
                 stride_scale_group, stride_minimum_group, GROUPS, EVEN, SCALE_SUMS, BLOCKS, TOKENS, SIDES, TURNS,
-                STAGES)),
+                STAGES, ACTIVATED, CHAINED)),
             (load_weights, (
                 packed_desc, tiles_read, full, empty, scale_ptr, minimum_ptr, N, k_tiles, last_group, group_planes,
                 tiles, shared, row_tiles, token_tiles, width, stride_scale_group, stride_minimum_group, GROUPS, TILES,
@@ -121,15 +123,15 @@ def _int4_hopper_kernel(
     else:
         gl.warp_specialize([
             (compute, (
-                0, out_ptr, scale_ptr, minimum_ptr, bias_ptr, workspace_ptr, words, x, full, empty, turns, left, taken,
-                M, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width,
+                0, out_ptr, scale_ptr, minimum_ptr, bias_ptr, residual_ptr, workspace_ptr, words, x, full, empty, turns,
+                left, taken, M, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width,
                 stride_scale_group, stride_minimum_group, GROUPS, EVEN, SCALE_SUMS, BLOCKS, TOKENS, SIDES, TURNS,
-                STAGES)),
+                STAGES, ACTIVATED, CHAINED)),
             (compute, (
-                1, out_ptr, scale_ptr, minimum_ptr, bias_ptr, workspace_ptr, words, x, full, empty, turns, left, taken,
-                M, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width,
+                1, out_ptr, scale_ptr, minimum_ptr, bias_ptr, residual_ptr, workspace_ptr, words, x, full, empty, turns,
+                left, taken, M, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width,
                 stride_scale_group, stride_minimum_group, GROUPS, EVEN, SCALE_SUMS, BLOCKS, TOKENS, SIDES, TURNS,
-                STAGES)),
+                STAGES, ACTIVATED, CHAINED)),
             (load_weights, (
                 packed_desc, tiles_read, full, empty, scale_ptr, minimum_ptr, N, k_tiles, last_group, group_planes,
                 tiles, shared, row_tiles, token_tiles, width, stride_scale_group, stride_minimum_group, GROUPS, TILES,
@@ -304,6 +306,8 @@ def linear(
     minimum: torch.Tensor | None,
     bias: torch.Tensor | None,
     group_size: int,
+    residual: torch.Tensor | None,
+    activation: str | None,
     tiles: Tiles | None = None,
 ) -> None:
     """Launches it; `tiles` in place of those that would be chosen are for measurements."""
@@ -311,7 +315,7 @@ def linear(
     m, k_tiles = x.numel() // k, packed.shape[1]
     if tiles is None:
         tiles = choose_tiles(m, n, k, group_size, minimum is not None, device_properties(device))
-    outputs, chained = tiles.outputs, chains(device)
+    outputs, activated, chained = tiles.outputs, activation is not None, chains(device)
     row_tiles, token_tiles = cdiv(n, outputs), cdiv(m, tiles.tokens)
     # Never None, or the kernel would be compiled twice.
     parts = 2 * tiles.programs if tiles.shared else 0
@@ -327,6 +331,7 @@ def linear(
         scale,
         minimum,
         bias,
+        residual,
         workspace,
         m,
         n,
@@ -350,14 +355,16 @@ def linear(
         SIDES=tiles.sides,
         TURNS=tiles.turns,
         STAGES=tiles.stages,
+        ACTIVATED=activated,
         CHAINED=chained,
     )
     if tiles.shared:
         launch(
             _int4_parts_kernel,
-            (tiles.shared, cdiv(min(m, tiles.tokens) * outputs, tiles.parts_block)),
+            (tiles.shared, cdiv(min(m, tiles.tokens) * outputs_of(outputs, activation), tiles.parts_block)),
             out,
             bias,
+            residual,
             workspace,
             m,
             n,
@@ -372,5 +379,6 @@ def linear(
             OUTPUTS=outputs,
             TOKENS=tiles.tokens,
             BLOCK=tiles.parts_block,
+            ACTIVATED=activated,
             CHAINED=chained,
         )

@@ -47,7 +47,8 @@ def _int8_linear_kernel(
     wait_for_previous(CHAINED)
     let_next_start(CHAINED)
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    first_n = tl.program_id(1).to(tl.int64) * BLOCK_N
+    n = first_n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     rows = tl.minimum(n, N - 1)  # outputs past the last repeat it, and are never stored
     c = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + token_offsets(m, M, x_inner, stride_x_outer, stride_x_inner)[None, :] + c[:, None]
@@ -60,7 +61,7 @@ def _int8_linear_kernel(
         group = tl.cast(k // group_size, tl.int64)
         scale = tl.load(scale_ptr + group * stride_scale_group + rows).to(tl.float32)
         acc += tl.dot(w.to(x.dtype), x, input_precision="ieee") * scale[:, None]
-    store_outputs(out_ptr, bias_ptr, acc, n, m, N, M)
+    store_outputs(out_ptr, bias_ptr, None, acc, first_n, m, N, M, False)
 
 
 def _int8_linear_cuda(

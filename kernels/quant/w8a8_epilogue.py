@@ -2,9 +2,7 @@
 
     y = sums · x_scale · weight_scale + bias;  silu_and_mul: y = silu(gate) · up;  y + residual
 
-in fp32, rounded once. Rows of gate and of up take turns in the weights, `PAIRED` at a time, so that a tile has both of
-an output, and with the tensor cores' layout of sums also each thread: of 8 rows, or columns, and the next 8 it holds
-the same ones.
+in fp32, rounded once; `octavo.kernels.quant.epilogue` has the order of gate and up.
 """
 
 import triton
@@ -13,23 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from octavo.kernels.gluon_layouts import wide_layout
-from octavo.reference.w8a8 import PAIRED as _PAIRED
-
-PAIRED = tl.constexpr(_PAIRED)
-
-
-@triton.jit
-def _silu_and_mul(y, TURNED: tl.constexpr):
-    """Of the outputs, which are rows of y if TURNED, else columns; half as many are left."""
-    ROWS: tl.constexpr = y.shape[0]
-    COLS: tl.constexpr = y.shape[1]
-    if TURNED:
-        gate, up = y.reshape([ROWS // (2 * PAIRED), 2, PAIRED, COLS]).permute([0, 2, 3, 1]).split()
-        gate, up = gate.reshape([ROWS // 2, COLS]), up.reshape([ROWS // 2, COLS])
-    else:
-        gate, up = y.reshape([ROWS, COLS // (2 * PAIRED), 2, PAIRED]).permute([0, 1, 3, 2]).split()
-        gate, up = gate.reshape([ROWS, COLS // 2]), up.reshape([ROWS, COLS // 2])
-    return gate / (1.0 + tl.exp2(-1.4426950408889634 * gate)) * up
+from octavo.kernels.quant.epilogue import silu_and_mul
 
 
 @triton.jit
@@ -57,7 +39,7 @@ def finish(
     if bias_ptr is not None:
         y += tl.load(bias_ptr + n, mask=present_n, other=0.0).to(tl.float32)
     if ACTIVATED:
-        y = _silu_and_mul(y, TURNED)
+        y = silu_and_mul(y, TURNED)
         N = N // 2
         if TURNED:
             n = first_n // 2 + tl.arange(0, y.shape[0])[:, None]
@@ -74,12 +56,6 @@ def finish(
 def results_layout(rows, columns, turned):
     """That of a warpgroup's results as they are written."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 32]) if turned else wide_layout(rows, columns)
-
-
-@gluon.jit
-def halves(acc):
-    """The left and the right half of the columns."""
-    return acc.reshape([acc.shape[0], 2, acc.shape[1] // 2]).permute([0, 2, 1]).split()
 
 
 @gluon.jit
@@ -141,7 +117,7 @@ def finish_gluon(acc, residual, first_m, first_n, epilogue, TURNED: gl.constexpr
     if bias_ptr is not None:
         y += gl.expand_dims(gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32), TOKENS)
     if ACTIVATED:
-        y = _silu_and_mul(y, TURNED)
+        y = silu_and_mul(y, TURNED)
         first_n = first_n // 2
         N = N // 2
     if residual is None:

@@ -21,8 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from octavo.kernels.launch import launch
+from octavo.kernels.quant.epilogue import halves
 from octavo.kernels.quant.stream_k import tile_at
-from octavo.kernels.quant.w8a8_epilogue import finish_gluon, halves, residual_of
+from octavo.kernels.quant.w8a8_epilogue import finish_gluon, residual_of
 from octavo.kernels.quant.w8a8_loads import BLOCK_K, described
 from octavo.kernels.tiles import cdiv, device_properties
 

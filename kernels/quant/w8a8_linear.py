@@ -23,11 +23,12 @@ from octavo.kernels.checks import (
     check_of_tokens,
     check_shape,
 )
+from octavo.kernels.quant.epilogue import check_epilogue, outputs_of
 from octavo.kernels.quant.w8a8 import w8a8
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
 from octavo.reference import w8a8 as reference
-from octavo.reference.w8a8 import BLOCK, PAIRED, in_blocks
+from octavo.reference.w8a8 import BLOCK, in_blocks
 
 MAX_INPUTS = 65536
 """So many products of int8 numbers less a zero point, 255 · 128 at most, are below 2³¹ in sum."""
@@ -63,11 +64,6 @@ def _fp8_linear_cuda(
     return w8a8(x, weight, x_scale, weight_scale, bias, None, None, residual, activation, out_dtype, fast_accum)
 
 
-def _outputs(weight: torch.Tensor, activation: str | None) -> int:
-    """How many numbers a token has afterwards."""
-    return weight.shape[0] if activation is None else weight.shape[0] // 2
-
-
 def _int8_int8_linear_fake(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -80,7 +76,7 @@ def _int8_int8_linear_fake(
     residual: torch.Tensor | None = None,
     activation: str | None = None,
 ) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], _outputs(weight, activation)), dtype=out_dtype)
+    return x.new_empty((*x.shape[:-1], outputs_of(weight.shape[0], activation)), dtype=out_dtype)
 
 
 def _fp8_linear_fake(
@@ -94,7 +90,7 @@ def _fp8_linear_fake(
     residual: torch.Tensor | None = None,
     activation: str | None = None,
 ) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], _outputs(weight, activation)), dtype=out_dtype)
+    return x.new_empty((*x.shape[:-1], outputs_of(weight.shape[0], activation)), dtype=out_dtype)
 
 
 _int8_int8_linear = register(
@@ -151,17 +147,7 @@ def _check(
         check_shape("bias", bias, (n,), "[outputs]")
     if out_dtype not in FLOATS:
         raise TypeError(f"out_dtype: {out_dtype}; expected torch.float16, torch.bfloat16 or torch.float32")
-    if activation is not None:
-        if activation != "silu_and_mul":
-            raise ValueError(f'activation: {activation!r}; expected None or "silu_and_mul"')
-        if n % (2 * PAIRED):
-            raise ValueError(
-                f"weight: {n} outputs; expected a multiple of {2 * PAIRED} beside activation, gate and up interleaved "
-                "by interleave_gate_up"
-            )
-    if residual is not None:
-        _check_beside_x("residual", residual, (out_dtype,), x)
-        check_shape("residual", residual, (*x.shape[:-1], _outputs(weight, activation)), "that of the result")
+    check_epilogue(x, "weight", n, residual, activation, out_dtype)
 
 
 def _check_scales(x: torch.Tensor, x_scale: torch.Tensor, weight_scale: torch.Tensor, n: int, blocks: str) -> None:
@@ -172,32 +158,6 @@ def _check_scales(x: torch.Tensor, x_scale: torch.Tensor, weight_scale: torch.Te
             f"output{blocks}"
         )
     check_of_tokens("x_scale", x_scale, x)
-
-
-def interleave_gate_up(weight: torch.Tensor) -> torch.Tensor:
-    """Puts the weights of a gated feed-forward layer in the order that `activation="silu_and_mul"` takes them in.
-
-    Eight outputs of gate are followed by the same eight of up. Meant for loading: the weights, and what belongs to each
-    output beside them (`weight_scale`, `weight_sum`, `bias`), are put in order once.
-
-    Args:
-        weight: `[2 · F, ...]`, any dtype and strides: what belongs to the outputs of gate, then to those of up, as
-            merged projections have it; F a multiple of 8.
-
-    Returns:
-        The same shape and dtype, contiguous.
-
-    Raises:
-        ValueError: weight has no dimension, or its first is no multiple of 16.
-
-    Safe in a CUDA graph.
-    """
-    if weight.dim() == 0 or weight.shape[0] % (2 * PAIRED):
-        raise ValueError(
-            f"weight: shape {tuple(weight.shape)}; expected [gate and up, ...], a multiple of {2 * PAIRED}: pad "
-            "each of them with 0"
-        )
-    return reference.interleave_gate_up(weight)
 
 
 @replayed

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.checks import FLOATS, check_device, check_dtype, check_last_dim_contiguous, check_ndim, check_shape
+from octavo.kernels.quant.epilogue import silu_and_mul
 from octavo.kernels.quant.packing import PLANE
 from octavo.kernels.tiles import DeviceProperties, row_offset
 
@@ -47,12 +48,20 @@ def token_offsets(m, M, x_inner, stride_x_outer, stride_x_inner):
 
 
 @triton.jit
-def store_outputs(out_ptr, bias_ptr, acc, n, m, N, M):
-    """Adds the bias to acc `[BLOCK_N, BLOCK_M]` and writes it, turned, to out `[M, N]`."""
+def store_outputs(out_ptr, bias_ptr, residual_ptr, acc, first_n, m, N, M, ACTIVATED: tl.constexpr):
+    """Adds the bias to acc `[BLOCK_N, BLOCK_M]`, makes of it what follows, and writes it, turned, to out `[M, ...]`."""
+    n = first_n + tl.arange(0, acc.shape[0])
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    if ACTIVATED:
+        acc = silu_and_mul(acc, True)
+        n = first_n // 2 + tl.arange(0, acc.shape[0])
+        N = N // 2
     mask = (n < N)[:, None] & (m < M)[None, :]
-    tl.store(out_ptr + m[None, :] * N + n[:, None], acc.to(out_ptr.dtype.element_ty), mask=mask)
+    at = m[None, :] * N + n[:, None]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def check_linear(
