@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from octavo.bench.shapes import LLAMA_3_8B
 from octavo.engine import LLM, SamplingParams
@@ -24,6 +22,9 @@ VOCABULARY = 128256
 
 def write_model(folder: Path, layers: int, device: str) -> None:
     """A checkpoint of random weights, a file a layer, with a tokenizer that has a word for each id."""
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
     model, generator = LLAMA_3_8B, torch.Generator(device).manual_seed(0)
     hidden, kv = model.hidden, model.kv_heads * model.head_dim
     folder.mkdir(parents=True)
