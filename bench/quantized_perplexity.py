@@ -37,10 +37,10 @@ def main() -> None:
     group, tokens = dict(group_size=args.group_size), dict(calibration_tokens=args.calibration_tokens)
     schemes: dict[str, Settings | None] = {
         "as shipped": None,
-        "int8": Settings("int8", **tokens),
-        "fp8": Settings("fp8", **tokens),
+        "int8": Settings("int8", method="gptq", **tokens),
+        "fp8": Settings("fp8", method="gptq", **tokens),
         "int4 rtn": Settings("int4", method="rtn", **group),
-        "int4 gptq": Settings("int4", **group, **tokens),
+        "int4 gptq": Settings("int4", method="gptq", **group, **tokens),
     }
     device = choose_device(args.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -42,12 +42,12 @@ CONFIG = transformers.LlamaConfig(
 SHORT = dict(calibration_tokens=300, sequence_length=60)
 SETTINGS = {
     "int4 rtn": Settings("int4", method="rtn", group_size=64),
-    "int4 gptq": Settings("int4", group_size=32, **SHORT),
-    "int4 gptq in order": Settings("int4", act_order=False, **SHORT),
-    "int8": Settings("int8", **SHORT),
+    "int4 gptq": Settings("int4", method="gptq", group_size=32, **SHORT),
+    "int4 gptq in order": Settings("int4", method="gptq", act_order=False, **SHORT),
+    "int8": Settings("int8", method="gptq", **SHORT),
     "int8 plain": Settings("int8", method="rtn", smooth=0),
     "fp8": Settings("fp8", method="rtn"),
-    "fp8-block": Settings("fp8-block", **SHORT),
+    "fp8-block": Settings("fp8-block", method="gptq", **SHORT),
 }
 CPU = torch.device("cpu")
 
@@ -219,7 +219,7 @@ def test_interrupted_runs_go_on_to_the_same_bits(quantised, source, tmp_path, mo
 
 def test_other_settings_are_refused(source, tmp_path):
     target = tmp_path / "model"
-    settings = Settings("int4", group_size=32, **SHORT)
+    settings = Settings("int4", method="gptq", group_size=32, **SHORT)
     with pytest.raises(Stop):
         quantize(str(source), target, settings, calibration=text(1), device="cpu", progress=stop_at(1, "q_proj"))
     for change, message in (
@@ -253,7 +253,7 @@ def test_windows_shards_and_half_precision(kind, tmp_path):
     report = quantize(
         str(source),
         target,
-        Settings("int4", **SHORT),
+        Settings("int4", method="gptq", **SHORT),
         calibration=text(1),
         evaluation=text(2),
         device="cpu",
@@ -285,12 +285,12 @@ def wide(scale, settings, shape):
 
 
 BY_GPTQ = [
-    Settings("int4", group_size=32, act_order=False),
-    Settings("int4", group_size=32),
-    Settings("int4", act_order=False),
-    Settings("int8"),
-    Settings("fp8", act_order=False),
-    Settings("fp8-block"),
+    Settings("int4", method="gptq", group_size=32, act_order=False),
+    Settings("int4", method="gptq", group_size=32),
+    Settings("int4", method="gptq", act_order=False),
+    Settings("int8", method="gptq"),
+    Settings("fp8", method="gptq", act_order=False),
+    Settings("fp8-block", method="gptq"),
 ]
 
 
@@ -436,20 +436,20 @@ def test_shapes_that_do_not_fit_are_named():
 def test_texts_and_weights_that_do_not_fit(source, tmp_path):
     options = dict(device="cpu", calibration=text(1))
     with pytest.raises(ValueError, match="calibration: 1 tokens; expected a text of at least two"):
-        quantize(str(source), tmp_path / "a", Settings("int8"), device="cpu", calibration="w1")
+        quantize(str(source), tmp_path / "a", Settings("int8", method="gptq"), device="cpu", calibration="w1")
     with pytest.raises(ValueError, match="evaluation: 0 tokens"):
-        quantize(str(source), tmp_path / "a", Settings("int8"), **options, evaluation="")
+        quantize(str(source), tmp_path / "a", Settings("int8", method="gptq"), **options, evaluation="")
     assert not (tmp_path / "a").exists()
     broken = save(tmp_path / "broken")
     tensors = load_file(broken / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
     save_file(tensors, broken / "model.safetensors")
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.weight: has values that are not finite"):
-        quantize(str(broken), tmp_path / "b", Settings("fp8"), **options)
+        quantize(str(broken), tmp_path / "b", Settings("fp8", method="gptq"), **options)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, broken / "model.safetensors")
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.weight: missing from the checkpoint"):
-        quantize(str(broken), tmp_path / "c", Settings("fp8"), **options)
+        quantize(str(broken), tmp_path / "c", Settings("fp8", method="gptq"), **options)
 
 
 def test_the_command(source, tmp_path):
