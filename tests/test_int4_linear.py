@@ -415,6 +415,8 @@ def launches(dtype):
         scale = torch.empty(k // group, n, device="meta", dtype=dtype)
         minimum = scale if with_minimum else None
         int4._int4_linear_cuda(x, packed, scale, minimum, None, group)
+        if i % 3:  # what follows the product comes to the same thing in each cut, and takes its time to compile
+            continue
         activation = (None, "silu_and_mul")[i % 2]
         residual = torch.empty(m, n // 2 if activation else n, device="meta", dtype=dtype)
         int4._int4_linear_cuda(x, packed, scale, minimum, None, group, residual, activation)
