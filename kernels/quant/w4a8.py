@@ -64,7 +64,8 @@ def choose_tiles(tokens: int, unit: int, with_minimum: bool, properties: DeviceP
     """
     tokens, hopper = next_power_of_2(max(tokens, 16)), properties.capability[0] == 9
     if tokens <= 32 or (with_minimum and unit < 128):
-        return Tiles(64, min(tokens, 32), 4, 5, 4, prefetched=hopper)
+        least = 32 if unit == 64 and not hopper else 16  # of 16 tokens ptxas spills two registers on sm_89
+        return Tiles(64, max(min(tokens, 32), least), 4, 5, 4, prefetched=hopper)
     if with_minimum:
         return Tiles(64, 64, 4, 4, 2)
     if tokens <= 64:
