@@ -18,3 +18,14 @@ def wide_layout(rows, columns):
         block_bases=[],
         shape=[rows, columns],
     )
+
+
+@gluon.constexpr_function
+def joined_layout(rows, columns):
+    """Of 16-bit numbers as copies leave them that bring 8 rows by 64 columns, 1 KB, after the other: all columns of
+    eight rows, then the next eight rows. Within a KB it is the widest swizzle.
+    """
+    parts = [[0, 64 << i] for i in range((columns // 64).bit_length() - 1)]
+    groups = [[8 << i, 0] for i in range((rows // 8).bit_length() - 1)]
+    bases = [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [0, 32], [1, 8], [2, 16], [4, 32], *parts, *groups]
+    return gl.SharedLinearLayout(offset_bases=bases, block_bases=[], alignment=1024)

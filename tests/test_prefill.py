@@ -212,8 +212,9 @@ class TestOnHopper:
         octavo.paged_attention(**args, max_seqlen_q=longest)
         assert octavo.compile_count() == before
 
-    def test_heads_first_and_views(self):
-        args, longest = case(LENGTHS, d=64)
+    @pytest.mark.parametrize("d", [64, 128, 256])
+    def test_heads_first_and_views(self, d):
+        args, longest = case(LENGTHS, d=d)
         expected = octavo.paged_attention(**args, max_seqlen_q=longest)
         for name in ("key_cache", "value_cache"):
             args[name] = args[name].transpose(1, 2).contiguous().transpose(1, 2)

@@ -5,13 +5,14 @@ A persistent program on each multiprocessor: a warp finds tiles of queries (`pre
 converts what comes (`prefill_convert.py`). Rows are PACK query heads of a KV head by 128 / PACK tokens, so that the
 heads share a tile's keys.
 
-Measured on an H100, and not kept (`bench/results/NVIDIA_H100_80GB_HBM3/prefill_tiles.txt`): two buffers for the queries
-(no difference, and twice the code, since a product whose first operand's address varies gave wrong results); two warps
-for the keys, and two for the values (no difference); values, or keys too, copied by a warp's lanes, not by TMA (7 to 17
-% slower); three warpgroups (tiles of 64 keys: 7 to 14 % slower; heads of 64 spill); steps in pairs, which saves 10 % of
-the instructions (no gain); shares of the tiles fixed beforehand (1.3 times the mean for the last program of 8 × 2k);
-half or a quarter of the programs beginning with the last tiles, so that decode tokens are read beside products (no
-gain: the two slow each other); barriers that make the warpgroups take turns (no difference).
+Measured on an H100, and not kept (`bench/results/NVIDIA_H100_80GB_HBM3/prefill_tiles.txt`): sums rescaled only once the
+next scores are under way (2 to 4 % slower); maxima and sums in two chains a row (the same instructions); two buffers
+for the queries (no difference, and twice the code, since a product whose first operand's address varies gave wrong
+results); two warps for the keys, and two for the values (no difference); values, or keys too, copied by a warp's lanes,
+not by TMA (7 to 17 % slower); three warpgroups (tiles of 64 keys: 7 to 14 % slower; heads of 64 spill); steps in pairs,
+which saves 10 % of the instructions (no gain); shares of the tiles fixed beforehand (1.3 times the mean for the last
+program of 8 × 2k); half or a quarter of the programs beginning with the last tiles, so that decode tokens are read
+beside products (no gain: the two slow each other); barriers that make the warpgroups take turns (no difference).
 """
 
 from typing import Any
@@ -29,6 +30,7 @@ from octavo.kernels.attention.prefill_compute import compute
 from octavo.kernels.attention.prefill_convert import convert
 from octavo.kernels.attention.prefill_loads import load_queries_and_keys, load_values
 from octavo.kernels.attention.prefill_tiles import FIELDS, SLOTS, hand_out
+from octavo.kernels.gluon_layouts import joined_layout
 from octavo.kernels.launch import INTERPRET, empty, launch
 from octavo.kernels.tiles import (
     DeviceProperties,
@@ -100,6 +102,7 @@ def _prefill_kernel(
     RAW_KEYS: gl.constexpr,
     RAW_VALUES: gl.constexpr,
     SECTION: gl.constexpr,
+    JOINED: gl.constexpr,
 ):
     dtype: gl.constexpr = query_desc.dtype
     PARTS: gl.constexpr = BLOCK_D // 64
@@ -117,10 +120,15 @@ def _prefill_kernel(
         raw_layout: gl.constexpr = gl.NVMMASharedLayout(min(BLOCK_D, 128), element_bitwidth=8, rank=2)
         raw_keys = gl.allocate_shared_memory(key_desc.dtype, [RAW_KEYS, BLOCK_N, BLOCK_D], raw_layout)
         raw_values = gl.allocate_shared_memory(key_desc.dtype, [RAW_VALUES, BLOCK_N, BLOCK_D], raw_layout)
-    WIDTH: gl.constexpr = key_desc.block_shape[3]
-    COUNT: gl.constexpr = BLOCK_D // WIDTH * (BLOCK_N // BOX)
-    key_boxes = raw_keys._reinterpret(key_desc.dtype, [RAW_KEYS * COUNT, 1, 1, BOX, WIDTH], key_desc.layout)
-    value_boxes = raw_values._reinterpret(key_desc.dtype, [RAW_VALUES * COUNT, 1, 1, BOX, WIDTH], value_desc.layout)
+    COUNT: gl.constexpr = BLOCK_N * BLOCK_D // key_desc.block_type.numel
+    key_boxes_shape: gl.constexpr = [RAW_KEYS * COUNT] + key_desc.block_shape  # noqa: RUF005  (no star in a kernel)
+    value_boxes_shape: gl.constexpr = [RAW_VALUES * COUNT] + key_desc.block_shape  # noqa: RUF005
+    key_boxes = raw_keys._reinterpret(key_desc.dtype, key_boxes_shape, key_desc.layout)
+    value_boxes = raw_values._reinterpret(key_desc.dtype, value_boxes_shape, value_desc.layout)
+    if JOINED:
+        joined: gl.constexpr = joined_layout(BLOCK_N, BLOCK_D)
+        keys = keys._reinterpret(dtype, [STAGES, BLOCK_N, BLOCK_D], joined)
+        values = values._reinterpret(dtype, [STAGES, BLOCK_N, BLOCK_D], joined)
     entries = gl.allocate_shared_memory(gl.int32, [SLOTS * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
@@ -192,7 +200,7 @@ def _prefill_kernel(
             raw_keys, raw_values, keys, values, raw_keys_full, raw_values_full, raw_keys_read, raw_values_read,
             keys_full, values_full, queries_read, keys_read, values_read, entries, ring_full, ring_empty, k_scale_ptr,
             stride_k_scale, GROUP, BLOCK_N, STAGES, RAW_KEYS, RAW_VALUES)),
-    ][:PARTITIONS], [4, 1, 1, 1, 4][:PARTITIONS - 1], [216 if IN_FLOAT8 else 240, 40, 40, 40, 40][:PARTITIONS - 1])
+    ][:PARTITIONS], [4, 1, 1, 1, 4][:PARTITIONS - 1], [216, 40, 40, 40, 40] if IN_FLOAT8 else [240, 24, 24, 24])
     # fmt: on
 
 
@@ -208,14 +216,25 @@ def _for_copies(x: torch.Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and fits
 
 
-def _described(x: torch.Tensor, dims: tuple[int, ...], block: list[int]) -> TensorDescriptor:
-    """`x` with its dimensions in that order, for copies of `block`."""
+def _described(x: torch.Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
+    """`x` seen with these dimensions, the last one contiguous, for copies of `block`."""
     layout = gl.NVMMASharedLayout(
         swizzle_byte_width=block[-1] * x.element_size(), element_bitwidth=8 * x.element_size(), rank=len(block)
     )
-    shape = [x.shape[i] for i in dims]
-    strides = [x.stride(i) if x.shape[i] > 1 else 16 // x.element_size() for i in dims[:-1]]
-    return TensorDescriptor(x, shape, [*strides, 1], block, layout)
+    # A dimension of size 1 may have any stride.
+    strides = [stride if size > 1 else 16 // x.element_size() for size, stride in zip(shape, strides, strict=True)]
+    return TensorDescriptor(x, shape, [*strides[:-1], 1], block, layout)
+
+
+def _boxes(cache: torch.Tensor, box: int, width: int, joined: bool) -> TensorDescriptor:
+    """A cache for copies of `box` slots of a head: `width` numbers of each, or, joined, all that the head has."""
+    (pages, slots, heads, head_size), (page, slot, head, _) = cache.shape, cache.stride()
+    if not joined:
+        return _described(cache, [pages, heads, slots, head_size], [page, head, slot, 1], [1, 1, box, width])
+    parts = head_size // width
+    # Slots in eights, and a head's parts before the next head's.
+    shape, strides = [pages, slots // 8, heads * parts, 8, width], [page, 8 * slot, width, slot, 1]
+    return _described(cache, shape, strides, [1, box // 8, parts, 8, width])
 
 
 def takes(
@@ -275,6 +294,9 @@ def prefill(
     box = _box(page_size, block_n)
     float8 = key_cache.dtype != query.dtype
     width = min(block_d, 128) if float8 else 64
+    # Where a page holds a tile of keys, a copy of all of it made 8 × 2k 2 % slower than a copy of each half.
+    joined = not float8 and box < block_n and head_size == block_d > 64
+    joined = joined and key_cache.stride(2) == value_cache.stride(2) == head_size
 
     # Σ ceil(query length / tokens of a tile) ≤ T // those + B over the sequences, and one more part for the padding.
     slots = tokens * pack // (2 * ROWS) + sequences + 1
@@ -283,9 +305,8 @@ def prefill(
     launch(
         _prefill_kernel,
         (min(device_properties(query.device).num_sms, slots * heads // pack),),
-        _described(query, (0, 1, 2), [ROWS // pack, pack, 64]),
-        _described(key_cache, (0, 2, 1, 3), [1, 1, box, width]),
-        _described(value_cache, (0, 2, 1, 3), [1, 1, box, width]),
+        _described(query, [*query.shape], [*query.stride()], [ROWS // pack, pack, 64]),
+        *(_boxes(cache, box, width, joined) for cache in (key_cache, value_cache)),
         out,
         lse,
         sinks,
@@ -317,5 +338,6 @@ def prefill(
         STAGES=STAGES,
         RAW_KEYS=STAGES,
         RAW_VALUES=1 if float8 else STAGES,
+        JOINED=joined,
         SECTION=max(SECTION_BYTES // (2 * kv_heads * head_size * key_cache.element_size()), 1),
     )

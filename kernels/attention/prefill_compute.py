@@ -156,6 +156,8 @@ def _step(
     mbarrier.wait(keys_full.index(stage), step // STAGES & 1)
     scores = _products(query, keys.index(stage), D, ROWS, BLOCK_N)
     mbarrier.wait(values_full.index(before), before_phase)
+    # In fp32 from step to step: rounded there, pairs of 16 bits would be turned over twice, and moved, in each of them.
+    weights = weights.to(values.dtype)
     acc = _add(acc, weights, values.index(before))
     COUNT: gl.constexpr = len(acc)
     scores = warpgroup_mma_wait(COUNT, deps=[scores])
@@ -165,7 +167,6 @@ def _step(
         scores, top, total, tile, entries, done, token, window, score_scale, cap, EDGE, CAUSAL, WINDOW, FROM, SOFTCAP,
         BLOCK_N,
     )
-    new = gl.convert_layout(new.to(values.dtype), weights.type.layout)
     # They have come already. ptxas would move the softmax down past the wait below; past this wait's loop it does not.
     mbarrier.wait(values_full.index(before), before_phase)
     ready = warpgroup_mma_wait(0, deps=acc + (weights, new, total))  # noqa: RUF005  (no star in a kernel)
@@ -258,8 +259,6 @@ def compute(
 ):
     """What warpgroup number `group` does."""
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-    weights_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     rows: gl.constexpr = gl.SliceLayout(1, scores_layout)
     BLOCK_Q: gl.constexpr = 2 * ROWS // PACK
     FROM: gl.constexpr = WINDOW or ROLLING
@@ -288,7 +287,6 @@ def compute(
         scores, none, zero, high - 1, entries, 0, token, window, scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP,
         BLOCK_N,
     )
-    weights = gl.convert_layout(weights.to(values.dtype), weights_layout)
     acc = _nothing(D, ROWS, BLOCK_D)
     done = 0
     step = 1

@@ -1,9 +1,10 @@
 """The warps of the prefill kernel (`prefill.py`) that load queries, keys and values, by TMA.
 
 A box of the copy engine is up to BLOCK_N slots of one page by 64 numbers of a head, or 128 of a float8 cache, which is
-128 bytes, as many as its widest swizzle takes: a tile of heads of 128 takes 16 boxes of pages of 16 slots, or two of a
-large page; of float8, half of them. What lies outside of the cache comes as zeros, so a page that is not there is given
-the number after the last.
+128 bytes, as many as its widest swizzle takes. Where the heads of a token lie side by side, a box has all numbers of a
+head, though: in eights of slots, 64 numbers after 64 (`joined_layout`). A tile of heads of 128 takes 8 boxes of pages
+of 16 slots then, not 16 of 2 KB, which were as many as the copy engine could do: 5 % faster. What lies outside of the
+cache comes as zeros, so a page that is not there is given the number after the last.
 """
 
 from triton.experimental import gluon
@@ -63,37 +64,46 @@ def _load_tile(
     desc, boxes, full, stage, tile, kv_head, ids, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
 ):
-    WIDTH: gl.constexpr = boxes.shape[4]
+    JOINED: gl.constexpr = len(boxes.shape) == 6
     COUNT: gl.constexpr = BLOCK_N // BOX
-    PARTS: gl.constexpr = BLOCK_D // WIDTH
+    PARTS: gl.constexpr = BLOCK_D // boxes.shape[len(boxes.shape) - 1]
     mbarrier.expect(full, BLOCK_N * BLOCK_D * (boxes.dtype.primitive_bitwidth // 8))
     for n in gl.static_range(COUNT):
-        for part in gl.static_range(PARTS):
+        slot = (tile * BLOCK_N + n * BOX) % PAGE_SIZE
+        if JOINED:
             tma.async_copy_global_to_shared(
-                desc, [ids[n], kv_head, (tile * BLOCK_N + n * BOX) % PAGE_SIZE, part * WIDTH], full, boxes.index(stage
-                * PARTS * COUNT + part * COUNT + n),
+                desc, [ids[n], slot // 8, kv_head * PARTS, 0, 0], full, boxes.index(stage * COUNT + n)
             )
+        else:
+            for part in gl.static_range(PARTS):
+                tma.async_copy_global_to_shared(
+                    desc, [ids[n], kv_head, slot, part * (BLOCK_D // PARTS)], full, boxes.index(stage * PARTS * COUNT +
+                    part * COUNT + n),
+                )
 
 
 @gluon.jit
-def _zero_outside(values, stage, first, last, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr):
-    """Zeroes the values of a tile but for rows `first` to `last`, 16 by 64 at a time: a warp has registers for those.
+def _zero_outside(
+    values, stage, first, last, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, JOINED: gl.constexpr,
+):
+    """Zeroes the values of a tile but for rows `first` to `last`, 8 by 64 at a time: a warp has registers for those.
 
     What no sequence has written may be NaN, and a weight of zero would not silence it.
     """
     dtype: gl.constexpr = values.dtype
-    COUNT: gl.constexpr = BLOCK_N // 16
+    COUNT: gl.constexpr = BLOCK_N // 8
     PARTS: gl.constexpr = BLOCK_D // 64
     shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    pieces = values._reinterpret(dtype, [values.shape[0] * PARTS * COUNT, 16, 64], shared)
+    pieces = values._reinterpret(dtype, [values.shape[0] * PARTS * COUNT, 8, 64], shared)
     for n in range(COUNT):
-        if (n * 16 < first) | (n * 16 + 16 > last):
-            row = n * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, layout))
+        if (n * 8 < first) | (n * 8 + 8 > last):
+            row = n * 8 + gl.arange(0, 8, layout=gl.SliceLayout(1, layout))
             keep = gl.expand_dims((row >= first) & (row < last), 1)
             for part in gl.static_range(PARTS):
-                piece = pieces.index(stage * PARTS * COUNT + part * COUNT + n)
-                piece.store(gl.where(keep, piece.load(layout), gl.zeros([16, 64], dtype, layout)))
+                at = n * PARTS + part if JOINED else part * COUNT + n
+                piece = pieces.index(stage * PARTS * COUNT + at)
+                piece.store(gl.where(keep, piece.load(layout), gl.zeros([8, 64], dtype, layout)))
 
 
 @gluon.jit
@@ -151,6 +161,7 @@ def load_values(
     FLOAT8: gl.constexpr,
 ):
     """What the warp does that loads values."""
+    JOINED: gl.constexpr = len(value_boxes.shape) == 6
     # Products read values in the step after the one that reads the keys beside them.
     LATE: gl.constexpr = 0 if FLOAT8 else 1
     done = 0
@@ -174,7 +185,7 @@ def load_values(
                 )
                 mbarrier.wait(full, cuts & 1)
                 cuts += 1
-                _zero_outside(values, place, start - tile * BLOCK_N, end - tile * BLOCK_N, BLOCK_N, BLOCK_D)
+                _zero_outside(values, place, start - tile * BLOCK_N, end - tile * BLOCK_N, BLOCK_N, BLOCK_D, JOINED)
                 fence_async_shared()
                 mbarrier.arrive(values_full.index(place), count=1)
             else:
