@@ -12,11 +12,12 @@ Runs in a process of its own because the tests' process has the interpreter in p
 import argparse
 import importlib.util
 import json
+import multiprocessing
 import re
 import subprocess
+import sys
 import tempfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ import triton
 
 from octavo.kernels.compilation import compile_for
 from octavo.kernels.launch import Launch, record_launches
-from octavo.kernels.tiles import KNOWN_DEVICES
+from octavo.kernels.tiles import KNOWN_DEVICES, DeviceProperties
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -53,20 +54,29 @@ def main() -> None:
     parser.add_argument("--whole", nargs="*", default=["sm_80", "sm_89", "sm_90"])
     parser.add_argument("--every", type=int, default=1)
     options = parser.parse_args()
+    launches = []
     for path in options.paths:
         spec = importlib.util.spec_from_file_location("launching", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        compile_all(module.launches, options.whole, options.every)
-
-
-def compile_all(launches: Callable[[torch.dtype], None], whole_archs: list[str], every: int) -> None:
+        launches.append(module.launches)
     for properties in KNOWN_DEVICES.values():
-        arch = "sm_{}{}".format(*properties.capability)
+        # A process each: Triton keeps in one the fp8 conversions of the first architecture that it compiles for.
+        args = properties, launches, options.whole, options.every
+        process = multiprocessing.get_context("fork").Process(target=compile_all, args=args)
+        process.start()
+        process.join()
+        if process.exitcode:
+            sys.exit(f"compiling for {properties.name} ended with {process.exitcode}")
+
+
+def compile_all(properties: DeviceProperties, launches: list, whole_archs: list[str], every: int) -> None:
+    arch = "sm_{}{}".format(*properties.capability)
+    for of_module in launches:
         seen, in_bf16 = set(), set()
         for dtype in (torch.bfloat16, torch.float16):
             with record_launches(properties) as recorded:
-                launches(dtype)
+                of_module(dtype)
             for launch in recorded:
                 text = described(launch)
                 alike = text.replace("bfloat16", "float16")
@@ -75,7 +85,11 @@ def compile_all(launches: Callable[[torch.dtype], None], whole_archs: list[str],
                 whole = arch in whole_archs and (dtype == torch.bfloat16 or alike not in in_bf16)
                 if not whole and zlib.crc32(f"{triton.__version__} {arch} {text}".encode()) % every:
                     continue
-                compiled = compile_for(launch, properties.capability)
+                try:
+                    compiled = compile_for(launch, properties.capability)
+                except Exception as error:
+                    error.add_note(f"{arch}: {text}")
+                    raise
                 if compiled.hash in seen:
                     continue
                 seen.add(compiled.hash)
