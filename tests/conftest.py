@@ -7,6 +7,8 @@ import platform
 # then the interpreter's tl.dot, unlike a GPU's, is not batch-invariant. This one is, and runs on all. Read by numpy.
 if platform.machine() in ("x86_64", "AMD64"):
     os.environ["OPENBLAS_CORETYPE"] = "Sandybridge"
+if "PYTEST_XDIST_WORKER" in os.environ:  # which are as many as there are cores; numpy's and torch's threads would spin
+    os.environ |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1")
 
 import pytest
 import torch
@@ -36,6 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in set(dropped)]
+    items.sort(key=lambda item: item.path.name != "test_compile.py")  # what takes longest starts first
 
 
 def _is_interpreted(item: pytest.Item) -> bool:

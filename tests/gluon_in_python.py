@@ -7,6 +7,7 @@ wait for ever. Layouts, proxies and the order of memory are not modelled: progra
 import __future__
 
 import builtins
+import functools
 import random
 import re
 import threading
@@ -379,8 +380,14 @@ def namespace(modules, place, programs):
         let_next_start=lambda chained: None,
     )
     for module in modules:
-        source = (KERNELS / module).read_text().partition("\n@dataclass")[0]
-        source = re.sub(r"^(from|import) [^(]*?(\([^)]*\))?$", "", source, flags=re.M)
-        source = re.sub(r"^( +)(i|stage|phase) = 0$", r"\1\2 = Number(0)", source, flags=re.M)  # a literal has no `to`
-        exec(compile(source, module, "exec", __future__.annotations.compiler_flag), names)
+        exec(_code(module), names)
     return names
+
+
+@functools.cache
+def _code(module):
+    """The part of a module that `namespace` runs, which takes longer to compile than a program of it to run."""
+    source = (KERNELS / module).read_text().partition("\n@dataclass")[0]
+    source = re.sub(r"^(from|import) [^(]*?(\([^)]*\))?$", "", source, flags=re.M)
+    source = re.sub(r"^( +)(i|stage|phase) = 0$", r"\1\2 = Number(0)", source, flags=re.M)  # a literal has no `to`
+    return compile(source, module, "exec", __future__.annotations.compiler_flag)

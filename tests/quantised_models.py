@@ -1,8 +1,7 @@
 """Tiny models in every format that the engine reads, and the same models in fp32.
 
-What a format's own library would write is written here by loops over its published layout, or by the library itself:
-compressed-tensors, gguf (which writes no K-quants: those are random blocks, and `gguf.quants.dequantize` says what they
-stand for).
+What a format's own library would write is written here by loops over its published layout, which need no library, or by
+gguf itself (which writes no K-quants: those are random blocks, and `gguf.quants.dequantize` says what they stand for).
 """
 
 import json
@@ -109,17 +108,15 @@ def written(name, n, k, generator):
         order = [0, 2, 4, 6, 1, 3, 5, 7]
         parts = dict(qweight=words(q.t(), order), qzeros=words(zero.t(), order), scales=scale.t())
     else:
-        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
         parts = dict(
-            weight_packed=pack_to_int32((q - 8).to(torch.int8), 4),
+            weight_packed=words(q, range(8)),
             weight_scale=scale,
             weight_shape=torch.tensor([n, k]),
         )
         if "act-order" in name:
             parts["weight_g_idx"] = g_idx.int()
         if "asymmetric" in name:
-            parts["weight_zero_point"] = pack_to_int32((zero - 8).to(torch.int8), 4, packed_dim=0)
+            parts["weight_zero_point"] = words(zero.t(), range(8)).t()
     return {suffix: part.contiguous() for suffix, part in parts.items()}, weight
 
 

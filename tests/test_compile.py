@@ -1,4 +1,8 @@
-"""Every kernel × shipped tile choice compiles for sm_80, sm_89 and sm_90: shared memory within the limit, no spills."""
+"""Every kernel × shipped tile choice compiles for sm_80, sm_89 and sm_90: shared memory within the limit, no spills.
+
+`pytest -m slow tests/test_compile.py` proves it, with every Triton that is installed. The ordinary run compiles all for
+sm_90 alone, and a sample of the rest (`WHOLE`).
+"""
 
 import ast
 import json
@@ -8,20 +12,29 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
+from test_launch import TRITONS
 
 TESTS = Path(__file__).parent
-MODULES = sorted(p.name for p in TESTS.glob("test_*.py") if "\ndef launches(" in p.read_text())
+LONGEST = [f"test_{name}.py" for name in ("int4_linear", "paged_attention", "w8a8_linear", "w4a8_linear")]
+"""The first to be compiled, so that they are not what a run waits for in the end."""
+MODULES = [p.name for p in TESTS.glob("test_*.py") if "\ndef launches(" in p.read_text()]
+MODULES.sort(key=lambda name: (name not in LONGEST, name))
+WHOLE, EVERY, EVERY_OF_OTHERS = ["--whole", "sm_90", "--every"], "8", "24"
+"""What the ordinary run compiles: all for sm_90 with the Triton that is installed beside torch, but for fp16 where bf16
+has the same, and every eighth of the rest; with each other Triton every twenty-fourth kernel of any architecture."""
 SPILLED = {"_prefill_kernel": 40, "_int4_hopper_kernel": 32}
 """Bytes of the stack that a Gluon kernel may use: the warps that load have few registers, and those that compute may
 keep numbers of a tile in memory. They spill nothing in their innermost loop, but for up to five numbers
 of int4's four warpgroups with 64 tokens."""
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_compiles_everywhere(module):
+def compiled(version, modules, *options):
+    """Runs the worker with a Triton; returns the devices that it compiled for, once their kernels are looked at."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [TRITONS[version], environment.get("PYTHONPATH")]))
     run = subprocess.run(
-        [sys.executable, TESTS / "compile_worker.py", TESTS / module],
+        [sys.executable, TESTS / "compile_worker.py", *(TESTS / module for module in modules), *options],
         env=environment,
         capture_output=True,
         text=True,
@@ -29,13 +42,31 @@ def test_compiles_everywhere(module):
     )
     assert run.returncode == 0, run.stderr[-4000:]
     rows = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    assert {row["device"] for row in rows} == {"A100", "L40S", "H100"}
     for row in rows:
+        assert row["triton"] == version
         assert row["shared"] <= row["shared_limit"], row
         assert row["stack"] <= SPILLED.get(row["kernel"], 0) and row["local"] == 0, row
         chained = "CHAINED" in row["constexprs"] and row["device"] == "H100"
         # The compiler may write a wait down twice, on either side of a branch.
         assert row["chained"] == chained and bool(row["waits"]) == chained, "a chained kernel waits for the one before"
+    return {row["device"] for row in rows}
+
+
+@pytest.mark.parametrize("version", [version for version in TRITONS if version != triton.__version__])
+def test_compiles_with_other_tritons(version):
+    assert compiled(version, MODULES, "--whole", "--every", EVERY_OF_OTHERS) == {"A100", "L40S", "H100"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_compiles(module):
+    assert "H100" in compiled(triton.__version__, [module], *WHOLE, EVERY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", TRITONS)
+@pytest.mark.parametrize("module", MODULES)
+def test_compiles_everywhere(module, version):
+    assert compiled(version, [module]) == {"A100", "L40S", "H100"}
 
 
 def test_kernels_wait_before_they_touch_memory():

@@ -3,7 +3,7 @@
     scale = max(|w|) / limit,    q = round(w / scale)    limit = 7.5 (int4), 127 (int8), 448 (e4m3)
 
 with int4 from -8 to 7; its scale is the best, by squared error, of that one and smaller ones that cut off the largest
-weights. q is found with the scale as it is stored, so that its rounding costs nothing.
+weights. q is found with the scale as it is stored, so that its rounding costs nothing. Bits are the same everywhere.
 """
 
 import torch
@@ -17,10 +17,12 @@ SHRINK = tuple(1 - step / 20 for step in range(7))
 
 def int4_scale(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Scales `[N, …, 1]` in `dtype` of groups `[N, …, group_size]`, fp32."""
-    widest = (weight.abs().amax(-1, keepdim=True) / 7.5).clamp(min=2 * torch.finfo(dtype).tiny)
+    widest = _over(weight.abs().amax(-1, keepdim=True), 7.5).clamp(min=2 * torch.finfo(dtype).tiny)
     scales = torch.stack([(widest * part).to(dtype) for part in SHRINK])
-    errors = [int4_round(weight, s).mul_(s.float()).sub_(weight).square_().sum(-1, keepdim=True) for s in scales]
-    return scales.gather(0, torch.stack(errors).argmin(0, keepdim=True)).squeeze(0)
+    squares = (int4_round(weight, s).mul_(s.float()).sub_(weight).square_() for s in scales)
+    # In float64, so that the order in which a device adds does not decide between scales that are nearly as good.
+    errors = torch.stack([square.sum(-1, keepdim=True, dtype=torch.float64) for square in squares])
+    return scales.gather(0, errors.argmin(0, keepdim=True)).squeeze(0)
 
 
 def int4_round(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -47,10 +49,10 @@ def round_to_nearest(weight: torch.Tensor, settings: Settings, dtype: torch.dtyp
     limit = LIMITS[settings.scheme]
     if settings.scheme == "fp8-block":
         tiles = weight.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))  # [N / 128, 128, K / 128, 128]
-        scale = _positive(tiles.abs().amax((1, 3)) / limit)
+        scale = _positive(_over(tiles.abs().amax((1, 3)), limit))
         wide = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
     else:
-        wide = scale = _positive(weight.abs().amax(1, keepdim=True) / limit)
+        wide = scale = _positive(_over(weight.abs().amax(1, keepdim=True), limit))
     return as_codes(codes_of(weight, wide, settings.scheme), settings.scheme), scale
 
 
@@ -66,6 +68,11 @@ def codes_of(weight: torch.Tensor, scale: torch.Tensor, scheme: str) -> torch.Te
 def as_codes(values: torch.Tensor, scheme: str) -> torch.Tensor:
     """Codes in fp32 as int8 or float8_e4m3fn, exactly."""
     return values.to(torch.float8_e4m3fn if scheme.startswith("fp8") else torch.int8)
+
+
+def _over(largest: torch.Tensor, limit: float) -> torch.Tensor:
+    """The quotient, rounded once: on a GPU torch multiplies by a number's reciprocal, which may be a unit off."""
+    return largest / largest.new_full((), limit)
 
 
 def _positive(scale: torch.Tensor) -> torch.Tensor:

@@ -510,15 +510,41 @@ def test_a_gguf_becomes_a_folder(tmp_path):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_as_on_a_cpu(quantised, source, tmp_path):
+def test_on_a_gpu(quantised, source, tmp_path):
     name, folder, report = quantised
     target = tmp_path / "model"
     there = quantize(str(source), target, SETTINGS[name], calibration=text(1), evaluation=text(2), device="cuda")
     assert there.perplexity_after == pytest.approx(report.perplexity_after, rel=0.03)
-    for here, on_gpu in zip(report.layers, there.layers, strict=True):
-        assert on_gpu["error"] == pytest.approx(here["error"], rel=0.02)
     if not SETTINGS[name].calibrates:  # rounding alone is the same everywhere
         assert (target / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     llm = LLM(str(target), device="cuda", dtype=torch.bfloat16)
     ids = llm.tokenizer.encode(text(2))
     assert perplexity(llm, ids, 96) == pytest.approx(report.perplexity_after, rel=0.03)
+
+
+def stored_codes(folder, module):
+    tensors = load_file(folder / "model.safetensors")
+    if f"{module}.weight" in tensors:
+        return tensors[f"{module}.weight"].view(torch.uint8)
+    return (tensors[f"{module}.weight_packed"].unsqueeze(-1) >> 4 * torch.arange(8)) & 15
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantised", [name for name in SETTINGS if SETTINGS[name].calibrates], indirect=True)
+def test_calibrated_on_a_gpu_as_on_a_cpu(quantised, source, tmp_path, monkeypatch):
+    """In fp32 on both, where a GPU would calibrate in half precision, which changes up to four codes in ten.
+
+    What differs are the orders of sums, 1e-6 of a Hessian. Where a weight lies between two codes that turns one over,
+    GPTQ then all behind it in its row, and the layers after it are calibrated on others. A Hessian changed by that much
+    on the CPU, six times by chance, left 99.8% and more of the first three weights' codes as they were and 91% and more
+    of any other's, and no error moved by more than 1%.
+    """
+    name, folder, report = quantised
+    monkeypatch.setattr("octavo.engine.quantize.run.choose_dtype", lambda config, device: torch.float32)
+    target = tmp_path / "model"
+    there = quantize(str(source), target, SETTINGS[name], calibration=text(1), device="cuda")
+    for i, (here, on_gpu) in enumerate(zip(report.layers, there.layers, strict=True)):
+        assert on_gpu["error"] == pytest.approx(here["error"], rel=0.02)
+        module = here["name"].removesuffix(".weight")
+        same = (stored_codes(target, module) == stored_codes(folder, module)).double().mean()
+        assert same > (0.99 if i < 3 else 0.85), (module, same)
