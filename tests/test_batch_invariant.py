@@ -19,7 +19,7 @@ from octavo.kernels.attention import paged
 from octavo.kernels.attention.attention_tiles import choose_tiles
 from octavo.kernels.launch import record_launches
 from octavo.kernels.tiles import KNOWN_DEVICES, device_properties
-from octavo.testing import assert_accurate, check_op, without_interpreter
+from octavo.testing import INTERPRET, assert_accurate, check_op, without_interpreter
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's NaNs are meant
 INT_MAX = 2**31 - 1
@@ -215,6 +215,8 @@ def test_rings(device, dtype, cache_dtype, window_size, page_size, width):
             new = order[at[first:end] // page_size % width].to(device), at[first:end].to(device) % page_size
             for name, cache in ring.items():
                 cache[new] = full.stored[name][old[0][first:end].to(device), old[1][first:end].to(device)]
+            if size == 1 and first % 3 and INTERPRET:  # it is filled all the same, and a third of the steps looked at
+                continue
             args = full.args([(0, first, end)]) | ring
             args["block_table"] = order[None].to(device, torch.int32)
             options = dict(window_size=window_size, rolling=True, batch_invariant=True, return_lse=True)

@@ -16,7 +16,7 @@ import triton
 from test_launch import TRITONS
 
 TESTS = Path(__file__).parent
-LONGEST = [f"test_{name}.py" for name in ("int4_linear", "paged_attention", "w8a8_linear", "w4a8_linear")]
+LONGEST = [f"test_{name}.py" for name in ("int4_linear", "paged_attention", "paged_features", "w8a8_linear")]
 """The first to be compiled, so that they are not what a run waits for in the end."""
 MODULES = [p.name for p in TESTS.glob("test_*.py") if "\ndef launches(" in p.read_text()]
 MODULES.sort(key=lambda name: (name not in LONGEST, name))
