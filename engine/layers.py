@@ -2,7 +2,8 @@
 
 A layer keeps its weights as the checkpoint has them (dense, grouped int4 and int8, int8 and fp8 whose activations are
 quantised too) and picks octavo's op, or torch's GEMM, accordingly; fp8 that no op serves becomes dense. Weights that
-share an input (q, k and v; gate and up) are stacked along their outputs into one GEMM where their formats agree.
+share an input (q, k and v; gate and up) are stacked along their outputs into one GEMM where their formats agree; gate
+and up are interleaved for the ops whose epilogue then makes silu(gate) · up of them.
 """
 
 from collections.abc import Callable
@@ -35,11 +36,16 @@ class Int4Linear:
     bias: torch.Tensor | None
     group_size: int
     order: torch.Tensor | None = None  # [K]: which input each packed one is
+    activation: str | None = None  # "silu_and_mul": the outputs are gate and up, interleaved
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.order is not None:
             x = x[..., self.order]
-        return octavo.int4_linear(x, self.packed, self.scale, self.minimum, self.bias, group_size=self.group_size)
+        return octavo.int4_linear(
+            *(x, self.packed, self.scale, self.minimum, self.bias),
+            group_size=self.group_size,
+            activation=self.activation,
+        )
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class W8A8Linear:
     scale: torch.Tensor  # fp32, [N]; by blocks [ceil(N / 128), K / 128]
     bias: torch.Tensor | None
     activations: Activations
+    activation: str | None = None  # "silu_and_mul": the outputs are gate and up, interleaved
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         is_int8 = self.weight.dtype == torch.int8
@@ -70,7 +77,7 @@ class W8A8Linear:
             q, scale = quantize(x, self.activations.scale), self.activations.scale
         else:
             q, scale = quantize(x, granularity=self.activations.granularity)
-        return linear(q, self.weight, scale, self.scale, self.bias, out_dtype=x.dtype)
+        return linear(*(q, self.weight, scale, self.scale, self.bias), out_dtype=x.dtype, activation=self.activation)
 
 
 @dataclass(frozen=True)
@@ -83,42 +90,81 @@ class SplitLinear:
         return torch.cat([part(x) for part in self.parts], dim=-1)
 
 
+@dataclass(frozen=True)
+class GatedLinear:
+    """Gate and up, side by side, where no epilogue makes silu(gate) · up of them."""
+
+    gate_up: Linear
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return octavo.silu_and_mul(self.gate_up(x))
+
+
 def weight_shape(weight: Weight) -> tuple[int, ...]:
     """`(out_features, in_features)` of a weight in any format; a vector's own shape."""
     return tuple(weight.shape if isinstance(weight, torch.Tensor) else weight.q.shape)
 
 
 def make_linear(
-    weights: list[Weight], biases: list[torch.Tensor | None], device: torch.device, dtype: torch.dtype
+    weights: list[Weight],
+    biases: list[torch.Tensor | None],
+    device: torch.device,
+    dtype: torch.dtype,
+    gated: bool = False,
 ) -> Linear:
-    """One layer that computes all of `weights` on the same input, outputs in order."""
+    """One layer that computes all of `weights` on the same input, outputs in order.
+
+    `gated`: they are gate and up, and the layer's result is silu(gate) · up.
+    """
     weights = [
         dequantize(w, device).to(dtype) if isinstance(w, Fp8Weight) and not _fp8_runs(w, device) else w for w in weights
     ]
     cut = any(isinstance(w, Fp8Weight) and w.block == (BLOCK, BLOCK) and w.q.shape[0] % BLOCK for w in weights[:-1])
-    if cut or len({_kind(w) for w in weights}) > 1 or len({b is None for b in biases}) > 1:
+    apart = cut or len({_kind(w) for w in weights}) > 1 or len({b is None for b in biases}) > 1
+    if gated and (apart or not _interleaves(weights[0])):
+        return GatedLinear(make_linear(weights, biases, device, dtype))
+    if apart:
         return SplitLinear(tuple(make_linear([w], [b], device, dtype) for w, b in zip(weights, biases, strict=True)))
-    bias = None if biases[0] is None else torch.cat([b.to(device, dtype) for b in biases if b is not None])
-    if all(isinstance(w, Int4Weight) for w in weights):
-        q, scale = (_stack(weights, field, device) for field in ("q", "scale"))
-        has_minimum = isinstance(weights[0], Int4Weight) and weights[0].minimum is not None
-        minimum = _stack(weights, "minimum", device).t().contiguous() if has_minimum else None
-        order = weights[0].order if isinstance(weights[0], Int4Weight) else None
-        order = None if order is None else order.to(device)
-        group_size = q.shape[1] // scale.shape[1]
-        return Int4Linear(octavo.int4_pack(q), scale.t().contiguous(), minimum, bias, group_size, order)
+    activation = "silu_and_mul" if gated else None
+    bias = None
+    if biases[0] is not None:
+        bias = _in_order(torch.cat([b.to(device, dtype) for b in biases if b is not None]), gated)
     first = weights[0]
+    if isinstance(first, Int4Weight):
+        q, scale = (_in_order(_stack(weights, field, device), gated) for field in ("q", "scale"))
+        minimum = None
+        if first.minimum is not None:
+            minimum = _in_order(_stack(weights, "minimum", device), gated).t().contiguous()
+        order = None if first.order is None else first.order.to(device)
+        group_size = q.shape[1] // scale.shape[1]
+        scale = scale.t().contiguous()
+        return Int4Linear(octavo.int4_pack(q), scale, minimum, bias, group_size, order, activation)
     if isinstance(first, Int8Weight | Fp8Weight) and first.activations is not None:
         scale = torch.cat([_output_scales(w) for w in weights if isinstance(w, Int8Weight | Fp8Weight)]).to(device)
         activations = first.activations
         if activations.scale is not None:
             activations = Activations(activations.granularity, activations.scale.to(device))
-        return W8A8Linear(_stack(weights, "q", device), scale, bias, activations)
-    if all(isinstance(w, Int8Weight) for w in weights):
+        q = _in_order(_stack(weights, "q", device), gated)
+        return W8A8Linear(q, _in_order(scale, gated), bias, activations, activation)
+    if isinstance(first, Int8Weight):
         q, scale = (_stack(weights, field, device) for field in ("q", "scale"))
         return Int8Linear(q, scale.t().contiguous(), bias, q.shape[1] // scale.shape[1])
     dense = [w.to(device, dtype) for w in weights if isinstance(w, torch.Tensor)]
     return DenseLinear(dense[0] if len(dense) == 1 else torch.cat(dense), bias)
+
+
+def _interleaves(weight: Weight) -> bool:
+    """Whether the op of gate's and up's format has an epilogue for them; outputs of blocks can't be interleaved."""
+    if weight_shape(weight)[0] % 8:
+        return False
+    if isinstance(weight, Int8Weight | Fp8Weight):
+        return weight.activations is not None and weight.activations.granularity != "group"
+    return isinstance(weight, Int4Weight)
+
+
+def _in_order(x: torch.Tensor, gated: bool) -> torch.Tensor:
+    """What belongs to outputs, in the order that the layer has them in."""
+    return octavo.interleave_gate_up(x) if gated else x
 
 
 def _fp8_runs(weight: Fp8Weight, device: torch.device) -> bool:

@@ -119,7 +119,8 @@ class _Collector:
     def _stack(self, group: str) -> None:
         weights = [self.pending.pop(f"{m}.weight") for m in self.groups[group]]
         biases = [self.pending.pop(f"{m}.bias", None) for m in self.groups[group]]
-        self.linears[group] = make_linear(weights, biases, self.device, self.dtype)  # type: ignore[arg-type]
+        gated = group.endswith(".gate_up")
+        self.linears[group] = make_linear(weights, biases, self.device, self.dtype, gated)  # type: ignore[arg-type]
 
     def layer(self, index: int) -> Layer:
         at = f"model.layers.{index}"

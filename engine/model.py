@@ -35,7 +35,7 @@ class Layer:
     qkv: Linear
     o: Linear
     post_attention_norm: torch.Tensor
-    gate_up: Linear
+    gate_up: Linear  # silu(gate) · up
     down: Linear
 
 
@@ -68,7 +68,7 @@ class Decoder:
         for index, layer in enumerate(self.layers):
             x = self._attention(layer, x, kv_cache[index], metadata, plan)
             x = octavo.add_rms_norm(x, residual, layer.post_attention_norm, eps)
-            x = layer.down(octavo.silu_and_mul(layer.gate_up(x)))
+            x = layer.down(layer.gate_up(x))
             following = self.layers[index + 1].input_norm if index + 1 < len(self.layers) else self.norm
             x = octavo.add_rms_norm(x, residual, following, eps)
         return x

@@ -80,11 +80,13 @@ def model_calls(
     )
     kv_heads = _get(config, "num_key_value_heads", heads)
     head_dim = _get(config, "head_dim", hidden // heads)
-    linears = {
-        ((heads + 2 * kv_heads) * head_dim, hidden),
-        (hidden, heads * head_dim),
-        (2 * intermediate, hidden),
-        (hidden, intermediate),
+    # Gate and up are one layer, which ends with SiLU × gate wherever outputs can be interleaved.
+    ends = weights not in ("int8", "fp8_blocks") and activation == "silu" and intermediate % 8 == 0
+    linears: set[tuple[int, int, str | None]] = {
+        ((heads + 2 * kv_heads) * head_dim, hidden, None),
+        (hidden, heads * head_dim, None),
+        (2 * intermediate, hidden, "silu_and_mul" if ends else None),
+        (hidden, intermediate, None),
     }
     calls: list[Call] = []
     for tokens in token_counts(max_num_batched_tokens):
@@ -97,8 +99,9 @@ def model_calls(
             sizes = tokens, max_seqlen_q, heads, kv_heads, head_dim, page_size
             calls.append(partial(_attention, *sizes, _get(config, "sliding_window", None), dtype))
         if weights != "dense":
-            linear = {"int4": _int4, "int8": _int8}.get(weights, partial(_w8a8, weights))
-            calls += [partial(linear, tokens, n, k, group_size, dtype) for n, k in sorted(linears)]
+            kept: dict[str, Callable[..., None]] = {"int4": _int4, "int8": _int8}
+            linear = kept.get(weights, partial(_w8a8, weights))
+            calls += [partial(linear, tokens, n, k, group_size, dtype, end) for n, k, end in sorted(linears, key=str)]
     return calls
 
 
@@ -188,27 +191,27 @@ def _attention(
             paged_attention(query, cache, other, table, seq_lens, cu_seqlens, **lengths, plan=used)
 
 
-def _int4(tokens: int, n: int, k: int, group_size: int, dtype: torch.dtype) -> None:
+def _int4(tokens: int, n: int, k: int, group_size: int, dtype: torch.dtype, activation: str | None) -> None:
     x, packed = _empty(tokens, k, dtype=dtype), _empty(*packed_shape(n, k), dtype=torch.int16)
     scale = _empty(k // group_size, n, dtype=dtype)
-    int4_linear(x, packed, scale, group_size=group_size)
-    int4_linear(x, packed, scale, torch.empty_like(scale), group_size=group_size)
+    for minimum in (None, torch.empty_like(scale)):
+        int4_linear(x, packed, scale, minimum, group_size=group_size, activation=activation)
 
 
-def _int8(tokens: int, n: int, k: int, group_size: int, dtype: torch.dtype) -> None:
+def _int8(tokens: int, n: int, k: int, group_size: int, dtype: torch.dtype, _: None) -> None:
     weight, scale = _empty(n, k, dtype=torch.int8), _empty(k // group_size, n, dtype=dtype)
     int8_linear(_empty(tokens, k, dtype=dtype), weight, scale, group_size=group_size)
 
 
-def _w8a8(weights: str, tokens: int, n: int, k: int, _: int, dtype: torch.dtype) -> None:
+def _w8a8(weights: str, tokens: int, n: int, k: int, _: int, dtype: torch.dtype, activation: str | None) -> None:
     x = _empty(tokens, k, dtype=dtype)
     if weights == "int8_int8":
         q, x_scale = quantize_int8(x)
         weight, scale = _empty(n, k, dtype=torch.int8), _empty(n, dtype=torch.float32)
-        int8_int8_linear(q, weight, x_scale, scale, out_dtype=dtype)
+        int8_int8_linear(q, weight, x_scale, scale, out_dtype=dtype, activation=activation)
         return
     blocks = weights == "fp8_blocks"
     q, x_scale = quantize_fp8(x, granularity="group" if blocks else "token")
     weight = _empty(n, k, dtype=torch.float8_e4m3fn)
     scale = _empty(*((-(-n // 128), k // 128) if blocks else (n,)), dtype=torch.float32)
-    fp8_linear(q, weight, x_scale, scale, out_dtype=dtype)
+    fp8_linear(q, weight, x_scale, scale, out_dtype=dtype, activation=activation)

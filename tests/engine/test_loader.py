@@ -9,7 +9,16 @@ import torch
 import octavo
 from octavo.engine.checkpoint import Entry, Int4Weight, Int8Weight
 from octavo.engine.config import ModelConfig
-from octavo.engine.layers import DenseLinear, Int4Linear, Int8Linear, SplitLinear, embed, make_linear, weight_shape
+from octavo.engine.layers import (
+    DenseLinear,
+    GatedLinear,
+    Int4Linear,
+    Int8Linear,
+    SplitLinear,
+    embed,
+    make_linear,
+    weight_shape,
+)
 from octavo.engine.loader import _expected_shapes, load_model
 
 CPU, F32 = torch.device("cpu"), torch.float32
@@ -177,3 +186,18 @@ def test_quantised_weights_stay_quantised():
     layer = load(Made(made)).layers[0].gate_up
     assert isinstance(layer, Int4Linear) and layer.packed.dtype == torch.int16
     assert octavo.int4_unpack(layer.packed, 128, 32).shape == (128, 32)
+    assert layer.activation == "silu_and_mul"
+
+
+@pytest.mark.parametrize(("kind", "n"), [("dense", 24), ("int4", 24), ("int4", 12), ("int8", 24)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_gate_and_up(kind, n, biased):
+    """Interleaved where the op has an epilogue for them, or side by side: the same numbers."""
+    make = {"dense": lambda n, k: (torch.randn(n, k), None), "int4": int4, "int8": int8}[kind]
+    gate_up = [make(n, 64)[0] for _ in range(2)]
+    biases = [torch.randn(n) if biased else None for _ in range(2)]
+    layer = make_linear(gate_up, biases, CPU, F32, gated=True)
+    assert isinstance(layer, Int4Linear if (kind, n) == ("int4", 24) else GatedLinear)
+    x = torch.randn(5, 64)
+    expected = octavo.silu_and_mul(make_linear(gate_up, biases, CPU, F32)(x))
+    torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)

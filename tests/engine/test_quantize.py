@@ -17,7 +17,7 @@ from octavo.engine import LLM, cli
 from octavo.engine.checkpoint import open_checkpoint
 from octavo.engine.config import ModelConfig
 from octavo.engine.hub import resolve
-from octavo.engine.layers import Int4Linear, W8A8Linear, dequantize
+from octavo.engine.layers import GatedLinear, Int4Linear, W8A8Linear, dequantize
 from octavo.engine.quantize import Settings, quantize
 from octavo.engine.quantize.gptq import gptq
 from octavo.engine.quantize.rounding import round_to_nearest
@@ -122,7 +122,8 @@ def test_octavo_serves_it_on_the_quantised_ops(quantised, source):
     llm = LLM(str(folder), device="cpu")
     assert llm.notes == []
     for layer in llm.model.layers:
-        for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
+        gate_up = layer.gate_up.gate_up if isinstance(layer.gate_up, GatedLinear) else layer.gate_up
+        for linear in (layer.qkv, layer.o, gate_up, layer.down):
             assert isinstance(linear, Int4Linear if "int4" in name else W8A8Linear)
     # The report's perplexities are of its own pass, layer by layer; these of the engine on what lies in the folders.
     ids = llm.tokenizer.encode(text(2))

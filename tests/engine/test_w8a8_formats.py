@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import octavo
 from octavo.engine.checkpoint import open_checkpoint
-from octavo.engine.layers import DenseLinear, Int8Linear, SplitLinear, W8A8Linear, make_linear
+from octavo.engine.layers import DenseLinear, GatedLinear, Int8Linear, SplitLinear, W8A8Linear, make_linear
 from octavo.engine.loader import load_model
 from octavo.engine.packed_formats import packed_format
 from octavo.engine.warmup import step_calls
@@ -122,12 +122,22 @@ def test_layers_are_the_w8a8_ops(checkpoint):
     assert opened.notes == []
     model = load_model(opened, torch.device("cpu"), torch.float32, 64)
     for layer in model.layers:
-        for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
+        # Outputs that share their scales by blocks can't be interleaved.
+        by_blocks = isinstance(layer.gate_up, GatedLinear)
+        assert by_blocks == (name in ("fp8 blocks", "fp8 hugging face"))
+        gate_up = layer.gate_up.gate_up if by_blocks else layer.gate_up
+        assert by_blocks or gate_up.activation == "silu_and_mul"
+        for linear in (layer.qkv, layer.o, gate_up, layer.down):
             parts = linear.parts if isinstance(linear, SplitLinear) else (linear,)
             assert all(isinstance(part, W8A8Linear) for part in parts)
             assert all(part.weight.dtype == (torch.int8 if "int8" in name else torch.float8_e4m3fn) for part in parts)
     # k and v have 64 outputs, half a block: q, k and v can't be one layer there.
     assert isinstance(model.layers[0].qkv, SplitLinear) == (name in ("fp8 blocks", "fp8 hugging face"))
+
+
+def gated(y):
+    gate, up = y.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
 
 
 WHERE = [("cpu", torch.float32), pytest.param(("cuda", torch.bfloat16), marks=pytest.mark.gpu)]
@@ -151,7 +161,12 @@ def test_every_layer_computes_the_checkpoints_numbers(checkpoint, where):
             x = torch.randn(24, weight.shape[1]).to(device, dtype)
             x_rounded = rounded(name, x.float())
             plain = torch.nn.functional.linear(x_rounded.to(dtype), weight.to(dtype))
-            assert_accurate(linear(x), x_rounded.double() @ weight.double().t(), plain)
+            exact = x_rounded.double() @ weight.double().t()
+            if linear is layer.gate_up:
+                plain, exact = (
+                    torch.nn.functional.silu(gate) * up for gate, up in (y.chunk(2, -1) for y in (plain, exact))
+                )
+            assert_accurate(linear(x), exact, plain)
 
 
 def test_warmup_knows_the_calls(checkpoint):

@@ -63,14 +63,14 @@ def keys(calls):
 
 config = dict(hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=2)
 dense = keys(octavo.model_calls(config, max_num_batched_tokens=256))
-for weights, dtype, granularity, scale in (
-    ("int8_int8", torch.int8, "token", (2048,)),
-    ("fp8", torch.float8_e4m3fn, "token", (2048,)),
-    ("fp8_blocks", torch.float8_e4m3fn, "group", (16, 4)),
+for weights, dtype, granularity, scale, activation in (  # gate and up
+    ("int8_int8", torch.int8, "token", (2048,), "silu_and_mul"),
+    ("fp8", torch.float8_e4m3fn, "token", (2048,), "silu_and_mul"),
+    ("fp8_blocks", torch.float8_e4m3fn, "group", (16, 4), None),
 ):
     warm = keys(octavo.model_calls(config, weights=weights, max_num_batched_tokens=256))
     weight, scale = torch.empty(2048, 512, dtype=dtype, device="meta"), torch.empty(scale, device="meta")
-    layer = W8A8Linear(weight, scale, None, Activations(granularity))
+    layer = W8A8Linear(weight, scale, None, Activations(granularity), activation)
     for tokens in (1, 7, 50, 100, 255):
         called = keys([lambda: layer(torch.empty(tokens, 512, dtype=torch.bfloat16, device="meta"))])
         assert len(called) == 2 and called <= warm and not called & dense, (weights, tokens, called - warm)
