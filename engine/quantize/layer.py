@@ -82,8 +82,16 @@ class LayerQuantizer:
         if calibration is not None and self.settings.smooths:
             last_values = self._smooth(at, half, first, values, last_values, tensors, calibration)
         norm = tensors[at].to(self.device, self.dtype)
-        hessian = self._hessian(calibration, lambda hidden: forward.first_inputs(hidden, norm))
-        rows = self._round(first, values, hessian, tensors)
+        if half is ATTENTION and calibration is not None and self.settings.uses_gptq:
+            rows = []
+            biases = [tensors.get(f"{module}.bias") for module in first]
+            linear = make_linear([*values], biases, self.device, self.dtype)
+            hessians = self._attention_hessians(calibration, norm, linear)
+            for module, of, of_module in zip(first, values, hessians, strict=True):
+                rows += self._round([module], [of], of_module, tensors)
+        else:
+            hessian = self._hessian(calibration, lambda hidden: forward.first_inputs(hidden, norm))
+            rows = self._round(first, values, hessian, tensors)
         progress(last)
         linear = self._dense_linear(first, tensors)
         hessian = self._hessian(
@@ -142,6 +150,30 @@ class LayerQuantizer:
             total = torch.zeros(x.shape[1], x.shape[1], device=self.device) if total is None else total
             total.addmm_(x.t(), x)
         return total
+
+    def _attention_hessians(
+        self, calibration: Stream, norm: torch.Tensor, linear: Linear
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of q, k and v, whose outputs matter as far as they are attended to, the first token's most of all.
+
+        With a the probabilities of a head, a token's attention is sum_j a_j v_j = W_v (sum_j a_j x_j): these are the
+        inputs of v. It follows the logit of token j by a_j (1 - a_j) times how v_j differs from the others: by that k's
+        inputs are weighted. Summed over heads.
+        """
+        totals: list[torch.Tensor] = []
+        for hidden in calibration:
+            x = self.forward.first_inputs(hidden, norm)
+            qkv, x = linear(x), x.float()
+            if not totals:
+                totals = [torch.zeros(x.shape[1], x.shape[1], device=self.device) for _ in range(3)]
+            of_k = torch.zeros(len(x), device=self.device)
+            for a in self.forward.probabilities(qkv):
+                attended = (a @ x).flatten(0, 1)
+                totals[2].addmm_(attended.t(), attended)
+                of_k += (a * (1 - a)).square().sum((0, 1))
+            totals[0].addmm_(x.t(), x)
+            totals[1].addmm_((x * of_k[:, None]).t(), x)
+        return totals[0], totals[1], totals[2]
 
     def _round(
         self, modules: list[str], values: list[torch.Tensor], hessian: torch.Tensor | None, tensors: Tensors

@@ -30,7 +30,7 @@ class Settings:
             of a layer are balanced with its weights, by what comes before it; 0 does without.
         calibration_tokens: of the calibration text at most.
         sequence_length: tokens of it that see each other. Every token attends to a sequence's first, which is unlike
-            others: where it is one of 2048, what GPTQ makes up for elsewhere spoils it (README has figures).
+            others: GPTQ weighs k's and v's inputs by the attention that they receive.
 
     Raises:
         ValueError: a value that is not accepted.

@@ -17,9 +17,11 @@ from octavo.engine import LLM, cli
 from octavo.engine.checkpoint import open_checkpoint
 from octavo.engine.config import ModelConfig
 from octavo.engine.hub import resolve
-from octavo.engine.layers import Int4Linear, W8A8Linear, dequantize
+from octavo.engine.layers import DenseLinear, Int4Linear, W8A8Linear, dequantize
 from octavo.engine.quantize import Settings, quantize
+from octavo.engine.quantize.forward import ATTENTION, Forward, Stream
 from octavo.engine.quantize.gptq import gptq
+from octavo.engine.quantize.layer import LayerQuantizer
 from octavo.engine.quantize.rounding import round_to_nearest
 from octavo.engine.quantize.run import default_calibration
 from octavo.engine.quantize.smooth import balance, balance_rows
@@ -342,6 +344,54 @@ def test_gptq_against_optimal_brain_quantisation(settings):
     # Where a value lies between two codes, float32 and float64 may part ways, and then all behind it in that row.
     rows = (q.double() == expected).all(1)
     assert rows.double().mean() > 0.9, rows.sum()
+
+
+def attention_case(kv_heads, window, tokens=50):
+    """A layer's attention on its own: forward, the norm's output, q, k and v's weight and the rows of each."""
+    content = CONFIG.to_dict() | dict(architectures=["LlamaForCausalLM"], num_key_value_heads=kv_heads)
+    config = replace(ModelConfig.from_hf(content), sliding_window=window)
+    forward = Forward(config, CPU, tokens)
+    hidden = torch.randn(tokens, config.hidden_size)
+    rows = [heads * config.head_dim for heads in (config.num_attention_heads, kv_heads, kv_heads)]
+    return forward, hidden, [torch.randn(n, config.hidden_size) / 8 for n in rows]
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_probabilities_are_those_of_the_attention(window):
+    forward, hidden, weights = attention_case(2, window)
+    qkv = hidden @ torch.cat(weights).t()
+    v = (hidden @ weights[2].t()).unflatten(1, (2, -1)).transpose(0, 1)
+    heads = [a @ of for a, of in zip(forward.probabilities(qkv.clone()), v, strict=True)]
+    expected = forward.last_inputs(ATTENTION, qkv)
+    torch.testing.assert_close(torch.cat(heads).transpose(0, 1).flatten(1), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_the_hessian_of_v_is_that_of_the_attention(window):
+    """A change of v's weights changes attention by what the Hessian says, exactly where all heads share v."""
+    forward, hidden, weights = attention_case(1, window)
+    quantizer = LayerQuantizer(Settings("int4", method="gptq", group_size=32), forward, torch.float32, torch.float32)
+    stream = Stream([list(range(len(hidden)))], hidden, CPU)
+    norm = torch.rand(hidden.shape[1]) + 0.5
+    x = forward.first_inputs(hidden, norm)
+    linear = DenseLinear(torch.cat(weights), None)
+    of_q, of_k, of_v = quantizer._attention_hessians(stream, norm, linear)
+    torch.testing.assert_close(of_q, x.t() @ x, rtol=1e-4, atol=1e-4)
+    change = torch.randn_like(weights[2]) / 50
+    changed = DenseLinear(torch.cat([*weights[:2], weights[2] + change]), None)
+    before, after = (forward.last_inputs(ATTENTION, of(x)).double() for of in (linear, changed))
+    expected = ((change @ of_v) * change).sum().item()
+    assert (after - before).square().sum().item() == pytest.approx(expected, rel=1e-3)
+    assert of_k.isfinite().all() and of_k.any()
+
+
+def test_k_has_no_say_where_a_token_sees_itself_alone():
+    forward, hidden, weights = attention_case(2, window=1)
+    quantizer = LayerQuantizer(Settings("int4", method="gptq", group_size=32), forward, torch.float32, torch.float32)
+    stream, linear = Stream([list(range(len(hidden)))], hidden, CPU), DenseLinear(torch.cat(weights), None)
+    of_q, of_k, of_v = quantizer._attention_hessians(stream, torch.ones(hidden.shape[1]), linear)
+    assert not of_k.any()
+    torch.testing.assert_close(of_v, of_q * 4, rtol=1e-4, atol=1e-3)  # four heads, each of which sees the token itself
 
 
 def test_int4_scales_are_the_best_of_those_tried():
