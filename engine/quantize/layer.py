@@ -31,6 +31,7 @@ class LayerQuantizer:
     def __init__(self, settings: Settings, forward: Forward, stored_dtype: torch.dtype, dtype: torch.dtype) -> None:
         self.settings, self.forward = settings, forward
         self.stored_dtype, self.dtype, self.device = stored_dtype, dtype, forward.device
+        self.kept = frozenset(settings.kept(forward.config))
         self.format, _ = packed_format(settings.quantization_config())
 
     def quantize(
@@ -82,7 +83,7 @@ class LayerQuantizer:
         if calibration is not None and self.settings.smooths:
             last_values = self._smooth(at, half, first, values, last_values, tensors, calibration)
         norm = tensors[at].to(self.device, self.dtype)
-        if half is ATTENTION and calibration is not None and self.settings.uses_gptq:
+        if half is ATTENTION and calibration is not None and self.settings.uses_gptq and first[0] not in self.kept:
             rows = []
             biases = [tensors.get(f"{module}.bias") for module in first]
             linear = make_linear([*values], biases, self.device, self.dtype)
@@ -180,6 +181,8 @@ class LayerQuantizer:
     ) -> list[dict[str, Any]]:
         """Quantises layers that have the same inputs."""
         s = self.settings
+        if modules[0] in self.kept:
+            return [self._keep(module, w, tensors) for module, w in zip(modules, values, strict=True)]
         weight = torch.cat(values)
         if hessian is None:
             q, scale = round_to_nearest(weight, s, self.stored_dtype)
@@ -200,7 +203,15 @@ class LayerQuantizer:
             rows.append(row)
         return rows
 
+    def _keep(self, module: str, values: torch.Tensor, tensors: Tensors) -> dict[str, Any]:
+        name = f"{module}.weight"
+        tensors[name] = values.to(self.stored_dtype).cpu()
+        error = tensors[name].to(self.device).float() - values
+        return {"name": name, "error": (error.norm() / values.norm()).item(), "kept": True}
+
     def _weight(self, module: str, tensors: Tensors) -> Weight:
+        if module in self.kept:
+            return tensors[f"{module}.weight"]
         suffixes = self.format.required
         return self.format.weight(module, {suffix: tensors[f"{module}.{suffix}"] for suffix in suffixes})
 

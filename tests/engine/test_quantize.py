@@ -174,6 +174,34 @@ def test_transformers_loads_it(quantised):
         assert torch.equal(peer.get_submodule(name).weight, dequantize(read[f"{name}.weight"], CPU)), name
 
 
+@pytest.mark.parametrize("scheme", ["int4", "int8", "fp8"])
+def test_layers_that_are_kept(scheme, source, tmp_path):
+    """They are on compressed-tensors' ignore list, with those that engines stack on them, and keep their values."""
+    settings = Settings(scheme, method="gptq", keep=("layers.0.mlp.down_proj", "k_proj", "layers.2"), **SHORT)
+    target = tmp_path / "model"
+    with pytest.raises(Stop):
+        quantize(str(source), target, settings, calibration=text(1), device="cpu", progress=stop_at(2, "q_proj"))
+    with pytest.raises(ValueError, match="begun with keep"):
+        quantize(str(source), target, replace(settings, keep=()), calibration=text(1), device="cpu")
+    report = quantize(str(source), target, settings, calibration=text(1), evaluation=text(2), device="cpu")
+    kept = {n for n in ORDER if re.search(r"layers\.0\.mlp\.down|[qkv]_proj|layers\.2\.", n)}
+    assert {row["name"] for row in report.layers if "kept" in row} == {f"{n}.weight" for n in kept}
+    content = json.loads((target / "config.json").read_text())["quantization_config"]
+    assert set(content["ignore"]) == kept | {"lm_head"}
+    stored = load_file(target / "model.safetensors")
+    assert {n for n in ORDER if f"{n}.weight_scale" not in stored} == kept
+    original, read = dict(open_checkpoint(source).tensors()), dict(open_checkpoint(target).tensors())
+    if scheme != "int8":  # where what is balanced changes, though no product does
+        assert all(torch.equal(read[f"{n}.weight"], original[f"{n}.weight"]) for n in kept)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    with torch.inference_mode():
+        assert peer(torch.arange(30).unsqueeze(0)).logits.isfinite().all()
+    for name in ORDER:
+        assert torch.equal(peer.get_submodule(name).weight, dequantize(read[f"{name}.weight"], CPU)), name
+    llm = LLM(str(target), device="cpu")
+    assert perplexity(llm, llm.tokenizer.encode(text(2)), 96) == pytest.approx(report.perplexity_after, rel=2e-3)
+
+
 def snapshot(folder):
     names = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "quantize_report.json"}
     report = json.loads((folder / "quantize_report.json").read_text())
@@ -477,6 +505,8 @@ def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=f"group_size: 128 does not divide the 576 inputs of {at}: choose 32 or 64"):
         Settings("int4").check(small)
     Settings("int4", group_size=64).check(small)
+    with pytest.raises(ValueError, match="keep: 'down' is in no linear layer's name"):
+        Settings("int8", keep=("layers.3.mlp", "down")).check(small)
     with pytest.raises(ValueError, match=f"scheme: fp8-block, but {at} has 576 outputs and 576 inputs.*choose fp8"):
         Settings("fp8-block").check(small)
     with pytest.raises(ValueError, match="no group size fits this model"):
