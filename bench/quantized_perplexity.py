@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--group-size", type=int, default=64, help="of int4; SmolLM2's 576 inputs allow 32 and 64")
     parser.add_argument("--calibration-tokens", type=int, default=128 * 2048)
+    parser.add_argument("--damp", type=float, default=0.1, help="of int4 by GPTQ; the calibration text is short")
     parser.add_argument("--keep", nargs="*", default=[], help="layers left dense, as octavo quantize --keep names them")
     parser.add_argument("--only", nargs="*", help="schemes, as the table names them")
     parser.add_argument("--engine", action="store_true", help="measure with LLM too")
@@ -42,7 +43,7 @@ def main() -> None:
         "int8": Settings("int8", method="gptq", **tokens),
         "fp8": Settings("fp8", method="gptq", **tokens),
         "int4 rtn": Settings("int4", method="rtn", keep=tuple(args.keep), **group),
-        "int4 gptq": Settings("int4", method="gptq", **group, **tokens),
+        "int4 gptq": Settings("int4", method="gptq", damp=args.damp, **group, **tokens),
     }
     device = choose_device(args.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -374,6 +374,20 @@ def test_gptq_against_optimal_brain_quantisation(settings):
     assert rows.double().mean() > 0.9, rows.sum()
 
 
+def test_int4_scales_count_errors_by_importance():
+    from octavo.engine.quantize.rounding import int4_round, int4_scale
+
+    weight, importance = torch.randn(8, 4, 32), torch.rand(4, 32) ** 4
+
+    def error(scale):
+        return ((int4_round(weight, scale) * scale - weight).square() * importance).sum(-1)
+
+    plain, weighted = int4_scale(weight, torch.float32), int4_scale(weight, torch.float32, importance)
+    assert (error(weighted) <= error(plain) * (1 + 1e-5)).all() and (error(weighted) < 0.99 * error(plain)).any()
+    assert torch.equal(int4_scale(weight, torch.float32, torch.zeros(4, 32)), plain)
+    assert torch.equal(int4_scale(weight, torch.float32, torch.full((4, 32), 3.0)), plain)
+
+
 def attention_case(kv_heads, window, tokens=50):
     """A layer's attention on its own: forward, the norm's output, q, k and v's weight and the rows of each."""
     content = CONFIG.to_dict() | dict(architectures=["LlamaForCausalLM"], num_key_value_heads=kv_heads)
