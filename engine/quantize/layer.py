@@ -91,12 +91,14 @@ class LayerQuantizer:
             for module, of, of_module in zip(first, values, hessians, strict=True):
                 rows += self._round([module], [of], of_module, tensors)
         else:
-            hessian = self._hessian(calibration, lambda hidden: forward.first_inputs(hidden, norm))
+            seen = None if first[0] in self.kept else calibration
+            hessian = self._hessian(seen, lambda hidden: forward.first_inputs(hidden, norm))
             rows = self._round(first, values, hessian, tensors)
         progress(last)
         linear = self._dense_linear(first, tensors)
         hessian = self._hessian(
-            calibration, lambda hidden: forward.last_inputs(half, linear(forward.first_inputs(hidden, norm)))
+            None if last in self.kept else calibration,
+            lambda hidden: forward.last_inputs(half, linear(forward.first_inputs(hidden, norm))),
         )
         rows += self._round([last], [last_values], hessian, tensors)
         if calibration is not None:
