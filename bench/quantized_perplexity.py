@@ -30,17 +30,20 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--group-size", type=int, default=64, help="of int4; SmolLM2's 576 inputs allow 32 and 64")
     parser.add_argument("--calibration-tokens", type=int, default=128 * 2048)
+    parser.add_argument("--damp", type=float, default=0.1, help="of int4 by GPTQ; the calibration text is short")
+    parser.add_argument("--keep", nargs="*", default=[], help="layers left dense, as octavo quantize --keep names them")
     parser.add_argument("--only", nargs="*", help="schemes, as the table names them")
     parser.add_argument("--engine", action="store_true", help="measure with LLM too")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    group, tokens = dict(group_size=args.group_size), dict(calibration_tokens=args.calibration_tokens)
+    group = dict(group_size=args.group_size)
+    tokens = dict(calibration_tokens=args.calibration_tokens, keep=tuple(args.keep))
     schemes: dict[str, Settings | None] = {
         "as shipped": None,
         "int8": Settings("int8", method="gptq", **tokens),
         "fp8": Settings("fp8", method="gptq", **tokens),
-        "int4 rtn": Settings("int4", method="rtn", **group),
-        "int4 gptq": Settings("int4", method="gptq", **group, **tokens),
+        "int4 rtn": Settings("int4", method="rtn", keep=tuple(args.keep), **group),
+        "int4 gptq": Settings("int4", method="gptq", damp=args.damp, **group, **tokens),
     }
     device = choose_device(args.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -61,6 +64,7 @@ def main() -> None:
             shipped = perplexity if settings is None else shipped
             row = dict(model=args.model, scheme=name, device=where, torch=torch.__version__, perplexity=perplexity)
             row |= dict(change=perplexity / shipped - 1, tokens=sum(map(len, sequences)), calibration_tokens=calibrated)
+            row |= dict(keep=[] if settings is None else args.keep)
             row |= dict(megabytes=checkpoint.num_bytes / 1e6, seconds=seconds)
             if args.engine:
                 llm = LLM(str(path), device=device, max_num_batched_tokens=512, warmup=False)

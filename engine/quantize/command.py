@@ -32,6 +32,9 @@ def quantize_command(
     calibration: Annotated[Path | None, typer.Option(help="A text file; octavo's own by default.")] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Of the calibration text at most.")] = 128 * 2048,
     sequence_length: Annotated[int, typer.Option(help="Tokens of it that see each other.")] = 128,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Layers not to quantise, by part of their names: down_proj, layers.0, ….")
+    ] = None,
     evaluation: Annotated[
         str | None, typer.Option(help='A text file for perplexity, or "none"; by default bench/text/founding.txt.')
     ] = None,
@@ -39,7 +42,15 @@ def quantize_command(
 ) -> None:
     """Quantise a model into a compressed-tensors checkpoint, layer by layer."""
     settings = Settings(
-        scheme.value, method.value, group_size, act_order, damp, smooth, calibration_tokens, sequence_length
+        scheme.value,
+        method.value,
+        group_size,
+        act_order,
+        damp,
+        smooth,
+        calibration_tokens,
+        sequence_length,
+        tuple(keep or ()),
     )
     console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -62,6 +73,8 @@ def print_report(report: Report, console: Console) -> None:
     """Weights' errors by module over all layers, then perplexity and size."""
     rows = defaultdict(list)
     for row in report.layers:
+        if "kept" in row:
+            continue
         rows[row["name"].removesuffix(".weight").split(".", 3)[-1]].append(row)
     with_outputs = any("output_error" in row for row in report.layers)
     table = Table("module", "weight error", "worst layer", *(["output error"] if with_outputs else []))
@@ -70,6 +83,8 @@ def print_report(report: Report, console: Console) -> None:
         cells = [module, f"{mean(row['error'] for row in of):.2%}", f"{worst['error']:.2%} in {_layer(worst['name'])}"]
         table.add_row(*cells, *([f"{mean(row['output_error'] for row in of):.2%}"] if with_outputs else []))
     console.print(table)
+    if kept := sum("kept" in row for row in report.layers):
+        console.print(f"{kept} of {len(report.layers)} kept as they were")
     if report.perplexity_before is not None and report.perplexity_after is not None:
         change = report.perplexity_after / report.perplexity_before - 1
         console.print(

@@ -81,20 +81,35 @@ class Forward:
         x = weights.first(self.first_inputs(hidden, weights.norm))
         return hidden + weights.last(self.last_inputs(half, x))
 
+    def probabilities(self, qkv: torch.Tensor) -> Iterator[torch.Tensor]:
+        """What each token attends to, in fp32, one KV head after another: `[T, (Hq + 2 Hkv) D] -> [Hq / Hkv, T, T]`."""
+        q, k, _ = (x.float() for x in self._heads(qkv))
+        seen = self._seen(qkv.shape[0])
+        for queries, keys in zip(q.unflatten(0, (len(k), -1)), k, strict=True):
+            logits = queries @ keys.t() / math.sqrt(self.config.head_dim)
+            yield logits.masked_fill_(~seen, -math.inf).softmax(-1)
+
     def _attention(self, qkv: torch.Tensor) -> torch.Tensor:
         """torch's attention, dense: on a CPU ten times as fast as paging. `[T, (Hq + 2 Hkv) D] -> [T, Hq D]`."""
+        window, tokens = self.config.sliding_window, qkv.shape[0]
+        mask = self._seen(tokens) if window is not None and window < tokens else None
+        q, k, v = (x.unsqueeze(0) for x in self._heads(qkv))  # [1, heads, T, D]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return out.squeeze(0).transpose(0, 1).flatten(1)
+
+    def _seen(self, tokens: int) -> torch.Tensor:
+        """Which tokens (columns) each one (row) may attend to."""
+        positions = torch.arange(tokens, device=self.device)
+        distance = positions[:, None] - positions
+        return (distance >= 0) & (distance < (self.config.sliding_window or tokens))
+
+    def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """q, k, rotated, and v, `[heads, T, D]` each. Changes q and k in `qkv`."""
         c, tokens = self.config, qkv.shape[0]
         heads = qkv.view(tokens, -1, c.head_dim)
         q, k, v = heads.split([c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads], dim=1)
-        positions = torch.arange(tokens, device=self.device)
-        octavo.rotary_embedding(q, k, positions, self.cos_sin_cache)
-        mask = None
-        if c.sliding_window is not None and c.sliding_window < tokens:
-            distance = positions[:, None] - positions
-            mask = (distance >= 0) & (distance < c.sliding_window)
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, heads, T, D]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return out.squeeze(0).transpose(0, 1).flatten(1)
+        octavo.rotary_embedding(q, k, torch.arange(tokens, device=self.device), self.cos_sin_cache)
+        return tuple(x.transpose(0, 1) for x in (q, k, v))
 
 
 class Stream:

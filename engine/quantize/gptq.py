@@ -29,6 +29,7 @@ def gptq(
         settings: the scheme; `act_order` says whether columns are rounded in the order of the Hessian's diagonal, the
             largest first, and `damp` what is added to it, in parts of its mean (more where that does not make it
             definite). Scales are those of the weights as they were; but int4 in order takes a group's once it is there.
+            int4's are searched with errors weighted by the Hessian's diagonal.
         dtype: of int4's scales.
 
     Returns:
@@ -41,7 +42,11 @@ def gptq(
     scheme = settings.scheme
     width = {"int4": settings.group_size, "fp8-block": BLOCK}.get(scheme, k)  # inputs that share a scale
     moving = scheme == "int4" and not settings.act_order
-    scales: torch.Tensor = round_to_nearest(weight, settings, dtype)[1]
+    importance = hessian.diagonal()
+    if scheme == "int4":
+        scales = int4_scale(weight.unflatten(1, (-1, width)), dtype, importance.unflatten(0, (-1, width))).squeeze(-1)
+    else:
+        scales = round_to_nearest(weight, settings, dtype)[1]
     wide = scales.repeat_interleave(BLOCK, 0) if scheme == "fp8-block" else scales.clone()  # [N, K / width]
     order = torch.arange(k, device=weight.device)
     if settings.act_order:
@@ -56,7 +61,8 @@ def gptq(
         for j in range(end - start):
             column, group = start + j, groups[start + j]
             if moving and column % width == 0:
-                wide[:, group] = int4_scale(block[:, j : j + width], dtype).squeeze(-1)
+                of_group = importance[column : column + width]
+                wide[:, group] = int4_scale(block[:, j : j + width], dtype, of_group).squeeze(-1)
             scale = wide[:, group].float()
             q[:, column] = codes_of(block[:, j], scale, scheme)
             errors[:, j] = (block[:, j] - q[:, column] * scale) / diagonal[j]

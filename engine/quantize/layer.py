@@ -31,6 +31,7 @@ class LayerQuantizer:
     def __init__(self, settings: Settings, forward: Forward, stored_dtype: torch.dtype, dtype: torch.dtype) -> None:
         self.settings, self.forward = settings, forward
         self.stored_dtype, self.dtype, self.device = stored_dtype, dtype, forward.device
+        self.kept = frozenset(settings.kept(forward.config))
         self.format, _ = packed_format(settings.quantization_config())
 
     def quantize(
@@ -82,12 +83,22 @@ class LayerQuantizer:
         if calibration is not None and self.settings.smooths:
             last_values = self._smooth(at, half, first, values, last_values, tensors, calibration)
         norm = tensors[at].to(self.device, self.dtype)
-        hessian = self._hessian(calibration, lambda hidden: forward.first_inputs(hidden, norm))
-        rows = self._round(first, values, hessian, tensors)
+        if half is ATTENTION and calibration is not None and self.settings.uses_gptq and first[0] not in self.kept:
+            rows = []
+            biases = [tensors.get(f"{module}.bias") for module in first]
+            linear = make_linear([*values], biases, self.device, self.dtype)
+            hessians = self._attention_hessians(calibration, norm, linear)
+            for module, of, of_module in zip(first, values, hessians, strict=True):
+                rows += self._round([module], [of], of_module, tensors)
+        else:
+            seen = None if first[0] in self.kept else calibration
+            hessian = self._hessian(seen, lambda hidden: forward.first_inputs(hidden, norm))
+            rows = self._round(first, values, hessian, tensors)
         progress(last)
         linear = self._dense_linear(first, tensors)
         hessian = self._hessian(
-            calibration, lambda hidden: forward.last_inputs(half, linear(forward.first_inputs(hidden, norm)))
+            None if last in self.kept else calibration,
+            lambda hidden: forward.last_inputs(half, linear(forward.first_inputs(hidden, norm))),
         )
         rows += self._round([last], [last_values], hessian, tensors)
         if calibration is not None:
@@ -143,11 +154,37 @@ class LayerQuantizer:
             total.addmm_(x.t(), x)
         return total
 
+    def _attention_hessians(
+        self, calibration: Stream, norm: torch.Tensor, linear: Linear
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of q, k and v, whose outputs matter as far as they are attended to, the first token's most of all.
+
+        With a the probabilities of a head, a token's attention is sum_j a_j v_j = W_v (sum_j a_j x_j): these are the
+        inputs of v. It follows the logit of token j by a_j (1 - a_j) times how v_j differs from the others: by that k's
+        inputs are weighted. Summed over heads.
+        """
+        totals: list[torch.Tensor] = []
+        for hidden in calibration:
+            x = self.forward.first_inputs(hidden, norm)
+            qkv, x = linear(x), x.float()
+            if not totals:
+                totals = [torch.zeros(x.shape[1], x.shape[1], device=self.device) for _ in range(3)]
+            of_k = torch.zeros(len(x), device=self.device)
+            for a in self.forward.probabilities(qkv):
+                attended = (a @ x).flatten(0, 1)
+                totals[2].addmm_(attended.t(), attended)
+                of_k += (a * (1 - a)).square().sum((0, 1))
+            totals[0].addmm_(x.t(), x)
+            totals[1].addmm_((x * of_k[:, None]).t(), x)
+        return totals[0], totals[1], totals[2]
+
     def _round(
         self, modules: list[str], values: list[torch.Tensor], hessian: torch.Tensor | None, tensors: Tensors
     ) -> list[dict[str, Any]]:
         """Quantises layers that have the same inputs."""
         s = self.settings
+        if modules[0] in self.kept:
+            return [self._keep(module, w, tensors) for module, w in zip(modules, values, strict=True)]
         weight = torch.cat(values)
         if hessian is None:
             q, scale = round_to_nearest(weight, s, self.stored_dtype)
@@ -168,7 +205,15 @@ class LayerQuantizer:
             rows.append(row)
         return rows
 
+    def _keep(self, module: str, values: torch.Tensor, tensors: Tensors) -> dict[str, Any]:
+        name = f"{module}.weight"
+        tensors[name] = values.to(self.stored_dtype).cpu()
+        error = tensors[name].to(self.device).float() - values
+        return {"name": name, "error": (error.norm() / values.norm()).item(), "kept": True}
+
     def _weight(self, module: str, tensors: Tensors) -> Weight:
+        if module in self.kept:
+            return tensors[f"{module}.weight"]
         suffixes = self.format.required
         return self.format.weight(module, {suffix: tensors[f"{module}.{suffix}"] for suffix in suffixes})
 

@@ -3,7 +3,8 @@
     scale = max(|w|) / limit,    q = round(w / scale)    limit = 7.5 (int4), 127 (int8), 448 (e4m3)
 
 with int4 from -8 to 7; its scale is the best, by squared error, of that one and smaller ones that cut off the largest
-weights. q is found with the scale as it is stored, so that its rounding costs nothing. Bits are the same everywhere.
+weights; GPTQ weighs the errors by how large the inputs are. q is found with the scale as it is stored, so that its
+rounding costs nothing. Without GPTQ, bits are the same everywhere.
 """
 
 import torch
@@ -15,14 +16,24 @@ SHRINK = tuple(1 - step / 20 for step in range(7))
 """Parts of the scale that fits the largest weight which int4 tries: 1, 0.95, … 0.7."""
 
 
-def int4_scale(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Scales `[N, …, 1]` in `dtype` of groups `[N, …, group_size]`, fp32."""
+def int4_scale(weight: torch.Tensor, dtype: torch.dtype, importance: torch.Tensor | None = None) -> torch.Tensor:
+    """Scales `[N, …, 1]` in `dtype` of groups `[N, …, group_size]`, fp32.
+
+    `importance`, `[…, group_size]`, not negative, says how much each input's squared error counts; it has no say in
+    groups where it is 0 throughout.
+    """
+    if importance is not None:
+        mean = importance.mean(-1, keepdim=True)
+        importance = torch.where(mean > 0, importance / mean, 1.0)
     widest = _over(weight.abs().amax(-1, keepdim=True), 7.5).clamp(min=2 * torch.finfo(dtype).tiny)
     scales = torch.stack([(widest * part).to(dtype) for part in SHRINK])
-    squares = (int4_round(weight, s).mul_(s.float()).sub_(weight).square_() for s in scales)
-    # In float64, so that the order in which a device adds does not decide between scales that are nearly as good.
-    errors = torch.stack([square.sum(-1, keepdim=True, dtype=torch.float64) for square in squares])
-    return scales.gather(0, errors.argmin(0, keepdim=True)).squeeze(0)
+    errors = []
+    for scale in scales:
+        error = int4_round(weight, scale).mul_(scale.float()).sub_(weight).square_()
+        error = error if importance is None else error.mul_(importance)
+        # In float64, so that the order in which a device adds does not decide between scales that are nearly as good.
+        errors.append(error.sum(-1, keepdim=True, dtype=torch.float64))
+    return scales.gather(0, torch.stack(errors).argmin(0, keepdim=True)).squeeze(0)
 
 
 def int4_round(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -33,8 +33,9 @@ class Report:
     """What became of a model.
 
     `layers` holds for each weight its name, `error`, the root mean square of what rounding changed over that of the
-    weight, and after GPTQ `output_error`, the same of the layer's outputs in calibration. `perplexity_before` is the
-    source's as it is stored, `perplexity_after` that of the result on the ops that serve it; None without a text.
+    weight, and after GPTQ `output_error`, the same of the layer's outputs in calibration (of v what attention makes of
+    them), or `kept` where it was not quantised. `perplexity_before` is the source's as it is stored, `perplexity_after`
+    that of the result on the ops that serve it; None without a text.
     """
 
     settings: dict[str, Any]
@@ -191,7 +192,7 @@ class _Run:
                 config.pop(key, None)
         else:
             config = self.config.to_hf()
-        return config | {"quantization_config": self.settings.quantization_config()}
+        return config | {"quantization_config": self.settings.quantization_config(self.settings.kept(self.config))}
 
     def write_tokenizer(self, folder: Path) -> None:
         if isinstance(self.checkpoint, FolderCheckpoint):

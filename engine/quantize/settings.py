@@ -1,6 +1,7 @@
 """What `octavo quantize` is asked for, and the `quantization_config` that says so to whoever loads the result."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from octavo.engine.config import ModelConfig
@@ -9,6 +10,12 @@ SCHEMES = ("int4", "int8", "fp8", "fp8-block")
 METHODS = ("gptq", "rtn")
 GROUP_SIZES = (32, 64, 128)
 BLOCK = 128
+SAME_INPUT = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
 
 
 @dataclass(frozen=True)
@@ -19,18 +26,21 @@ class Settings:
         scheme: "int4", weights alone, symmetric, a scale for `group_size` inputs; "int8", a scale an output, and the
             layer's inputs quantised too, by token (W8A8); "fp8", the same in e4m3; "fp8-block", with a scale for 128 by
             128 weights and for 128 inputs of a token.
-        method: "rtn", round to nearest; or "gptq" (Frantar et al. 2022, https://arxiv.org/abs/2210.17323: the error of
-            each input's weights is made up for in those that follow, by calibration), with which SmolLM2 has come out
-            worse so far.
+        method: "rtn", round to nearest; or "gptq" (Frantar et al. 2022, https://arxiv.org/abs/2210.17323): the error of
+            each input's weights is made up for in those that follow, by calibration.
         group_size: of int4, 32, 64 or 128: a divisor of every layer's inputs.
         act_order: of GPTQ, whether inputs are taken in the order of their size (groups stay as they lie, so that the
             layers cost the same; compressed-tensors calls it actorder "weight").
-        damp: of GPTQ, what is added to the Hessian's diagonal, in parts of its mean.
+        damp: of GPTQ, what is added to the Hessian's diagonal, in parts of its mean; more, such as 0.1, keeps it from
+            fitting a short calibration text.
         smooth: of int8, SmoothQuant's alpha (Xiao et al. 2022, https://arxiv.org/abs/2211.10438), by which large inputs
             of a layer are balanced with its weights, by what comes before it; 0 does without.
         calibration_tokens: of the calibration text at most.
         sequence_length: tokens of it that see each other. Every token attends to a sequence's first, which is unlike
-            others: where it is one of 2048, what GPTQ makes up for elsewhere spoils it (README has figures).
+            others: GPTQ weighs k's and v's inputs by the attention that they receive.
+        keep: linear layers that stay as they are, by whole parts of their names: "down_proj" is that of every layer,
+            "layers.0" all of the first. Those with the same input, q, k and v, gate and up, are kept together, since
+            engines make one layer of them. compressed-tensors' `ignore` names them.
 
     Raises:
         ValueError: a value that is not accepted.
@@ -44,6 +54,7 @@ class Settings:
     smooth: float = 0.5
     calibration_tokens: int = 128 * 2048
     sequence_length: int = 128
+    keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, supported in (("scheme", SCHEMES), ("method", METHODS), ("group_size", GROUP_SIZES)):
@@ -83,14 +94,28 @@ class Settings:
             names |= {"smooth"}
         if self.calibrates:
             names |= {"calibration_tokens", "sequence_length"}
-        return {name: value for name, value in asdict(self).items() if name in names}
+        effective = {name: value for name, value in asdict(self).items() if name in names}
+        return effective | ({"keep": list(self.keep)} if self.keep else {})
+
+    def kept(self, config: ModelConfig) -> list[str]:
+        """The full names of the layers that stay as they are."""
+
+        def named(modules: list[str]) -> bool:
+            return any(f".{part}." in f".{module}." for part in self.keep for module in modules)
+
+        inputs = [[f"model.layers.{i}.{m}" for m in of] for i in range(config.num_hidden_layers) for of in SAME_INPUT]
+        return [module for modules in inputs if named(modules) for module in modules]
 
     def check(self, config: ModelConfig) -> None:
         """Looks at every linear layer's shape before any work is done.
 
         Raises:
-            ValueError: a shape that the scheme does not fit; it names the tensor, and what would fit.
+            ValueError: a shape that the scheme does not fit; it names the tensor, and what would fit. Or a part of
+                `keep` that no layer has.
         """
+        for part in self.keep:
+            if not replace(self, keep=(part,)).kept(config):
+                raise ValueError(f"keep: {part!r} is in no linear layer's name, such as model.layers.0.mlp.down_proj")
         c = config
         q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         shapes = {
@@ -116,8 +141,8 @@ class Settings:
             if k % 32:
                 raise ValueError(f"{at}: {k} inputs; expected a multiple of 32")
 
-    def quantization_config(self) -> dict[str, Any]:
-        """config.json's entry, in compressed-tensors' terms."""
+    def quantization_config(self, kept: Sequence[str] = ()) -> dict[str, Any]:
+        """config.json's entry, in compressed-tensors' terms; `kept` are the layers that are not quantised."""
         bits, kind = (4 if self.scheme == "int4" else 8), ("float" if self.scheme.startswith("fp8") else "int")
         weights: dict[str, Any] = dict(num_bits=bits, type=kind, symmetric=True, dynamic=False)
         inputs: dict[str, Any] = dict(num_bits=8, type=kind, symmetric=True, dynamic=True)
@@ -139,6 +164,6 @@ class Settings:
             quantization_status="compressed",
             format=form,
             config_groups={"group_0": group},
-            ignore=["lm_head"],
+            ignore=["lm_head", *kept],
             kv_cache_scheme=None,
         )

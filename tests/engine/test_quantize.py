@@ -17,9 +17,11 @@ from octavo.engine import LLM, cli
 from octavo.engine.checkpoint import open_checkpoint
 from octavo.engine.config import ModelConfig
 from octavo.engine.hub import resolve
-from octavo.engine.layers import GatedLinear, Int4Linear, W8A8Linear, dequantize
+from octavo.engine.layers import DenseLinear, GatedLinear, Int4Linear, W8A8Linear, dequantize
 from octavo.engine.quantize import Settings, quantize
+from octavo.engine.quantize.forward import ATTENTION, Forward, Stream
 from octavo.engine.quantize.gptq import gptq
+from octavo.engine.quantize.layer import LayerQuantizer
 from octavo.engine.quantize.rounding import round_to_nearest
 from octavo.engine.quantize.run import default_calibration
 from octavo.engine.quantize.smooth import balance, balance_rows
@@ -171,6 +173,34 @@ def test_transformers_loads_it(quantised):
     read = dict(open_checkpoint(folder).tensors())
     for name in ORDER:
         assert torch.equal(peer.get_submodule(name).weight, dequantize(read[f"{name}.weight"], CPU)), name
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int8", "fp8"])
+def test_layers_that_are_kept(scheme, source, tmp_path):
+    """They are on compressed-tensors' ignore list, with those that engines stack on them, and keep their values."""
+    settings = Settings(scheme, method="gptq", keep=("layers.0.mlp.down_proj", "k_proj", "layers.2"), **SHORT)
+    target = tmp_path / "model"
+    with pytest.raises(Stop):
+        quantize(str(source), target, settings, calibration=text(1), device="cpu", progress=stop_at(2, "q_proj"))
+    with pytest.raises(ValueError, match="begun with keep"):
+        quantize(str(source), target, replace(settings, keep=()), calibration=text(1), device="cpu")
+    report = quantize(str(source), target, settings, calibration=text(1), evaluation=text(2), device="cpu")
+    kept = {n for n in ORDER if re.search(r"layers\.0\.mlp\.down|[qkv]_proj|layers\.2\.", n)}
+    assert {row["name"] for row in report.layers if "kept" in row} == {f"{n}.weight" for n in kept}
+    content = json.loads((target / "config.json").read_text())["quantization_config"]
+    assert set(content["ignore"]) == kept | {"lm_head"}
+    stored = load_file(target / "model.safetensors")
+    assert {n for n in ORDER if f"{n}.weight_scale" not in stored} == kept
+    original, read = dict(open_checkpoint(source).tensors()), dict(open_checkpoint(target).tensors())
+    if scheme != "int8":  # where what is balanced changes, though no product does
+        assert all(torch.equal(read[f"{n}.weight"], original[f"{n}.weight"]) for n in kept)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    with torch.inference_mode():
+        assert peer(torch.arange(30).unsqueeze(0)).logits.isfinite().all()
+    for name in ORDER:
+        assert torch.equal(peer.get_submodule(name).weight, dequantize(read[f"{name}.weight"], CPU)), name
+    llm = LLM(str(target), device="cpu")
+    assert perplexity(llm, llm.tokenizer.encode(text(2)), 96) == pytest.approx(report.perplexity_after, rel=2e-3)
 
 
 def snapshot(folder):
@@ -345,6 +375,68 @@ def test_gptq_against_optimal_brain_quantisation(settings):
     assert rows.double().mean() > 0.9, rows.sum()
 
 
+def test_int4_scales_count_errors_by_importance():
+    from octavo.engine.quantize.rounding import int4_round, int4_scale
+
+    weight, importance = torch.randn(8, 4, 32), torch.rand(4, 32) ** 4
+
+    def error(scale):
+        return ((int4_round(weight, scale) * scale - weight).square() * importance).sum(-1)
+
+    plain, weighted = int4_scale(weight, torch.float32), int4_scale(weight, torch.float32, importance)
+    assert (error(weighted) <= error(plain) * (1 + 1e-5)).all() and (error(weighted) < 0.99 * error(plain)).any()
+    assert torch.equal(int4_scale(weight, torch.float32, torch.zeros(4, 32)), plain)
+    assert torch.equal(int4_scale(weight, torch.float32, torch.full((4, 32), 3.0)), plain)
+
+
+def attention_case(kv_heads, window, tokens=50):
+    """A layer's attention on its own: forward, the norm's output, q, k and v's weight and the rows of each."""
+    content = CONFIG.to_dict() | dict(architectures=["LlamaForCausalLM"], num_key_value_heads=kv_heads)
+    config = replace(ModelConfig.from_hf(content), sliding_window=window)
+    forward = Forward(config, CPU, tokens)
+    hidden = torch.randn(tokens, config.hidden_size)
+    rows = [heads * config.head_dim for heads in (config.num_attention_heads, kv_heads, kv_heads)]
+    return forward, hidden, [torch.randn(n, config.hidden_size) / 8 for n in rows]
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_probabilities_are_those_of_the_attention(window):
+    forward, hidden, weights = attention_case(2, window)
+    qkv = hidden @ torch.cat(weights).t()
+    v = (hidden @ weights[2].t()).unflatten(1, (2, -1)).transpose(0, 1)
+    heads = [a @ of for a, of in zip(forward.probabilities(qkv.clone()), v, strict=True)]
+    expected = forward.last_inputs(ATTENTION, qkv)
+    torch.testing.assert_close(torch.cat(heads).transpose(0, 1).flatten(1), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_the_hessian_of_v_is_that_of_the_attention(window):
+    """A change of v's weights changes attention by what the Hessian says, exactly where all heads share v."""
+    forward, hidden, weights = attention_case(1, window)
+    quantizer = LayerQuantizer(Settings("int4", method="gptq", group_size=32), forward, torch.float32, torch.float32)
+    stream = Stream([list(range(len(hidden)))], hidden, CPU)
+    norm = torch.rand(hidden.shape[1]) + 0.5
+    x = forward.first_inputs(hidden, norm)
+    linear = DenseLinear(torch.cat(weights), None)
+    of_q, of_k, of_v = quantizer._attention_hessians(stream, norm, linear)
+    torch.testing.assert_close(of_q, x.t() @ x, rtol=1e-4, atol=1e-4)
+    change = torch.randn_like(weights[2]) / 50
+    changed = DenseLinear(torch.cat([*weights[:2], weights[2] + change]), None)
+    before, after = (forward.last_inputs(ATTENTION, of(x)).double() for of in (linear, changed))
+    expected = ((change @ of_v) * change).sum().item()
+    assert (after - before).square().sum().item() == pytest.approx(expected, rel=1e-3)
+    assert of_k.isfinite().all() and of_k.any()
+
+
+def test_k_has_no_say_where_a_token_sees_itself_alone():
+    forward, hidden, weights = attention_case(2, window=1)
+    quantizer = LayerQuantizer(Settings("int4", method="gptq", group_size=32), forward, torch.float32, torch.float32)
+    stream, linear = Stream([list(range(len(hidden)))], hidden, CPU), DenseLinear(torch.cat(weights), None)
+    of_q, of_k, of_v = quantizer._attention_hessians(stream, torch.ones(hidden.shape[1]), linear)
+    assert not of_k.any()
+    torch.testing.assert_close(of_v, of_q * 4, rtol=1e-4, atol=1e-3)  # four heads, each of which sees the token itself
+
+
 def test_int4_scales_are_the_best_of_those_tried():
     weight = torch.randn(6, 4, 32)
     weight[:, :, 0] *= 3
@@ -428,6 +520,8 @@ def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=f"group_size: 128 does not divide the 576 inputs of {at}: choose 32 or 64"):
         Settings("int4").check(small)
     Settings("int4", group_size=64).check(small)
+    with pytest.raises(ValueError, match="keep: 'down' is in no linear layer's name"):
+        Settings("int8", keep=("layers.3.mlp", "down")).check(small)
     with pytest.raises(ValueError, match=f"scheme: fp8-block, but {at} has 576 outputs and 576 inputs.*choose fp8"):
         Settings("fp8-block").check(small)
     with pytest.raises(ValueError, match="no group size fits this model"):
