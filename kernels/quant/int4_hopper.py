@@ -203,13 +203,6 @@ PARTS_US, PART_BYTES_A_US = 4.2, 2.2e6
 """What adding up the parts of shared tiles takes, and how fast they are written and read."""
 
 
-def _programs_that_share(tiles: int, k: int, properties: DeviceProperties) -> int:
-    """All of them, with at least two steps each; or a little fewer, if then none has parts of two tiles."""
-    programs = min(properties.num_sms, max(tiles, tiles * cdiv(k, 128) // 2))
-    equal = programs // tiles * tiles
-    return equal if equal > 0.93 * programs else programs
-
-
 def cut(
     m: int,
     n: int,
@@ -227,7 +220,7 @@ def cut(
     tiles = cdiv(n, 64 * sides * blocks) * token_tiles
     programs, shared = min(properties.num_sms, tiles), 0
     if sharing:
-        programs = _programs_that_share(tiles, k, properties)
+        programs = min(properties.num_sms, max(tiles, tiles * cdiv(k, 128) // 2))
         shared = tiles % programs + (programs if tiles > programs else 0)
     room = properties.shared_memory - (sides + 1) * OTHER_BYTES - (turns - 1) * sides * blocks * tokens * 256
     stage_bytes = sides * blocks * TILE_BYTES + tokens * 256
@@ -270,13 +263,10 @@ def _fastest(m: int, n: int, k: int, per_step: int, scale_sums: bool, properties
         return _time(cut(m, n, k, *choice, properties, scale_sums), m, n, k)
 
     def may_share(groups: tuple[int, int, int], tokens: int) -> bool:
-        # Shares of four tiles side by side, which are few steps, end unevenly (4096 × 14336: 19.5 µs, two by two 17.5),
-        # but for equal ones of few inputs (4096 × 4096: 9.2, two by two 9.7). Of many tiles a part is all that the last
-        # wave wastes (8192 × 8192, 4096 tokens: 898 µs shared, 785 whole).
+        # Shares of tiles of four blocks, which are few steps, end unevenly (4096 × 14336: 19.4 µs, two by two 17.4). Of
+        # many tiles a part is all that the last wave wastes (8192 × 8192, 4096 tokens: 898 µs shared, 785 whole).
         tiles = cdiv(n, 64 * groups[0] * groups[2]) * cdiv(m, tokens)
-        if groups == (4, 1, 1):
-            return k <= 4096 and _programs_that_share(tiles, k, properties) % tiles == 0
-        return tiles <= 5 * properties.num_sms
+        return groups != (4, 1, 1) and tiles <= 5 * properties.num_sms
 
     choices = [(*of, False) for of in possible] + [(*of, True) for of in possible if may_share(*of)]
     return min(choices, key=time)
