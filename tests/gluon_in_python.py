@@ -164,7 +164,7 @@ class Shared:
 
 
 def _instruction(line, registers):
-    """Executes one of PTX that `int4_compute.py` is made of."""
+    """Executes one of PTX that `int4_unpack.py` is made of."""
     op, _, rest = line.partition(" ")
     out, *names = (name.strip() for name in rest.split(","))
     operands = [registers[n] if n in registers else np.uint32(int(n, 0)) for n in names]

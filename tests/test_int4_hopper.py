@@ -19,7 +19,7 @@ from octavo.testing import without_interpreter
 H100 = KNOWN_DEVICES[90]
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 on_hopper = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an sm_90 GPU")]
-NAMES = ("shares", "loads", "epilogue", "compute", "parts", "hopper")
+NAMES = ("shares", "loads", "epilogue", "unpack", "compute", "parts", "hopper")
 MODULES = ["quant/epilogue.py", *(f"quant/int4_{name}.py" for name in NAMES)]
 
 
@@ -61,7 +61,7 @@ def run_in_python(x, packed, scale, minimum, bias, group_size, tiles, residual=N
     numbers = m, n, packed.shape[1], tiles.shared, tiles.programs, row_tiles, token_tiles, tiles.width
     for tile in range(tiles.shared):
         for chunk in range(cdiv(min(m, tiles.tokens) * outputs_of(tiles.outputs, activation), tiles.parts_block)):
-            namespace((*MODULES[:2], MODULES[5]), (tile, chunk), tiles.shared)["_int4_parts_kernel"](
+            namespace((*MODULES[:2], MODULES[6]), (tile, chunk), tiles.shared)["_int4_parts_kernel"](
                 out,
                 pointer(bias),
                 pointer(residual),

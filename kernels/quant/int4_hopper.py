@@ -15,8 +15,12 @@ shared; with outputs of their own they take 300 cycles a tile (`CUTS`), as long 
 turns 340 to 450, for those add up in shared memory. On an H100, one token, Marlin's or Machete's best of another day
 beside it: 8192 × 8192 19.0 µs (18.2), 28672 × 4096 25.3 (30.9), 4096 × 14336 17.4 (23.6), 6144 × 4096 11.0 (11.6).
 
-From 256 tokens on a tile of 256 makes the most of what is unpacked: 8192 × 8192 and 1024 tokens take 174 µs, with 128
-tokens and two blocks 216. (`linear_tiles.txt`, 3, has all that was timed.)
+What bounds many tokens. A packed tile takes the tensor cores 512 cycles by 128 tokens, 1024 by 256; to unpack it takes
+each warp some 200 instructions. They slow the products down even beside them: with 128 tokens the tensor cores are busy
+70 % of the time, with nothing unpacked 85 to 90 %. With 256 tokens they are so 90 to 94 %, and what bounds is the GPU's
+power: 1.38 to 1.5 GHz at 700 W. With half the tokens read from the cache a product of 1024 tokens took 124 mJ in place
+of 137; but it takes clusters with multicast, which Triton 3.6 has not. (`linear_tiles.txt`, 3 and 5, has what was
+timed.)
 """
 
 from dataclasses import dataclass
@@ -161,7 +165,7 @@ class Tiles:
     shared: int
     """Tiles that programs share; the others are computed whole."""
     width: int
-    """Tiles of tokens side by side."""
+    """Tiles of tokens side by side: with 4, what runs at a time reads least (4096 tokens: 772 µs, with 16 777)."""
 
     @property
     def outputs(self) -> int:
@@ -185,9 +189,9 @@ def groups_of_step(group_size: int) -> int:
 CUTS = {
     16: {(1, 4, 1): 0.26, (2, 2, 1): 0.195, (4, 1, 1): 0.17},
     32: {(1, 4, 1): 0.27, (2, 2, 1): 0.2, (4, 1, 1): 0.18},
-    64: {(2, 1, 1): 0.27, (2, 1, 2): 0.25},
-    128: {(2, 1, 1): 0.385, (2, 1, 2): 0.405},
-    256: {(2, 1, 1): 0.68},
+    64: {(2, 1, 1): 0.26, (2, 1, 2): 0.245},
+    128: {(2, 1, 1): 0.4, (2, 1, 2): 0.38},
+    256: {(2, 1, 1): 0.71},
 }
 """By tokens: sides, turns and blocks, and the microseconds that a packed tile takes a multiprocessor (measured, but for
 32 tokens)."""
@@ -195,7 +199,7 @@ STAGE_BYTES = 160 * 1024
 """Of stages, up to 64 tokens: of more, or of more than 8 stages, a program's first tokens come late (1 µs of 26)."""
 MEMORY_BYTES_A_US, CACHE_BYTES_A_US = 3.25e6, 7.4e6
 """What comes from memory, which is the weights, and from the cache, with the tokens that each program reads again."""
-PARTS_US, PART_BYTES_A_US = 4.2, 3e6
+PARTS_US, PART_BYTES_A_US = 4.2, 2.2e6
 """What adding up the parts of shared tiles takes, and how fast they are written and read."""
 
 
@@ -223,7 +227,7 @@ def cut(
     if stages is None:
         stages = min(STAGE_BYTES // stage_bytes, 8) if tokens <= 64 else 5
     stages = min(room // stage_bytes, stages) // turns * turns
-    return Tiles(sides, turns, blocks, tokens, stages, scale_sums, programs, shared, min(token_tiles, 16))
+    return Tiles(sides, turns, blocks, tokens, stages, scale_sums, programs, shared, min(token_tiles, 4))
 
 
 def _time(tiles: Tiles, m: int, n: int, k: int) -> float:
@@ -240,7 +244,8 @@ def _time(tiles: Tiles, m: int, n: int, k: int) -> float:
         return steps * max(own, memory, from_cache * programs / CACHE_BYTES_A_US)
 
     if tiles.shared:
-        parts = (tiles.programs + tiles.shared) * tiles.outputs * min(m, tiles.tokens) * 4
+        parts = tiles.programs + (tiles.shared if tiles.programs % tiles.shared else 0)
+        parts *= tiles.outputs * min(m, tiles.tokens) * 4
         return of_steps(count * k_tiles / tiles.programs, tiles.programs) + PARTS_US + parts / PART_BYTES_A_US
     waves, rest = divmod(count, tiles.programs)
     return of_steps(waves * k_tiles, tiles.programs) + of_steps(k_tiles if rest else 0, rest)
@@ -251,7 +256,7 @@ def _fastest(m: int, n: int, k: int, per_step: int, scale_sums: bool, properties
     """The fastest by `_time`, for m a power of two."""
     widths = [min(max(m, 16), 128)] + [256] * (m > 128 and per_step == 1)
     possible = [(groups, tokens) for tokens in widths for groups in CUTS[tokens]]
-    if per_step == 4:
+    if per_step > 1:
         possible = [of for of in possible if of != ((2, 1, 2), 128)]  # which has too few registers
 
     def time(choice: Cut) -> float:
