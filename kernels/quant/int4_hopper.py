@@ -256,8 +256,9 @@ def _fastest(m: int, n: int, k: int, per_step: int, scale_sums: bool, properties
     """The fastest by `_time`, for m a power of two."""
     widths = [min(max(m, 16), 128)] + [256] * (m > 128 and per_step == 1)
     possible = [(groups, tokens) for tokens in widths for groups in CUTS[tokens]]
-    if per_step > 1:
-        possible = [of for of in possible if of != ((2, 1, 2), 128)]  # which has too few registers
+    # Scales of several groups a step take registers.
+    too_many = {1: [], 2: [((2, 1, 2), 128)], 4: [((2, 1, 2), 128), ((2, 2, 1), 32)]}[per_step]
+    possible = [of for of in possible if of not in too_many]
 
     def time(choice: Cut) -> float:
         return _time(cut(m, n, k, *choice, properties, scale_sums), m, n, k)
