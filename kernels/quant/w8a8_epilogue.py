@@ -93,7 +93,9 @@ def residual_of(
 
 
 @gluon.jit
-def finish_gluon(acc, residual, first_m, first_n, epilogue, TURNED: gl.constexpr, ACTIVATED: gl.constexpr):
+def finish_gluon(
+    acc, residual, first_m, first_n, epilogue, TURNED: gl.constexpr, BLOCKS: gl.constexpr, ACTIVATED: gl.constexpr
+):  # fmt: skip
     """`finish` for sums in the layout of Hopper's tensor cores, of one warpgroup; residual: from `residual_of`.
 
     Tokens as rows are written 64 bytes of one by four lanes; outputs as rows from where they are, 16 bytes of a token
@@ -111,9 +113,12 @@ def finish_gluon(acc, residual, first_m, first_n, epilogue, TURNED: gl.constexpr
         zero = gl.load(x_zero_ptr + m * stride_x_zero, mask=m < M, other=0)
         weight_sum = gl.load(weight_sum_ptr + n, mask=n < N, other=0)
         acc -= gl.expand_dims(zero, OUTPUTS) * gl.expand_dims(weight_sum, TOKENS)
-    x_scale = gl.load(x_scale_ptr + m * stride_x_scale, mask=m < M, other=0.0)
-    weight_scale = gl.load(weight_scale_ptr + n * stride_weight_scale, mask=n < N, other=0.0)
-    y = acc.to(gl.float32) * gl.expand_dims(x_scale, OUTPUTS) * gl.expand_dims(weight_scale, TOKENS)
+    y = acc.to(gl.float32)
+    if not BLOCKS:
+        x_scale = gl.load(x_scale_ptr + m * stride_x_scale, mask=m < M, other=0.0)
+        weight_scale = gl.load(weight_scale_ptr + n * stride_weight_scale, mask=n < N, other=0.0)
+        y *= gl.expand_dims(x_scale, OUTPUTS)
+        y *= gl.expand_dims(weight_scale, TOKENS)
     if bias_ptr is not None:
         y += gl.expand_dims(gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32), TOKENS)
     if ACTIVATED:

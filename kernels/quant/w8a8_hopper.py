@@ -24,7 +24,8 @@ from octavo.kernels.launch import launch
 from octavo.kernels.quant.epilogue import halves
 from octavo.kernels.quant.stream_k import tile_at
 from octavo.kernels.quant.w8a8_epilogue import finish_gluon, residual_of
-from octavo.kernels.quant.w8a8_loads import BLOCK_K, described
+from octavo.kernels.quant.w8a8_loads import BLOCK_K, described, scale_ptrs
+from octavo.kernels.quant.w8a8_parts import add_parts, leave_part, room_for_parts
 from octavo.kernels.tiles import cdiv, device_properties
 
 BLOCK_M = 128
@@ -39,15 +40,23 @@ With 16, int8 takes up to 9 % less for 1024 tokens and more than with 8, and fp8
 
 
 @gluon.jit
+def _steps_of(part, steps, part_steps):
+    """The first step of a part of a tile, and that behind its last."""
+    first = part * part_steps
+    return first, gl.minimum(first + part_steps, steps)
+
+
+@gluon.jit
 def _load(
-    x_desc, weight_desc, x, weight, full, empty, m_tiles, n_tiles, steps, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+    x_desc, weight_desc, x, weight, full, empty, m_tiles, n_tiles, steps, part_steps, BLOCK_M: gl.constexpr, BLOCK_N:
+    gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GROUP: gl.constexpr,
 ):
     """What the warp that loads does."""
     i = 0
-    for tile in range(gl.program_id(0), m_tiles * n_tiles, gl.num_programs(0)):
-        m, n = tile_at(tile, m_tiles, n_tiles, GROUP)
-        for step in range(steps):
+    for work in range(gl.program_id(0), m_tiles * n_tiles * PARTS, gl.num_programs(0)):
+        m, n = tile_at(work // PARTS, m_tiles, n_tiles, GROUP)
+        first, end = _steps_of(work % PARTS, steps, part_steps)
+        for step in range(first, end):
             stage = i % STAGES
             mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
             mbarrier.expect(full.index(stage), (BLOCK_M + BLOCK_N) * BLOCK_K)
@@ -58,59 +67,156 @@ def _load(
 
 
 @gluon.jit
-def _finish(acc, residual, first_m, first_n, epilogue, ACTIVATED: gl.constexpr):
+def _finish(acc, residual, first_m, first_n, epilogue, BLOCKS: gl.constexpr, ACTIVATED: gl.constexpr):
     """Finishes both halves of sums, one after the other, so that nothing spills; residual: of the left half."""
     HALF: gl.constexpr = acc.shape[1] // 2
     left, right = halves(acc)
-    finish_gluon(left, residual, first_m, first_n, epilogue, False, ACTIVATED)
+    finish_gluon(left, residual, first_m, first_n, epilogue, False, BLOCKS, ACTIVATED)
     residual = residual_of(first_m, first_n + HALF, epilogue, acc.shape[0], HALF, False, ACTIVATED)
-    finish_gluon(right, residual, first_m, first_n + HALF, epilogue, False, ACTIVATED)
+    finish_gluon(right, residual, first_m, first_n + HALF, epilogue, False, BLOCKS, ACTIVATED)
 
 
 @gluon.jit
-def _compute(
-    group: gl.constexpr, epilogue, x, weight, full, empty, m_tiles, n_tiles, steps, BLOCK_M: gl.constexpr, BLOCK_N:
-    gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, ACTIVATED: gl.constexpr,
+def _compute_plain(
+    group: gl.constexpr, epilogue, parts_ptr, x, weight, full, empty, m_tiles, n_tiles, steps, part_steps, BLOCK_M:
+    gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GROUP: gl.constexpr, ACTIVATED:
+    gl.constexpr,
 ):
-    """What warpgroup number `group` does."""
     ROWS: gl.constexpr = BLOCK_M // 2
-    ADDED: gl.constexpr = epilogue[11] is not None  # a residual, of which registers have room for 64 columns at a time
+    # A residual, of which registers have room for 64 columns at a time.
+    ADDED: gl.constexpr = epilogue[11] is not None and PARTS == 1
     SUM: gl.constexpr = gl.int32 if x.dtype == gl.int8 else gl.float32
     WIDTH: gl.constexpr = 128 if x.dtype == gl.int8 else BLOCK_N  # of an instruction: Triton has no wider one for int8
     acc = gl.zeros([ROWS, BLOCK_N], SUM, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32]))
     i = 0
-    for tile in range(gl.program_id(0), m_tiles * n_tiles, gl.num_programs(0)):
+    for work in range(gl.program_id(0), m_tiles * n_tiles * PARTS, gl.num_programs(0)):
+        first, end = _steps_of(work % PARTS, steps, part_steps)
         residual = None
         if ADDED:
-            m, n = tile_at(tile, m_tiles, n_tiles, GROUP)
+            m, n = tile_at(work // PARTS, m_tiles, n_tiles, GROUP)
             residual = residual_of(m * BLOCK_M + group * ROWS, n * BLOCK_N, epilogue, ROWS, 64, False, ACTIVATED)
-        for step in range(steps):
+        for step in range(first, end):
             stage, before = i % STAGES, (i + STAGES - 1) % STAGES
             mbarrier.wait(full.index(stage), i // STAGES & 1)
             rows = x.index(stage).slice(group * ROWS, ROWS)
-            acc = warpgroup_mma(rows, weight.index(stage).permute((1, 0)), acc, use_acc=step > 0, is_async=True)
+            acc = warpgroup_mma(rows, weight.index(stage).permute((1, 0)), acc, use_acc=step > first, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])
-            mbarrier.arrive(empty.index(before), count=1, pred=step > 0)
+            mbarrier.arrive(empty.index(before), count=1, pred=step > first)
             i += 1
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
-        m, n = tile_at(tile, m_tiles, n_tiles, GROUP)
+        m, n = tile_at(work // PARTS, m_tiles, n_tiles, GROUP)
         first_m, first_n = m * BLOCK_M + group * ROWS, n * BLOCK_N
-        if not ADDED or BLOCK_N == 128:
-            _finish(acc, residual, first_m, first_n, epilogue, ACTIVATED)
+        if PARTS > 1:
+            leave_part(acc, parts_ptr, work % PARTS, first_m, first_n, epilogue[1], epilogue[2], False)
+        elif not ADDED or BLOCK_N == 128:
+            _finish(acc, residual, first_m, first_n, epilogue, False, ACTIVATED)
         else:
             left, right = halves(acc)
-            _finish(left, residual, first_m, first_n, epilogue, ACTIVATED)
+            _finish(left, residual, first_m, first_n, epilogue, False, ACTIVATED)
             residual = residual_of(first_m, first_n + BLOCK_N // 2, epilogue, ROWS, 64, False, ACTIVATED)
-            _finish(right, residual, first_m, first_n + BLOCK_N // 2, epilogue, ACTIVATED)
+            _finish(right, residual, first_m, first_n + BLOCK_N // 2, epilogue, False, ACTIVATED)
 
 
-@gluon.jit(do_not_specialize=["M", "stride_x_scale", "m_tiles"])
+@gluon.jit
+def _promoted(acc, sums, scale, BLOCKS: gl.constexpr):
+    """acc + sums · scale, in assembly, which stays where it is.
+
+    LLVM would move sums behind the next products, where nothing waits for them, and registers have no room for both.
+    """
+    if BLOCKS:
+        args = [acc, sums, gl.expand_dims(scale, 1)]
+        return gl.inline_asm_elementwise("fma.rn.f32 $0, $2, $3, $1;", "=f,f,f,f", args, gl.float32, False, 1)
+    else:
+        return gl.inline_asm_elementwise("add.f32 $0, $1, $2;", "=f,f,f", [acc, sums], gl.float32, False, 1)
+
+
+@gluon.jit
+def _leave(
+    acc, parts_ptr, part, first_m, first_n, epilogue, PARTS: gl.constexpr, BLOCKS: gl.constexpr, ACTIVATED: gl.constexpr
+):
+    if PARTS > 1:
+        leave_part(acc, parts_ptr, part, first_m, first_n, epilogue[1], epilogue[2], False)
+    else:
+        residual = residual_of(first_m, first_n, epilogue, acc.shape[0], acc.shape[1] // 2, False, ACTIVATED)
+        _finish(acc, residual, first_m, first_n, epilogue, BLOCKS, ACTIVATED)
+
+
+@gluon.jit
+def _compute_promoted(
+    group: gl.constexpr, epilogue, parts_ptr, x, weight, full, empty, m_tiles, n_tiles, steps, part_steps, BLOCK_M:
+    gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GROUP: gl.constexpr, BLOCKS:
+    gl.constexpr, ACTIVATED: gl.constexpr,
+):
+    """`_compute_plain` with sums taken out at each step, 128 outputs at a time; the other warpgroup multiplies then."""
+    ROWS: gl.constexpr = BLOCK_M // 2
+    WIDE: gl.constexpr = BLOCK_N == 256
+    zeros = gl.zeros([ROWS, 128], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32]))
+    TOKEN: gl.constexpr = gl.SliceLayout(1, zeros.type.layout)
+    sums = zeros
+    i = 0
+    for work in range(gl.program_id(0), m_tiles * n_tiles * PARTS, gl.num_programs(0)):
+        m, n = tile_at(work // PARTS, m_tiles, n_tiles, GROUP)
+        first_m, first_n = m * BLOCK_M + group * ROWS, n * BLOCK_N
+        first, end = _steps_of(work % PARTS, steps, part_steps)
+        left, right = zeros, zeros
+        if BLOCKS:
+            x_ptrs, left_ptr = scale_ptrs(epilogue, first_m, first_n, 0, ROWS, TOKEN)
+            last_n = gl.minimum(first_n + (BLOCK_N - 128), epilogue[2] - 1)
+            _, right_ptr = scale_ptrs(epilogue, first_m, last_n, 0, ROWS, TOKEN)
+            x_scale, left_scale = gl.load(x_ptrs + first), gl.load(left_ptr + first)
+            right_scale = gl.load(right_ptr + first)
+        for step in range(first, end):
+            stage = i % STAGES
+            mbarrier.wait(full.index(stage), i // STAGES & 1)
+            rows = x.index(stage).slice(group * ROWS, ROWS)
+            lower, upper = weight.index(stage).slice(0, 128), weight.index(stage).slice(BLOCK_N - 128, 128)
+            sums = warpgroup_mma(rows, lower.permute((1, 0)), sums, use_acc=False, is_async=True)
+            if BLOCKS:
+                of_left, of_right = x_scale * left_scale, x_scale * right_scale
+                after = gl.minimum(step + 1, end - 1)
+                x_scale, left_scale = gl.load(x_ptrs + after), gl.load(left_ptr + after)
+                right_scale = gl.load(right_ptr + after)
+            else:
+                of_left, of_right = None, None
+            sums = warpgroup_mma_wait(0, deps=[sums])
+            if WIDE:
+                left = _promoted(left, sums, of_left, BLOCKS)
+                sums = warpgroup_mma(rows, upper.permute((1, 0)), sums, use_acc=False, is_async=True)
+                sums = warpgroup_mma_wait(0, deps=[sums])
+            mbarrier.arrive(empty.index(stage), count=1)
+            right = _promoted(right, sums, of_right, BLOCKS)
+            i += 1
+        if WIDE:
+            _leave(left, parts_ptr, work % PARTS, first_m, first_n, epilogue, PARTS, BLOCKS, ACTIVATED)
+        last_n = first_n + (BLOCK_N - 128)
+        _leave(right, parts_ptr, work % PARTS, first_m, last_n, epilogue, PARTS, BLOCKS, ACTIVATED)
+
+
+@gluon.jit
+def _compute(
+    group: gl.constexpr, epilogue, parts_ptr, x, weight, full, empty, m_tiles, n_tiles, steps, part_steps, BLOCK_M:
+    gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GROUP: gl.constexpr, PROMOTED:
+    gl.constexpr, BLOCKS: gl.constexpr, ACTIVATED: gl.constexpr,
+):
+    """What warpgroup number `group` does."""
+    if PROMOTED:
+        _compute_promoted(
+            group, epilogue, parts_ptr, x, weight, full, empty, m_tiles, n_tiles, steps, part_steps, BLOCK_M, BLOCK_N,
+            STAGES, PARTS, GROUP, BLOCKS, ACTIVATED)
+    else:
+        _compute_plain(
+            group, epilogue, parts_ptr, x, weight, full, empty, m_tiles, n_tiles, steps, part_steps, BLOCK_M, BLOCK_N,
+            STAGES, PARTS, GROUP, ACTIVATED)
+
+
+@gluon.jit(do_not_specialize=["M", "stride_x_scale", "m_tiles", "part_steps"])
 def _w8a8_hopper_kernel(
     # Bound by the tensor cores. One program a multiprocessor.
-    x_desc, weight_desc, out_ptr, x_scale_ptr, weight_scale_ptr, bias_ptr, residual_ptr, M, N, stride_x_scale,
-    stride_weight_scale, m_tiles, n_tiles, steps, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, GROUP: gl.constexpr, ACTIVATED: gl.constexpr,
+    x_desc, weight_desc, out_ptr, parts_ptr, x_scale_ptr, weight_scale_ptr, bias_ptr, residual_ptr, M, N,
+    stride_x_scale, stride_weight_scale, m_tiles, n_tiles, steps, part_steps, BLOCK_M: gl.constexpr, BLOCK_N:
+    gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GROUP: gl.constexpr, PROMOTED:
+    gl.constexpr, BLOCKS: gl.constexpr, ACTIVATED: gl.constexpr,
 ):
     x = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
     weight = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], weight_desc.layout)
@@ -126,12 +232,14 @@ def _w8a8_hopper_kernel(
     )
     gl.warp_specialize([
         (_compute, (
-            0, epilogue, x, weight, full, empty, m_tiles, n_tiles, steps, BLOCK_M, BLOCK_N, STAGES, GROUP, ACTIVATED)),
+            0, epilogue, parts_ptr, x, weight, full, empty, m_tiles, n_tiles, steps, part_steps, BLOCK_M, BLOCK_N,
+            STAGES, PARTS, GROUP, PROMOTED, BLOCKS, ACTIVATED)),
         (_compute, (
-            1, epilogue, x, weight, full, empty, m_tiles, n_tiles, steps, BLOCK_M, BLOCK_N, STAGES, GROUP, ACTIVATED)),
+            1, epilogue, parts_ptr, x, weight, full, empty, m_tiles, n_tiles, steps, part_steps, BLOCK_M, BLOCK_N,
+            STAGES, PARTS, GROUP, PROMOTED, BLOCKS, ACTIVATED)),
         (_load, (
-            x_desc, weight_desc, x, weight, full, empty, m_tiles, n_tiles, steps, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
-            GROUP)),
+            x_desc, weight_desc, x, weight, full, empty, m_tiles, n_tiles, steps, part_steps, BLOCK_M, BLOCK_N, BLOCK_K,
+            STAGES, PARTS, GROUP)),
     ], [4, 1], [240, 24])
 # fmt: on
 
@@ -144,40 +252,51 @@ def w8a8_hopper(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
+    promoted: bool,
+    blocks: bool,
     activated: bool,
     stride_row: int,
-    stride_x_scale: int,
-    stride_weight_scale: int,
+    strides: tuple[int, int, int],
     block_n: int,
     stages: int,
+    parts: int,
 ) -> None:
-    """Launches it; `stride_row` is from a token of x to the next."""
+    """Launches it; `stride_row` is from a token of x to the next, `strides` those of the scales and zero points."""
     n, k = weight.shape
     m = x.numel() // k
-    m_tiles, n_tiles = cdiv(m, BLOCK_M), cdiv(n, block_n)
+    m_tiles, n_tiles, steps = cdiv(m, BLOCK_M), cdiv(n, block_n), cdiv(k, BLOCK_K)
+    part_steps = cdiv(steps, parts)
+    count = cdiv(steps, part_steps)
+    sums = room_for_parts(count, m, n, weight)
     launch(
         _w8a8_hopper_kernel,
-        (min(device_properties(x.device).num_sms, m_tiles * n_tiles),),
+        (min(device_properties(x.device).num_sms, m_tiles * n_tiles * count),),
         described(x, [m, k], stride_row, BLOCK_M),
         described(weight, [n, k], k, block_n),
         out,
+        sums,
         x_scale,
         weight_scale,
         bias,
         residual,
         m,
         n,
-        stride_x_scale,
-        stride_weight_scale,
+        *strides[:2],
         m_tiles,
         n_tiles,
-        cdiv(k, BLOCK_K),
+        steps,
+        part_steps,
         device=x.device,
         num_warps=4,
         BLOCK_M=BLOCK_M,
         BLOCK_N=block_n,
         BLOCK_K=BLOCK_K,
         STAGES=stages,
+        PARTS=count,
         GROUP=GROUPS[weight.dtype],
+        PROMOTED=promoted,
+        BLOCKS=blocks,
         ACTIVATED=activated,
     )
+    if sums is not None:
+        add_parts(out, sums, x_scale, weight_scale, None, None, bias, residual, blocks, activated, strides)

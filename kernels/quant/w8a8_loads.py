@@ -5,6 +5,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from octavo.kernels.quant.stream_k import SCALE_BLOCK
+
 BLOCK_K = 128
 """Inputs of a step: as many bytes as the copy engine's widest swizzle takes."""
 
@@ -28,6 +30,14 @@ def prefetch(ptr, first_n, first_k, N, K, ROWS: gl.constexpr, SIZE: gl.constexpr
             is_pure=False,
             pack=1,
         )
+
+
+@gluon.jit
+def scale_ptrs(epilogue, first_m, first_n, first_step, TOKENS: gl.constexpr, layout: gl.constexpr):
+    """Where a step's scales are, of a tile's tokens and of its outputs, which are of one block."""
+    m = gl.minimum(first_m + gl.arange(0, TOKENS, layout=layout), epilogue[1] - 1)  # what is past the last repeats it
+    x_scale_ptrs = epilogue[3] + m.to(gl.int64) * epilogue[4] + first_step
+    return x_scale_ptrs, epilogue[5] + first_n // SCALE_BLOCK * epilogue[6] + first_step
 
 
 def described(x: torch.Tensor, shape: list[int], stride: int, rows: int) -> TensorDescriptor:
