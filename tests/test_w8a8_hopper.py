@@ -18,7 +18,7 @@ from octavo.reference.w8a8 import in_blocks
 H100 = KNOWN_DEVICES[90]
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 on_hopper = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an sm_90 GPU")]
-MODULES = "epilogue", "stream_k", "w8a8_epilogue", "w8a8_loads", "w8a8_parts"
+MODULES = "epilogue", "stream_k", "w8a8_epilogue", "w8a8_loads", "w8a8_parts", "w8a8_promoted"
 
 
 def arguments(m, n, k, operand, kind, bias, with_residual, activation, out_dtype):

@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from octavo.kernels.gluon_layouts import wide_layout
-from octavo.kernels.quant.epilogue import silu_and_mul
+from octavo.kernels.quant.epilogue import halves, silu_and_mul
 
 
 @triton.jit
@@ -133,3 +133,13 @@ def finish_gluon(
         y += residual.to(gl.float32)
     m, n, at = _places(first_m, first_n, N, y.shape[0], y.shape[1], last, TURNED)
     gl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=(m < M) & (n < N))
+
+
+@gluon.jit
+def finish_halves(acc, residual, first_m, first_n, epilogue, BLOCKS: gl.constexpr, ACTIVATED: gl.constexpr):
+    """Finishes both halves of sums, one after the other, so that nothing spills; residual: of the left half."""
+    HALF: gl.constexpr = acc.shape[1] // 2
+    left, right = halves(acc)
+    finish_gluon(left, residual, first_m, first_n, epilogue, False, BLOCKS, ACTIVATED)
+    residual = residual_of(first_m, first_n + HALF, epilogue, acc.shape[0], HALF, False, ACTIVATED)
+    finish_gluon(right, residual, first_m, first_n + HALF, epilogue, False, BLOCKS, ACTIVATED)

@@ -23,9 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from octavo.kernels.launch import launch
 from octavo.kernels.quant.epilogue import halves
 from octavo.kernels.quant.stream_k import tile_at
-from octavo.kernels.quant.w8a8_epilogue import finish_gluon, residual_of
-from octavo.kernels.quant.w8a8_loads import BLOCK_K, described, scale_ptrs
-from octavo.kernels.quant.w8a8_parts import add_parts, leave_part, room_for_parts
+from octavo.kernels.quant.w8a8_epilogue import finish_halves, residual_of
+from octavo.kernels.quant.w8a8_loads import BLOCK_K, described
+from octavo.kernels.quant.w8a8_parts import add_parts, leave_part, room_for_parts, steps_of
+from octavo.kernels.quant.w8a8_promoted import compute_small, compute_wide
 from octavo.kernels.tiles import cdiv, device_properties
 
 BLOCK_M = 128
@@ -40,13 +41,6 @@ With 16, int8 takes up to 9 % less for 1024 tokens and more than with 8, and fp8
 
 
 @gluon.jit
-def _steps_of(part, steps, part_steps):
-    """The first step of a part of a tile, and that behind its last."""
-    first = part * part_steps
-    return first, gl.minimum(first + part_steps, steps)
-
-
-@gluon.jit
 def _load(
     x_desc, weight_desc, x, weight, full, empty, m_tiles, n_tiles, steps, part_steps, BLOCK_M: gl.constexpr, BLOCK_N:
     gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GROUP: gl.constexpr,
@@ -55,7 +49,7 @@ def _load(
     i = 0
     for work in range(gl.program_id(0), m_tiles * n_tiles * PARTS, gl.num_programs(0)):
         m, n = tile_at(work // PARTS, m_tiles, n_tiles, GROUP)
-        first, end = _steps_of(work % PARTS, steps, part_steps)
+        first, end = steps_of(work % PARTS, steps, part_steps)
         for step in range(first, end):
             stage = i % STAGES
             mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
@@ -64,16 +58,6 @@ def _load(
             tma.async_copy_global_to_shared(x_desc, [m * BLOCK_M, at], full.index(stage), x.index(stage))
             tma.async_copy_global_to_shared(weight_desc, [n * BLOCK_N, at], full.index(stage), weight.index(stage))
             i += 1
-
-
-@gluon.jit
-def _finish(acc, residual, first_m, first_n, epilogue, BLOCKS: gl.constexpr, ACTIVATED: gl.constexpr):
-    """Finishes both halves of sums, one after the other, so that nothing spills; residual: of the left half."""
-    HALF: gl.constexpr = acc.shape[1] // 2
-    left, right = halves(acc)
-    finish_gluon(left, residual, first_m, first_n, epilogue, False, BLOCKS, ACTIVATED)
-    residual = residual_of(first_m, first_n + HALF, epilogue, acc.shape[0], HALF, False, ACTIVATED)
-    finish_gluon(right, residual, first_m, first_n + HALF, epilogue, False, BLOCKS, ACTIVATED)
 
 
 @gluon.jit
@@ -90,7 +74,7 @@ def _compute_plain(
     acc = gl.zeros([ROWS, BLOCK_N], SUM, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32]))
     i = 0
     for work in range(gl.program_id(0), m_tiles * n_tiles * PARTS, gl.num_programs(0)):
-        first, end = _steps_of(work % PARTS, steps, part_steps)
+        first, end = steps_of(work % PARTS, steps, part_steps)
         residual = None
         if ADDED:
             m, n = tile_at(work // PARTS, m_tiles, n_tiles, GROUP)
@@ -110,87 +94,12 @@ def _compute_plain(
         if PARTS > 1:
             leave_part(acc, parts_ptr, work % PARTS, first_m, first_n, epilogue[1], epilogue[2], False)
         elif not ADDED or BLOCK_N == 128:
-            _finish(acc, residual, first_m, first_n, epilogue, False, ACTIVATED)
+            finish_halves(acc, residual, first_m, first_n, epilogue, False, ACTIVATED)
         else:
             left, right = halves(acc)
-            _finish(left, residual, first_m, first_n, epilogue, False, ACTIVATED)
+            finish_halves(left, residual, first_m, first_n, epilogue, False, ACTIVATED)
             residual = residual_of(first_m, first_n + BLOCK_N // 2, epilogue, ROWS, 64, False, ACTIVATED)
-            _finish(right, residual, first_m, first_n + BLOCK_N // 2, epilogue, False, ACTIVATED)
-
-
-@gluon.jit
-def _promoted(acc, sums, scale, BLOCKS: gl.constexpr):
-    """acc + sums · scale, in assembly, which stays where it is.
-
-    LLVM would move sums behind the next products, where nothing waits for them, and registers have no room for both.
-    """
-    if BLOCKS:
-        args = [acc, sums, gl.expand_dims(scale, 1)]
-        return gl.inline_asm_elementwise("fma.rn.f32 $0, $2, $3, $1;", "=f,f,f,f", args, gl.float32, False, 1)
-    else:
-        return gl.inline_asm_elementwise("add.f32 $0, $1, $2;", "=f,f,f", [acc, sums], gl.float32, False, 1)
-
-
-@gluon.jit
-def _leave(
-    acc, parts_ptr, part, first_m, first_n, epilogue, PARTS: gl.constexpr, BLOCKS: gl.constexpr, ACTIVATED: gl.constexpr
-):
-    if PARTS > 1:
-        leave_part(acc, parts_ptr, part, first_m, first_n, epilogue[1], epilogue[2], False)
-    else:
-        residual = residual_of(first_m, first_n, epilogue, acc.shape[0], acc.shape[1] // 2, False, ACTIVATED)
-        _finish(acc, residual, first_m, first_n, epilogue, BLOCKS, ACTIVATED)
-
-
-@gluon.jit
-def _compute_promoted(
-    group: gl.constexpr, epilogue, parts_ptr, x, weight, full, empty, m_tiles, n_tiles, steps, part_steps, BLOCK_M:
-    gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GROUP: gl.constexpr, BLOCKS:
-    gl.constexpr, ACTIVATED: gl.constexpr,
-):
-    """`_compute_plain` with sums taken out at each step, 128 outputs at a time; the other warpgroup multiplies then."""
-    ROWS: gl.constexpr = BLOCK_M // 2
-    WIDE: gl.constexpr = BLOCK_N == 256
-    zeros = gl.zeros([ROWS, 128], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32]))
-    TOKEN: gl.constexpr = gl.SliceLayout(1, zeros.type.layout)
-    sums = zeros
-    i = 0
-    for work in range(gl.program_id(0), m_tiles * n_tiles * PARTS, gl.num_programs(0)):
-        m, n = tile_at(work // PARTS, m_tiles, n_tiles, GROUP)
-        first_m, first_n = m * BLOCK_M + group * ROWS, n * BLOCK_N
-        first, end = _steps_of(work % PARTS, steps, part_steps)
-        left, right = zeros, zeros
-        if BLOCKS:
-            x_ptrs, left_ptr = scale_ptrs(epilogue, first_m, first_n, 0, ROWS, TOKEN)
-            last_n = gl.minimum(first_n + (BLOCK_N - 128), epilogue[2] - 1)
-            _, right_ptr = scale_ptrs(epilogue, first_m, last_n, 0, ROWS, TOKEN)
-            x_scale, left_scale = gl.load(x_ptrs + first), gl.load(left_ptr + first)
-            right_scale = gl.load(right_ptr + first)
-        for step in range(first, end):
-            stage = i % STAGES
-            mbarrier.wait(full.index(stage), i // STAGES & 1)
-            rows = x.index(stage).slice(group * ROWS, ROWS)
-            lower, upper = weight.index(stage).slice(0, 128), weight.index(stage).slice(BLOCK_N - 128, 128)
-            sums = warpgroup_mma(rows, lower.permute((1, 0)), sums, use_acc=False, is_async=True)
-            if BLOCKS:
-                of_left, of_right = x_scale * left_scale, x_scale * right_scale
-                after = gl.minimum(step + 1, end - 1)
-                x_scale, left_scale = gl.load(x_ptrs + after), gl.load(left_ptr + after)
-                right_scale = gl.load(right_ptr + after)
-            else:
-                of_left, of_right = None, None
-            sums = warpgroup_mma_wait(0, deps=[sums])
-            if WIDE:
-                left = _promoted(left, sums, of_left, BLOCKS)
-                sums = warpgroup_mma(rows, upper.permute((1, 0)), sums, use_acc=False, is_async=True)
-                sums = warpgroup_mma_wait(0, deps=[sums])
-            mbarrier.arrive(empty.index(stage), count=1)
-            right = _promoted(right, sums, of_right, BLOCKS)
-            i += 1
-        if WIDE:
-            _leave(left, parts_ptr, work % PARTS, first_m, first_n, epilogue, PARTS, BLOCKS, ACTIVATED)
-        last_n = first_n + (BLOCK_N - 128)
-        _leave(right, parts_ptr, work % PARTS, first_m, last_n, epilogue, PARTS, BLOCKS, ACTIVATED)
+            finish_halves(right, residual, first_m, first_n + BLOCK_N // 2, epilogue, False, ACTIVATED)
 
 
 @gluon.jit
@@ -200,8 +109,12 @@ def _compute(
     gl.constexpr, BLOCKS: gl.constexpr, ACTIVATED: gl.constexpr,
 ):
     """What warpgroup number `group` does."""
-    if PROMOTED:
-        _compute_promoted(
+    if PROMOTED and BLOCK_N == 256:
+        compute_wide(
+            group, epilogue, parts_ptr, x, weight, full, empty, m_tiles, n_tiles, steps, part_steps, BLOCK_M, BLOCK_N,
+            STAGES, PARTS, GROUP, BLOCKS, ACTIVATED)
+    elif PROMOTED:
+        compute_small(
             group, epilogue, parts_ptr, x, weight, full, empty, m_tiles, n_tiles, steps, part_steps, BLOCK_M, BLOCK_N,
             STAGES, PARTS, GROUP, BLOCKS, ACTIVATED)
     else:

@@ -18,6 +18,13 @@ from octavo.kernels.tiles import cdiv, chains, let_next_start, wait_for_previous
 
 
 @gluon.jit
+def steps_of(part, steps, part_steps):
+    """The first step of a part of a tile, and that behind its last."""
+    first = part * part_steps
+    return first, gl.minimum(first + part_steps, steps)
+
+
+@gluon.jit
 def leave_part(acc, parts_ptr, part, first_m, first_n, M, N, TURNED: gl.constexpr):
     """Leaves a warpgroup's sums of one part of the inputs; rows are outputs if TURNED."""
     layout: gl.constexpr = acc.type.layout
