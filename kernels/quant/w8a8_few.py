@@ -83,9 +83,14 @@ def _compute(
     if PARTS == 1:
         residual = residual_of(0, first_n, epilogue, ROWS, COLS, TURNED, ACTIVATED)
     if BLOCKS:
+        # Read three steps ahead, which is what the cache (L2) takes; where tokens are columns, once for all threads.
         TOKEN: gl.constexpr = gl.SliceLayout(0 if TURNED else 1, acc.type.layout)
-        x_scale_ptrs, weight_scale_ptr = scale_ptrs(epilogue, 0, first_n, first_step, TOKENS, TOKEN)
-        x_scale, weight_scale = gl.load(x_scale_ptrs), gl.load(weight_scale_ptr)
+        READ: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0]) if TURNED else TOKEN
+        x_ptrs, w_ptr = scale_ptrs(epilogue, 0, first_n, first_step, TOKENS, READ)
+        step_1, step_2 = gl.minimum(steps - 1, 1), gl.minimum(steps - 1, 2)
+        x_scale, w_scale = gl.load(x_ptrs), gl.load(w_ptr)
+        x_scale_1, w_scale_1 = gl.load(x_ptrs + step_1), gl.load(w_ptr + step_1)
+        x_scale_2, w_scale_2 = gl.load(x_ptrs + step_2), gl.load(w_ptr + step_2)
     for i in range(steps):
         stage, before = i % STAGES, (i + STAGES - 1) % STAGES
         mbarrier.wait(full.index(stage), i // STAGES & 1)
@@ -100,9 +105,10 @@ def _compute(
         else:
             sums = warpgroup_mma(first, second, zeros, use_acc=False, is_async=True)
             if BLOCKS:
-                scale = gl.expand_dims(x_scale * weight_scale, 0 if TURNED else 1)
-                next_step = gl.minimum(i + 1, steps - 1)
-                x_scale, weight_scale = gl.load(x_scale_ptrs + next_step), gl.load(weight_scale_ptr + next_step)
+                scale = gl.expand_dims(gl.convert_layout(x_scale * w_scale, TOKEN), 0 if TURNED else 1)
+                ahead = gl.minimum(steps - 1, i + 3)
+                x_scale, w_scale, x_scale_1, w_scale_1 = x_scale_1, w_scale_1, x_scale_2, w_scale_2
+                x_scale_2, w_scale_2 = gl.load(x_ptrs + ahead), gl.load(w_ptr + ahead)
             sums = warpgroup_mma_wait(0, deps=[sums])
             mbarrier.arrive(empty.index(stage), count=1)
             acc += sums * scale if BLOCKS else sums
@@ -167,27 +173,29 @@ def stages_for_two(tokens: int, outputs: int, properties: DeviceProperties) -> i
 
 
 def choose_few(
-    tokens: int, outputs: int, inputs: int, properties: DeviceProperties, *, activated: bool
+    tokens: int, outputs: int, inputs: int, properties: DeviceProperties, *, blocks: bool, activated: bool
 ) -> FewTiles | None:
     """The tile for a number of tokens, which changes at powers of two; None where larger tiles are better.
 
-    Measured with int8 on an H100. Two programs a multiprocessor take up to 6 % less than one with all of its memory,
-    but up to 11 % more where rows of weights are a multiple of 8192 bytes apart, for a reason that is not known. Two
-    parts of a tile take up to 5 % more than whole ones, except with 128 tokens: those take 10 % less than larger tiles
-    if two parts have a multiprocessor each, and else more.
+    Measured on an H100. Two programs a multiprocessor take up to 6 % less than one with all of its memory, but up to
+    11 % more where rows of weights are a multiple of 8192 bytes apart, for a reason that is not known, and 10 to 30 %
+    more with 128 tokens. Two parts of a tile take up to 5 % more than whole ones, except with 128 tokens: those take up
+    to 18 % less. Where a second wave of tiles would be mostly empty, three parts take 1 to 15 % less.
     """
     tokens, sms = max(next_power_of_2(tokens), 16), properties.num_sms
-    if tokens > MOST_TOKENS:
+    tiles = cdiv(outputs, 64)
+    if tokens > MOST_TOKENS or (tokens == MOST_TOKENS and (blocks or tiles > sms)):
         return None
-    size = 32 if tokens == 64 and cdiv(outputs, 64) <= sms and not activated else 64
+    uneven = sms < tiles < 1.25 * sms
+    size = 32 if tokens == 64 and (tiles <= sms or (uneven and not blocks)) and not activated else 64
     # Parts take a second kernel, which is not worth its time where a program has little to read: 256 KB, at least.
     parts = min(sms // cdiv(outputs, size), size * inputs // 2**18)
-    if tokens == MOST_TOKENS and parts < 2:
-        return None
-    if tokens < MOST_TOKENS and parts < 3:
+    if uneven and tokens < 64 and inputs >= 8192:
+        parts = 3
+    elif parts < (2 if tokens == MOST_TOKENS else 3):
         parts = 1
     stages = stages_for_two(tokens, size, properties)
-    if inputs % 8192 == 0 and size == 64 and tokens < MOST_TOKENS:
+    if size == 64 and (tokens == MOST_TOKENS or (inputs % 8192 == 0 and not uneven)):
         stages *= 2
     return FewTiles(tokens, size, stages, parts)
 

@@ -16,15 +16,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from octavo.kernels.launch import launch
 from octavo.kernels.quant.epilogue import halves
 from octavo.kernels.quant.stream_k import tile_at
-from octavo.kernels.quant.w8a8_epilogue import finish_halves, residual_of
-from octavo.kernels.quant.w8a8_loads import BLOCK_K, described
+from octavo.kernels.quant.w8a8_epilogue import finish_halves, residual_of, results_of, scales_of, write
+from octavo.kernels.quant.w8a8_loads import BLOCK_K, described, multiply
 from octavo.kernels.quant.w8a8_parts import add_parts, leave_part, room_for_parts, steps_of
 from octavo.kernels.quant.w8a8_promoted import compute_small, compute_wide
 from octavo.kernels.tiles import cdiv, device_properties
@@ -61,45 +60,71 @@ def _load(
 
 
 @gluon.jit
+def _write_halves(left, right, first_m, first_n, epilogue, BLOCK_N: gl.constexpr, ACTIVATED: gl.constexpr):
+    write(left, None, first_m, first_n, epilogue, False, ACTIVATED)
+    write(right, None, first_m, first_n + BLOCK_N // 2, epilogue, False, ACTIVATED)
+
+
+@gluon.jit
 def _compute_plain(
     group: gl.constexpr, epilogue, parts_ptr, x, weight, full, empty, m_tiles, n_tiles, steps, part_steps, BLOCK_M:
     gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GROUP: gl.constexpr, ACTIVATED:
     gl.constexpr,
 ):
     ROWS: gl.constexpr = BLOCK_M // 2
+    HALF: gl.constexpr = BLOCK_N // 2
     # A residual, of which registers have room for 64 columns at a time.
     ADDED: gl.constexpr = epilogue[11] is not None and PARTS == 1
+    # Whether results, 16 bits each, are kept until the next tile's first products run.
+    DTYPE: gl.constexpr = epilogue[0].dtype.element_ty
+    LATE: gl.constexpr = PARTS == 1 and not ADDED and DTYPE.primitive_bitwidth == 16
     SUM: gl.constexpr = gl.int32 if x.dtype == gl.int8 else gl.float32
     WIDTH: gl.constexpr = 128 if x.dtype == gl.int8 else BLOCK_N  # of an instruction: Triton has no wider one for int8
     acc = gl.zeros([ROWS, BLOCK_N], SUM, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32]))
+    if LATE:
+        left, right = halves(acc)
+        last_m, last_n = epilogue[1], epilogue[2]  # past the end: there are none yet
+        left_y = results_of(left, None, last_m, last_n, epilogue, False, True, ACTIVATED).to(DTYPE)
+        right_y = results_of(right, None, last_m, last_n, epilogue, False, True, ACTIVATED).to(DTYPE)
     i = 0
     for work in range(gl.program_id(0), m_tiles * n_tiles * PARTS, gl.num_programs(0)):
+        m, n = tile_at(work // PARTS, m_tiles, n_tiles, GROUP)
+        first_m, first_n = m * BLOCK_M + group * ROWS, n * BLOCK_N
         first, end = steps_of(work % PARTS, steps, part_steps)
         residual = None
-        if ADDED:
-            m, n = tile_at(work // PARTS, m_tiles, n_tiles, GROUP)
-            residual = residual_of(m * BLOCK_M + group * ROWS, n * BLOCK_N, epilogue, ROWS, 64, False, ACTIVATED)
-        for step in range(first, end):
-            stage, before = i % STAGES, (i + STAGES - 1) % STAGES
-            mbarrier.wait(full.index(stage), i // STAGES & 1)
-            rows = x.index(stage).slice(group * ROWS, ROWS)
-            acc = warpgroup_mma(rows, weight.index(stage).permute((1, 0)), acc, use_acc=step > first, is_async=True)
+        if LATE:
+            of_left = scales_of(first_m, first_n, epilogue, ROWS, HALF)
+            of_right = scales_of(first_m, first_n + HALF, epilogue, ROWS, HALF)
+        elif ADDED:
+            residual = residual_of(first_m, first_n, epilogue, ROWS, 64, False, ACTIVATED)
+        acc = multiply(x, weight, full, acc, i, group, ROWS, STAGES, True)
+        if LATE:
+            _write_halves(left_y, right_y, last_m, last_n, epilogue, BLOCK_N, ACTIVATED)
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        i += 1
+        for _ in range(first + 1, end):
+            acc = multiply(x, weight, full, acc, i, group, ROWS, STAGES, False)
             acc = warpgroup_mma_wait(1, deps=[acc])
-            mbarrier.arrive(empty.index(before), count=1, pred=step > first)
+            mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
             i += 1
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
-        m, n = tile_at(work // PARTS, m_tiles, n_tiles, GROUP)
-        first_m, first_n = m * BLOCK_M + group * ROWS, n * BLOCK_N
         if PARTS > 1:
             leave_part(acc, parts_ptr, work % PARTS, first_m, first_n, epilogue[1], epilogue[2], False)
+        elif LATE:
+            left, right = halves(acc)
+            left_y = results_of(left, of_left, first_m, first_n, epilogue, False, False, ACTIVATED).to(DTYPE)
+            right_y = results_of(right, of_right, first_m, first_n + HALF, epilogue, False, False, ACTIVATED).to(DTYPE)
+            last_m, last_n = first_m, first_n
         elif not ADDED or BLOCK_N == 128:
             finish_halves(acc, residual, first_m, first_n, epilogue, False, ACTIVATED)
         else:
             left, right = halves(acc)
             finish_halves(left, residual, first_m, first_n, epilogue, False, ACTIVATED)
-            residual = residual_of(first_m, first_n + BLOCK_N // 2, epilogue, ROWS, 64, False, ACTIVATED)
-            finish_halves(right, residual, first_m, first_n + BLOCK_N // 2, epilogue, False, ACTIVATED)
+            residual = residual_of(first_m, first_n + HALF, epilogue, ROWS, 64, False, ACTIVATED)
+            finish_halves(right, residual, first_m, first_n + HALF, epilogue, False, ACTIVATED)
+    if LATE:
+        _write_halves(left_y, right_y, last_m, last_n, epilogue, BLOCK_N, ACTIVATED)
 
 
 @gluon.jit

@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from octavo.kernels.quant.stream_k import tile_at
 from octavo.kernels.quant.w8a8_epilogue import finish_gluon, finish_halves, residual_of
-from octavo.kernels.quant.w8a8_loads import scale_ptrs
+from octavo.kernels.quant.w8a8_loads import multiply, scale_ptrs
 from octavo.kernels.quant.w8a8_parts import leave_part, steps_of
 
 # Lists of arguments, one a line, would be longer than the code between them.
@@ -91,15 +91,6 @@ def compute_wide(
 
 
 @gluon.jit
-def _multiply(x, weight, full, sums, i, group: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr):
-    """Issues the products of step i, as soon as its operands are there."""
-    stage = i % STAGES
-    mbarrier.wait(full.index(stage), i // STAGES & 1)
-    rows = x.index(stage).slice(group * ROWS, ROWS)
-    return warpgroup_mma(rows, weight.index(stage).permute((1, 0)), sums, use_acc=False, is_async=True)
-
-
-@gluon.jit
 def _scales_at(x_ptrs, weight_ptr, step, BLOCKS: gl.constexpr):
     if BLOCKS:
         return gl.load(x_ptrs + step), gl.load(weight_ptr + step)
@@ -136,20 +127,21 @@ def compute_small(
         first, end = steps_of(work % PARTS, steps, part_steps)
         acc = zeros
         x_ptrs, w_ptr = scale_ptrs(epilogue, first_m, first_n, first, ROWS, TOKEN)
-        evens = _multiply(x, weight, full, even, i, group, ROWS, STAGES)
+        last = end - first - 1
+        # Scales are read two steps ahead: the cache (L2) takes longer than one.
         of_even = _scales_at(x_ptrs, w_ptr, 0, BLOCKS)
-        pairs = (end - first - 1) // 2
-        for pair in range(pairs):
-            odds = _multiply(x, weight, full, odd, i + 1, group, ROWS, STAGES)
-            of_odd = _scales_at(x_ptrs, w_ptr, 2 * pair + 1, BLOCKS)
+        of_odd = _scales_at(x_ptrs, w_ptr, gl.minimum(last, 1), BLOCKS)
+        evens = multiply(x, weight, full, even, i, group, ROWS, STAGES, True)
+        for pair in range(last // 2):
+            odds = multiply(x, weight, full, odd, i + 1, group, ROWS, STAGES, True)
             acc, even = _take(acc, evens, of_even, empty, i, 1, STAGES, BLOCKS)
-            evens = _multiply(x, weight, full, even, i + 2, group, ROWS, STAGES)
             of_even = _scales_at(x_ptrs, w_ptr, 2 * pair + 2, BLOCKS)
+            evens = multiply(x, weight, full, even, i + 2, group, ROWS, STAGES, True)
             acc, odd = _take(acc, odds, of_odd, empty, i + 1, 1, STAGES, BLOCKS)
+            of_odd = _scales_at(x_ptrs, w_ptr, gl.minimum(last, 2 * pair + 3), BLOCKS)
             i += 2
-        if (end - first) % 2 == 0:
-            odds = _multiply(x, weight, full, odd, i + 1, group, ROWS, STAGES)
-            of_odd = _scales_at(x_ptrs, w_ptr, 2 * pairs + 1, BLOCKS)
+        if last % 2 == 1:
+            odds = multiply(x, weight, full, odd, i + 1, group, ROWS, STAGES, True)
             acc, even = _take(acc, evens, of_even, empty, i, 1, STAGES, BLOCKS)
             acc, odd = _take(acc, odds, of_odd, empty, i + 1, 0, STAGES, BLOCKS)
             i += 2
