@@ -107,6 +107,7 @@ def few_in_python(args, tiles, out_dtype, width):
         (64, 208, 1024, "tensor", True, False, "silu_and_mul", FewTiles(64, 64, 2, 1)),
         (60, 112, 1168, "zero", True, True, "silu_and_mul", FewTiles(64, 64, 3, 3)),
         (100, 70, 256, "token", True, True, None, FewTiles(128, 64, 4, 2)),
+        (120, 112, 272, "zero", True, True, "silu_and_mul", FewTiles(128, 64, 3, 1)),
         (5, 200, 640, "blocks", True, True, None, FewTiles(16, 64, 3, 1)),
         (50, 300, 384, "blocks", False, False, None, FewTiles(64, 32, 2, 1)),
         (100, 140, 512, "blocks", True, True, None, FewTiles(128, 64, 2, 2)),

@@ -172,10 +172,17 @@ def finish_gluon(
 
 
 @gluon.jit
-def finish_halves(acc, residual, first_m, first_n, epilogue, BLOCKS: gl.constexpr, ACTIVATED: gl.constexpr):
-    """Finishes both halves of sums, one after the other, so that nothing spills; residual: of the left half."""
+def finish_halves(
+    acc, residual, first_m, first_n, epilogue, TURNED: gl.constexpr, BLOCKS: gl.constexpr, ACTIVATED: gl.constexpr
+):  # fmt: skip
+    """Finishes both halves of the columns, one after the other, so that nothing spills; residual: of the left half."""
+    ROWS: gl.constexpr = acc.shape[0]
     HALF: gl.constexpr = acc.shape[1] // 2
     left, right = halves(acc)
-    finish_gluon(left, residual, first_m, first_n, epilogue, False, BLOCKS, ACTIVATED)
-    residual = residual_of(first_m, first_n + HALF, epilogue, acc.shape[0], HALF, False, ACTIVATED)
-    finish_gluon(right, residual, first_m, first_n + HALF, epilogue, False, BLOCKS, ACTIVATED)
+    finish_gluon(left, residual, first_m, first_n, epilogue, TURNED, BLOCKS, ACTIVATED)
+    if TURNED:
+        first_m += HALF
+    else:
+        first_n += HALF
+    residual = residual_of(first_m, first_n, epilogue, ROWS, HALF, TURNED, ACTIVATED)
+    finish_gluon(right, residual, first_m, first_n, epilogue, TURNED, BLOCKS, ACTIVATED)

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from octavo.kernels.launch import launch
-from octavo.kernels.quant.w8a8_epilogue import finish_gluon, residual_of
+from octavo.kernels.quant.w8a8_epilogue import finish_gluon, finish_halves, residual_of
 from octavo.kernels.quant.w8a8_loads import BLOCK_K, described, prefetch, scale_ptrs
 from octavo.kernels.quant.w8a8_parts import add_parts, leave_part, room_for_parts
 from octavo.kernels.tiles import (
@@ -80,7 +80,7 @@ def _compute(
     zeros = gl.zeros([ROWS, COLS], SUM, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 32]))
     acc = zeros
     wait_for_previous(CHAINED)
-    if PARTS == 1:
+    if PARTS == 1 and TOKENS < 128:  # else there are no registers for it
         residual = residual_of(0, first_n, epilogue, ROWS, COLS, TURNED, ACTIVATED)
     if BLOCKS:
         # Read three steps ahead, which is what the cache (L2) takes; where tokens are columns, once for all threads.
@@ -116,8 +116,11 @@ def _compute(
         acc = warpgroup_mma_wait(0, deps=[acc])
     if PARTS > 1:
         leave_part(acc, parts_ptr, part, 0, first_n, epilogue[1], epilogue[2], TURNED)
-    else:
+    elif TOKENS < 128:
         finish_gluon(acc, residual, 0, first_n, epilogue, TURNED, BLOCKS, ACTIVATED)
+    else:
+        residual = residual_of(0, first_n, epilogue, ROWS, COLS // 2, TURNED, ACTIVATED)
+        finish_halves(acc, residual, 0, first_n, epilogue, TURNED, BLOCKS, ACTIVATED)
 
 
 @gluon.jit(do_not_specialize=["M", "stride_x_scale", "stride_x_zero", "part_steps"])

@@ -41,7 +41,7 @@ def _leave(
         finish_gluon(acc, None, first_m, first_n, epilogue, False, BLOCKS, ACTIVATED)
     else:
         residual = residual_of(first_m, first_n, epilogue, acc.shape[0], acc.shape[1] // 2, False, ACTIVATED)
-        finish_halves(acc, residual, first_m, first_n, epilogue, BLOCKS, ACTIVATED)
+        finish_halves(acc, residual, first_m, first_n, epilogue, False, BLOCKS, ACTIVATED)
 
 
 @gluon.jit
