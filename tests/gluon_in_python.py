@@ -193,6 +193,9 @@ def _assembly(code, constraints, args, dtype, is_pure, pack):
         if values.dtype in HALVES:
             return Tensor(bits_of(values.values, values.dtype).view(np.uint16).astype(np.int32), "int32")
         return Tensor(values.values.view(np.int32), "int32")
+    if code.startswith(("fma.rn.f32", "add.f32")):  # $1 + $2, or $2 · $3 + $1
+        acc, sums, scale = (*args, 1)[:3]
+        return acc + sums * scale
     if code.startswith("mov.b32 {"):
         return tuple(Tensor(args[0].values.astype(np.uint32) >> s & 0xFFFF, "int16").to("int16") for s in (0, 16))
     registers = {f"${i + 2}": a.values.view(np.uint32) for i, a in enumerate(args)}

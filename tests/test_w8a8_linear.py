@@ -423,15 +423,26 @@ def launches(dtype):
                 w8a8_linear._fp8_linear_cuda(x, weight, *scales, bias, dtype, False)
                 scales = empty(m, k // 128), empty(n // 128, k // 128)
                 w8a8_linear._fp8_linear_cuda(x, weight, *scales, bias, dtype, True)
+    if device_properties(torch.device("meta")).capability == (9, 0):
+        for m, n, k in ((16, 10240, 8192), (128, 4096, 14336), (256, 4096, 14336), (4096, 8192, 4096)):
+            x, weight, residual = empty(m, k, dtype=FP8), empty(n, k, dtype=FP8), empty(m, n, dtype=dtype)
+            for after in ((), (residual,)):
+                scales = empty(m, k // 128), empty(n // 128, k // 128)
+                w8a8_linear._fp8_linear_cuda(x, weight, *scales, None, dtype, True, *after)
+                scales = empty(m, 1), empty(n)
+                w8a8_linear._fp8_linear_cuda(x, weight, *scales, None, dtype, True, *after)
+                w8a8_linear._fp8_linear_cuda(x, weight, *scales, None, dtype, False, *after)
+                x8, weight8 = empty(m, k, dtype=INT8), empty(n, k, dtype=INT8)
+                w8a8_linear._int8_int8_linear_cuda(x8, weight8, *scales, None, None, None, dtype, *after)
 
 
 def test_tiles_fit():
     """On Hopper: tiles of 256 outputs where they need less than twice the waves; few tiles are shared."""
     h100 = KNOWN_DEVICES[90]
-    options = dict(copied=True, narrow=False)
+    options = dict(copied=True, narrow=False, promoted=False)
 
-    def chosen(tokens, outputs, **more):
-        return w8a8.choose_tiles(tokens, outputs, h100, **options | more)
+    def chosen(tokens, outputs, inputs=8192, **more):
+        return w8a8.choose_tiles(tokens, outputs, inputs, h100, **options | more)
 
     assert [chosen(16, n).split for n in (1024, 4096, 8192)] == [True, False, False]
     many = {
@@ -447,5 +458,9 @@ def test_tiles_fit():
     for tokens, outputs in ((300, 8192), (70, 57344), (1500, 6144)):  # as a warm-up at powers of two meets it
         power = 1 << tokens.bit_length()
         assert chosen(tokens, outputs) == chosen(power, outputs)
+    promoted = {(1024, 8192): 128, (4096, 4096): 128, (4096, 6144): 128, (1024, 28672): 256, (8192, 8192): 256}
+    assert {shape: chosen(*shape, promoted=True).block_n for shape in promoted} == promoted
+    assert chosen(1024, 4096, 14336, promoted=True).block_n == 256
+    assert [chosen(256, n, k).parts for n, k in ((4096, 8192), (4096, 14336), (8192, 14336))] == [1, 2, 1]
     narrow = [chosen(256, n, narrow=True) for n in (4096, 6144)]
     assert [(t.split, t.gluon) for t in narrow] == [(True, False), (False, False)]

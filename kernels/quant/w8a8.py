@@ -56,31 +56,30 @@ class Tiles:
     """Whether programs share tiles, of which there are too few."""
     gluon: bool = False
     """Whether `octavo.kernels.quant.w8a8_hopper` computes it, whose tile this is."""
-    prefetched: int = 0
-    """Bytes of each of its first rows of weights that a program has fetched into the L2 cache while it waits."""
+    parts: int = 1
+    """Programs that it deals a tile's inputs out to."""
 
     def count(self, tokens: int, outputs: int) -> int:
         """How many tiles there are."""
         return cdiv(tokens, self.block_m) * cdiv(outputs, self.block_n)
 
 
-def choose_tiles(tokens: int, outputs: int, properties: DeviceProperties, *, copied: bool, narrow: bool) -> Tiles:
+def choose_tiles(
+    tokens: int, outputs: int, inputs: int, properties: DeviceProperties, *, copied: bool, narrow: bool, promoted: bool
+) -> Tiles:
     """The tile for a number of tokens and outputs; it changes at powers of two tokens, so that a warm-up meets all.
 
     Args:
         copied: whether the copy engine loads, on Hopper.
-        narrow: whether registers hold more than the sums: those of a step, taken out of the tensor cores, or the
-            corrections of zero points.
+        narrow: whether registers hold more than the sums, the corrections of zero points.
+        promoted: whether sums are taken out of the tensor cores at each step.
     """
     tokens = next_power_of_2(tokens)
     if tokens > 64 and copied and not narrow:
-        return _choose_gluon(tokens, outputs, properties)
+        return _choose_gluon(tokens, outputs, inputs, properties, promoted)
     few = min(max(tokens, 16), 64)
     if tokens > 64:
         tiles = Tiles(128, 128, 128, 8, 5 if copied else 3, 1, turned=False)
-    elif copied:  # with scales by blocks: choose_few has the others
-        stages = min(8, 96 * 1024 // ((few + 64) * 128))
-        tiles = Tiles(few, 64, 128, 4, stages, 2, turned=True, prefetched=1024)
     elif tokens <= 16:
         tiles = Tiles(16, 64, 128, 8, 3, 2, turned=True)
     else:
@@ -93,29 +92,21 @@ def choose_tiles(tokens: int, outputs: int, properties: DeviceProperties, *, cop
     return replace(tiles, split=idle * tiles.count(tokens, outputs) <= properties.num_sms)
 
 
-def _choose_gluon(tokens: int, outputs: int, properties: DeviceProperties) -> Tiles:
+def _choose_gluon(tokens: int, outputs: int, inputs: int, properties: DeviceProperties, promoted: bool) -> Tiles:
     """For more than 64 tokens on Hopper: tiles of 256 outputs, or of 128 where those need less than twice the waves.
 
-    A wave of the smaller ones takes 0.51 to 0.60 of one of the larger, the more the more tokens there are. For 128
-    tokens, which have one row of tiles, the smaller take up to 4 % less even so.
+    A wave of the smaller ones takes 0.50 to 0.60 of one of the larger, the more the more tokens there are; with
+    promoted sums 0.48 to 0.50 in up to 12 waves of up to 8192 inputs. For 128 tokens, which have one row of tiles, the
+    smaller take up to 4 % less even so. Two parts of a tile take 8 to 20 % less than one where there are
+    multiprocessors for both and 14336 inputs, and 13 to 17 % more where there are 8192.
     """
     wide = Tiles(128, 256, 128, 8, 4, 1, turned=False, gluon=True)
     small = Tiles(128, 128, 128, 8, 6, 1, turned=False, gluon=True)
     waves = {tiles: cdiv(tiles.count(tokens, outputs), properties.num_sms) for tiles in (wide, small)}
-    return small if tokens <= 128 or 0.56 * waves[small] < waves[wide] else wide
-
-
-@triton.jit
-def _prefetch(ptrs, SIZE: tl.constexpr):
-    """Has the L2 cache fetch SIZE bytes from each pointer. A hint: it may come before the memory is written."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
-        "=r,l,r",
-        [ptrs, SIZE],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    part_of_wide = 0.49 if promoted and waves[wide] <= 6 and inputs <= 8192 else 0.56
+    tiles = small if tokens <= 128 or part_of_wide * waves[small] < waves[wide] else wide
+    two = inputs > 12288 and 2 * tiles.count(tokens, outputs) <= properties.num_sms
+    return replace(tiles, parts=2 if two else 1)
 
 
 @triton.jit
@@ -169,7 +160,6 @@ def _w8a8_kernel(
     ACTIVATED: tl.constexpr,
     PROMOTED: tl.constexpr,
     TAIL: tl.constexpr,
-    PREFETCHED: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     SUM: tl.constexpr = tl.int32 if weight_ptr.dtype.element_ty == tl.int8 else tl.float32
@@ -183,10 +173,6 @@ def _w8a8_kernel(
     left = tl.minimum(share, tiles * steps - start) if SPLIT else tl.cdiv(tiles - program, programs) * steps
     end = start + left
     tile, step = start // steps, start % steps
-    if PREFETCHED > 0:
-        rows = tl.minimum(tile_at(tile, m_tiles, n_tiles, GROUP)[1] * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
-        k = tl.minimum(step * BLOCK_K, K - PREFETCHED)
-        _prefetch(weight_ptr + rows.to(tl.int64) * K + k, PREFETCHED)
     wait_for_previous(CHAINED)
     let_next_start(CHAINED)
 
@@ -292,27 +278,23 @@ def w8a8(
     properties = device_properties(x.device)
     copied, blocks = _may_copy(x, weight, properties), in_blocks(weight, weight_scale)
     precise = weight.dtype != torch.int8 and not fast_accum and not blocks
-    narrow = precise or blocks or x_zero is not None
     inner, stride_outer, stride_inner = row_strides("x", x)
     strides = (
         weight_scale.shape[1] if blocks else _scale_stride(x_scale),
         weight_scale.shape[1] if blocks else _scale_stride(weight_scale),
         _scale_stride(x_zero),
     )
-    if copied and not blocks:
-        few = choose_few(m, n, k, properties, activated=activated)
+    if copied:
+        few = choose_few(m, n, k, properties, blocks=blocks, activated=activated)
         if few is not None:
-            zeros = x_zero, weight_sum
-            w8a8_few(
-                out, x, weight, x_scale, weight_scale, *zeros, bias, residual, activated, stride_outer, strides, few
-            )
+            scales = x_scale, weight_scale, x_zero, weight_sum
+            w8a8_few(out, x, weight, *scales, bias, residual, blocks, activated, stride_outer, strides, few)
             return out
-    t = choose_tiles(m, n, properties, copied=copied, narrow=narrow)
+    promoted = precise or blocks
+    t = choose_tiles(m, n, k, properties, copied=copied, narrow=x_zero is not None, promoted=promoted)
     if t.gluon:
-        sizes = t.block_n, t.num_stages
-        w8a8_hopper(
-            out, x, weight, x_scale, weight_scale, bias, residual, activated, stride_outer, *strides[:2], *sizes
-        )
+        options = promoted, blocks, activated, stride_outer, strides, t.block_n, t.num_stages, t.parts
+        w8a8_hopper(out, x, weight, x_scale, weight_scale, bias, residual, *options)
         return out
     tiles, steps = t.count(m, n), cdiv(k, t.block_k)
     slots = properties.num_sms * t.programs_per_sm
@@ -356,7 +338,6 @@ def w8a8(
         ACTIVATED=activated,
         PROMOTED=precise or (t.turned and weight.dtype != torch.int8 and not blocks),  # costs few tokens nothing
         TAIL=not copied and k % t.block_k != 0,
-        PREFETCHED=min(t.prefetched, k),
         CHAINED=chains(x.device),
     )
     return out

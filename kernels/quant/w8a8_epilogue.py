@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from octavo.kernels.gluon_layouts import wide_layout
-from octavo.kernels.quant.epilogue import silu_and_mul
+from octavo.kernels.quant.epilogue import halves, silu_and_mul
 
 
 @triton.jit
@@ -93,31 +93,63 @@ def residual_of(
 
 
 @gluon.jit
-def finish_gluon(acc, residual, first_m, first_n, epilogue, TURNED: gl.constexpr, ACTIVATED: gl.constexpr):
-    """`finish` for sums in the layout of Hopper's tensor cores, of one warpgroup; residual: from `residual_of`.
+def scales_of(first_m, first_n, epilogue, ROWS: gl.constexpr, COLS: gl.constexpr):
+    """Scales of tokens and of outputs, one or two a thread, for `results_of`.
 
-    Tokens as rows are written 64 bytes of one by four lanes; outputs as rows from where they are, 16 bytes of a token
-    by eight lanes: those are few, and would have to go through shared memory for more.
+    Kernels begin to read them ahead of the steps; `results_of` gives each thread what it needs.
     """
-    out_ptr, M, N = epilogue[0], epilogue[1], epilogue[2]
+    _, M, N, x_scale_ptr, stride_x_scale, weight_scale_ptr, stride_weight_scale = epilogue[:7]
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    m = first_m + gl.arange(0, ROWS, layout=flat)
+    n = first_n + gl.arange(0, COLS, layout=flat)
+    x_scale = gl.load(x_scale_ptr + m * stride_x_scale, mask=m < M, other=0.0)
+    weight_scale = gl.load(weight_scale_ptr + n * stride_weight_scale, mask=n < N, other=0.0)
+    return x_scale, weight_scale
+
+
+@gluon.jit
+def results_of(
+    acc, scales, first_m, first_n, epilogue, TURNED: gl.constexpr, BLOCKS: gl.constexpr, ACTIVATED: gl.constexpr
+):  # fmt: skip
+    """What is made of sums in the layout of Hopper's tensor cores, before a residual; scales: None, or read before."""
+    M, N = epilogue[1], epilogue[2]
     x_scale_ptr, stride_x_scale, weight_scale_ptr, stride_weight_scale = epilogue[3:7]
     x_zero_ptr, stride_x_zero, weight_sum_ptr, bias_ptr = epilogue[7:11]
     TOKENS: gl.constexpr = 1 if TURNED else 0  # dimensions of the tile
     OUTPUTS: gl.constexpr = 0 if TURNED else 1
-    layout: gl.constexpr = acc.type.layout
-    m = first_m + gl.arange(0, acc.shape[TOKENS], layout=gl.SliceLayout(OUTPUTS, layout))
-    n = first_n + gl.arange(0, acc.shape[OUTPUTS], layout=gl.SliceLayout(TOKENS, layout))
+    OF_TOKENS: gl.constexpr = gl.SliceLayout(OUTPUTS, acc.type.layout)
+    OF_OUTPUTS: gl.constexpr = gl.SliceLayout(TOKENS, acc.type.layout)
+    m = first_m + gl.arange(0, acc.shape[TOKENS], layout=OF_TOKENS)
+    n = first_n + gl.arange(0, acc.shape[OUTPUTS], layout=OF_OUTPUTS)
     if x_zero_ptr is not None:
         zero = gl.load(x_zero_ptr + m * stride_x_zero, mask=m < M, other=0)
         weight_sum = gl.load(weight_sum_ptr + n, mask=n < N, other=0)
         acc -= gl.expand_dims(zero, OUTPUTS) * gl.expand_dims(weight_sum, TOKENS)
-    x_scale = gl.load(x_scale_ptr + m * stride_x_scale, mask=m < M, other=0.0)
-    weight_scale = gl.load(weight_scale_ptr + n * stride_weight_scale, mask=n < N, other=0.0)
-    y = acc.to(gl.float32) * gl.expand_dims(x_scale, OUTPUTS) * gl.expand_dims(weight_scale, TOKENS)
+    y = acc.to(gl.float32)
+    if not BLOCKS:
+        if scales is None:
+            x_scale = gl.load(x_scale_ptr + m * stride_x_scale, mask=m < M, other=0.0)
+            weight_scale = gl.load(weight_scale_ptr + n * stride_weight_scale, mask=n < N, other=0.0)
+        else:
+            x_scale, weight_scale = gl.convert_layout(scales[0], OF_TOKENS), gl.convert_layout(scales[1], OF_OUTPUTS)
+        y *= gl.expand_dims(x_scale, OUTPUTS)
+        y *= gl.expand_dims(weight_scale, TOKENS)
     if bias_ptr is not None:
         y += gl.expand_dims(gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32), TOKENS)
     if ACTIVATED:
         y = silu_and_mul(y, TURNED)
+    return y
+
+
+@gluon.jit
+def write(y, residual, first_m, first_n, epilogue, TURNED: gl.constexpr, ACTIVATED: gl.constexpr):
+    """Writes results, and the residual added; they are of sums from the given token and output on.
+
+    Tokens as rows are written 64 bytes of one by four lanes; outputs as rows from where they are, 16 bytes of a token
+    by eight lanes: those are few, and would have to go through shared memory for more.
+    """
+    out_ptr, M, N = epilogue[:3]
+    if ACTIVATED:
         first_n = first_n // 2
         N = N // 2
     if residual is None:
@@ -128,3 +160,29 @@ def finish_gluon(acc, residual, first_m, first_n, epilogue, TURNED: gl.constexpr
         y += residual.to(gl.float32)
     m, n, at = _places(first_m, first_n, N, y.shape[0], y.shape[1], last, TURNED)
     gl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=(m < M) & (n < N))
+
+
+@gluon.jit
+def finish_gluon(
+    acc, residual, first_m, first_n, epilogue, TURNED: gl.constexpr, BLOCKS: gl.constexpr, ACTIVATED: gl.constexpr
+):  # fmt: skip
+    """`finish` for sums in the layout of Hopper's tensor cores, of one warpgroup; residual: from `residual_of`."""
+    y = results_of(acc, None, first_m, first_n, epilogue, TURNED, BLOCKS, ACTIVATED)
+    write(y, residual, first_m, first_n, epilogue, TURNED, ACTIVATED)
+
+
+@gluon.jit
+def finish_halves(
+    acc, residual, first_m, first_n, epilogue, TURNED: gl.constexpr, BLOCKS: gl.constexpr, ACTIVATED: gl.constexpr
+):  # fmt: skip
+    """Finishes both halves of the columns, one after the other, so that nothing spills; residual: of the left half."""
+    ROWS: gl.constexpr = acc.shape[0]
+    HALF: gl.constexpr = acc.shape[1] // 2
+    left, right = halves(acc)
+    finish_gluon(left, residual, first_m, first_n, epilogue, TURNED, BLOCKS, ACTIVATED)
+    if TURNED:
+        first_m += HALF
+    else:
+        first_n += HALF
+    residual = residual_of(first_m, first_n, epilogue, ROWS, HALF, TURNED, ACTIVATED)
+    finish_gluon(right, residual, first_m, first_n, epilogue, TURNED, BLOCKS, ACTIVATED)

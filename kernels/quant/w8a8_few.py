@@ -6,14 +6,12 @@ there are more programs, the GPU deals them out as multiprocessors become free; 
 kernel are there before the last ones of this have ended, and their first weights in the cache (L2).
 
 Weights are the first operand, which has 64 rows at least; where 64 tokens would have too few tiles of so many outputs,
-tokens are, and tiles have 32 outputs. Parts of a tile are added up by a second kernel, in order.
+tokens are, and tiles have 32 outputs.
 """
 
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -24,9 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from octavo.kernels.launch import empty, launch
-from octavo.kernels.quant.w8a8_epilogue import finish, finish_gluon, residual_of
-from octavo.kernels.quant.w8a8_loads import BLOCK_K, described, prefetch
+from octavo.kernels.launch import launch
+from octavo.kernels.quant.w8a8_epilogue import finish_gluon, finish_halves, residual_of
+from octavo.kernels.quant.w8a8_loads import BLOCK_K, described, prefetch, scale_ptrs
+from octavo.kernels.quant.w8a8_parts import add_parts, leave_part, room_for_parts
 from octavo.kernels.tiles import (
     DeviceProperties,
     cdiv,
@@ -68,8 +67,9 @@ def _load(
 
 @gluon.jit
 def _compute(
-    epilogue, parts_ptr, x, weight, full, empty, first_n, part, steps, TOKENS: gl.constexpr, OUTPUTS: gl.constexpr,
-    STAGES: gl.constexpr, PARTS: gl.constexpr, ACTIVATED: gl.constexpr, CHAINED: gl.constexpr,
+    epilogue, parts_ptr, x, weight, full, empty, first_n, part, first_step, steps, TOKENS: gl.constexpr, OUTPUTS:
+    gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, BLOCKS: gl.constexpr, ACTIVATED: gl.constexpr, CHAINED:
+    gl.constexpr,
 ):
     """What the warpgroup does. Sums of fp8 products, of which tensor cores keep 14 bits, are taken out at each step."""
     TURNED: gl.constexpr = OUTPUTS >= 64
@@ -80,8 +80,17 @@ def _compute(
     zeros = gl.zeros([ROWS, COLS], SUM, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 32]))
     acc = zeros
     wait_for_previous(CHAINED)
-    if PARTS == 1:
+    if PARTS == 1 and TOKENS < 128:  # else there are no registers for it
         residual = residual_of(0, first_n, epilogue, ROWS, COLS, TURNED, ACTIVATED)
+    if BLOCKS:
+        # Read three steps ahead, which is what the cache (L2) takes; where tokens are columns, once for all threads.
+        TOKEN: gl.constexpr = gl.SliceLayout(0 if TURNED else 1, acc.type.layout)
+        READ: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0]) if TURNED else TOKEN
+        x_ptrs, w_ptr = scale_ptrs(epilogue, 0, first_n, first_step, TOKENS, READ)
+        step_1, step_2 = gl.minimum(steps - 1, 1), gl.minimum(steps - 1, 2)
+        x_scale, w_scale = gl.load(x_ptrs), gl.load(w_ptr)
+        x_scale_1, w_scale_1 = gl.load(x_ptrs + step_1), gl.load(w_ptr + step_1)
+        x_scale_2, w_scale_2 = gl.load(x_ptrs + step_2), gl.load(w_ptr + step_2)
     for i in range(steps):
         stage, before = i % STAGES, (i + STAGES - 1) % STAGES
         mbarrier.wait(full.index(stage), i // STAGES & 1)
@@ -95,23 +104,23 @@ def _compute(
             mbarrier.arrive(empty.index(before), count=1, pred=i > 0)
         else:
             sums = warpgroup_mma(first, second, zeros, use_acc=False, is_async=True)
+            if BLOCKS:
+                scale = gl.expand_dims(gl.convert_layout(x_scale * w_scale, TOKEN), 0 if TURNED else 1)
+                ahead = gl.minimum(steps - 1, i + 3)
+                x_scale, w_scale, x_scale_1, w_scale_1 = x_scale_1, w_scale_1, x_scale_2, w_scale_2
+                x_scale_2, w_scale_2 = gl.load(x_ptrs + ahead), gl.load(w_ptr + ahead)
             sums = warpgroup_mma_wait(0, deps=[sums])
             mbarrier.arrive(empty.index(stage), count=1)
-            acc += sums
+            acc += sums * scale if BLOCKS else sums
     if INT:
         acc = warpgroup_mma_wait(0, deps=[acc])
     if PARTS > 1:
-        layout: gl.constexpr = acc.type.layout
-        rows = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), 1)
-        cols = gl.expand_dims(gl.arange(0, COLS, layout=gl.SliceLayout(0, layout)), 0)
-        M, N = epilogue[1], epilogue[2]
-        if TURNED:
-            m, n = cols, first_n + rows
-        else:
-            m, n = rows, first_n + cols
-        gl.store(parts_ptr + (part * M + m).to(gl.int64) * N + n, acc, mask=(m < M) & (n < N))
+        leave_part(acc, parts_ptr, part, 0, first_n, epilogue[1], epilogue[2], TURNED)
+    elif TOKENS < 128:
+        finish_gluon(acc, residual, 0, first_n, epilogue, TURNED, BLOCKS, ACTIVATED)
     else:
-        finish_gluon(acc, residual, 0, first_n, epilogue, TURNED, ACTIVATED)
+        residual = residual_of(0, first_n, epilogue, ROWS, COLS // 2, TURNED, ACTIVATED)
+        finish_halves(acc, residual, 0, first_n, epilogue, TURNED, BLOCKS, ACTIVATED)
 
 
 @gluon.jit(do_not_specialize=["M", "stride_x_scale", "stride_x_zero", "part_steps"])
@@ -119,8 +128,8 @@ def _w8a8_few_kernel(
     # Bound by reading the weights. Two programs a multiprocessor, or one.
     x_desc, weight_desc, out_ptr, parts_ptr, weight_ptr, x_scale_ptr, weight_scale_ptr, x_zero_ptr, weight_sum_ptr,
     bias_ptr, residual_ptr, M, N, K, stride_x_scale, stride_weight_scale, stride_x_zero, part_steps, TOKENS:
-    gl.constexpr, OUTPUTS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, ACTIVATED:
-    gl.constexpr, PREFETCHED: gl.constexpr, REGISTERS: gl.constexpr, CHAINED: gl.constexpr,
+    gl.constexpr, OUTPUTS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, BLOCKS:
+    gl.constexpr, ACTIVATED: gl.constexpr, PREFETCHED: gl.constexpr, REGISTERS: gl.constexpr, CHAINED: gl.constexpr,
 ):
     x = gl.allocate_shared_memory(x_desc.dtype, [STAGES, TOKENS, BLOCK_K], x_desc.layout)
     weight = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, OUTPUTS, BLOCK_K], weight_desc.layout)
@@ -140,35 +149,12 @@ def _w8a8_few_kernel(
     )
     gl.warp_specialize([
         (_compute, (
-            epilogue, parts_ptr, x, weight, full, empty, first_n, part, steps, TOKENS, OUTPUTS, STAGES, PARTS,
-            ACTIVATED, CHAINED)),
+            epilogue, parts_ptr, x, weight, full, empty, first_n, part, first, steps, TOKENS, OUTPUTS, STAGES, PARTS,
+            BLOCKS, ACTIVATED, CHAINED)),
         (_load, (
             x_desc, weight_desc, weight_ptr, x, weight, full, empty, first_n, first * BLOCK_K, steps, N, K, TOKENS,
             OUTPUTS, BLOCK_K, STAGES, PREFETCHED, CHAINED)),
     ], [1], [24])
-
-
-@triton.jit(do_not_specialize=["M", "stride_x_scale", "stride_x_zero"])
-def _add_parts_kernel(
-    # Bound by memory, which is the cache: parts read once, the output written once.
-    out_ptr, parts_ptr, x_scale_ptr, weight_scale_ptr, x_zero_ptr, weight_sum_ptr, bias_ptr, residual_ptr, M, N,
-    stride_x_scale, stride_weight_scale, stride_x_zero, PARTS: tl.constexpr, ACTIVATED: tl.constexpr, ROWS:
-    tl.constexpr, COLS: tl.constexpr, CHAINED: tl.constexpr,
-):
-    wait_for_previous(CHAINED)
-    let_next_start(CHAINED)
-    first_m, first_n = tl.program_id(0) * ROWS, tl.program_id(1) * COLS
-    m = first_m + tl.arange(0, ROWS)[:, None]
-    n = first_n + tl.arange(0, COLS)[None, :]
-    mask = (m < M) & (n < N)
-    acc = tl.load(parts_ptr + m.to(tl.int64) * N + n, mask=mask, other=0)
-    for part in tl.static_range(1, PARTS):
-        acc += tl.load(parts_ptr + (part * M + m).to(tl.int64) * N + n, mask=mask, other=0)
-    epilogue = (
-        out_ptr, M, N, x_scale_ptr, stride_x_scale, weight_scale_ptr, stride_weight_scale, x_zero_ptr, stride_x_zero,
-        weight_sum_ptr, bias_ptr, residual_ptr,
-    )
-    finish(acc, first_m, first_n, epilogue, False, False, ACTIVATED)
 # fmt: on
 
 
@@ -190,27 +176,29 @@ def stages_for_two(tokens: int, outputs: int, properties: DeviceProperties) -> i
 
 
 def choose_few(
-    tokens: int, outputs: int, inputs: int, properties: DeviceProperties, *, activated: bool
+    tokens: int, outputs: int, inputs: int, properties: DeviceProperties, *, blocks: bool, activated: bool
 ) -> FewTiles | None:
     """The tile for a number of tokens, which changes at powers of two; None where larger tiles are better.
 
-    Measured with int8 on an H100. Two programs a multiprocessor take up to 6 % less than one with all of its memory,
-    but up to 11 % more where rows of weights are a multiple of 8192 bytes apart, for a reason that is not known. Two
-    parts of a tile take up to 5 % more than whole ones, except with 128 tokens: those take 10 % less than larger tiles
-    if two parts have a multiprocessor each, and else more.
+    Measured on an H100. Two programs a multiprocessor take up to 6 % less than one with all of its memory, but up to
+    11 % more where rows of weights are a multiple of 8192 bytes apart, for a reason that is not known, and 10 to 30 %
+    more with 128 tokens. Two parts of a tile take up to 5 % more than whole ones, except with 128 tokens: those take up
+    to 18 % less. Where a second wave of tiles would be mostly empty, three parts take 1 to 15 % less.
     """
     tokens, sms = max(next_power_of_2(tokens), 16), properties.num_sms
-    if tokens > MOST_TOKENS:
+    tiles = cdiv(outputs, 64)
+    if tokens > MOST_TOKENS or (tokens == MOST_TOKENS and (blocks or tiles > sms)):
         return None
-    size = 32 if tokens == 64 and cdiv(outputs, 64) <= sms and not activated else 64
+    uneven = sms < tiles < 1.25 * sms
+    size = 32 if tokens == 64 and (tiles <= sms or (uneven and not blocks)) and not activated else 64
     # Parts take a second kernel, which is not worth its time where a program has little to read: 256 KB, at least.
     parts = min(sms // cdiv(outputs, size), size * inputs // 2**18)
-    if tokens == MOST_TOKENS and parts < 2:
-        return None
-    if tokens < MOST_TOKENS and parts < 3:
+    if uneven and tokens < 64 and inputs >= 8192:
+        parts = 3
+    elif parts < (2 if tokens == MOST_TOKENS else 3):
         parts = 1
     stages = stages_for_two(tokens, size, properties)
-    if inputs % 8192 == 0 and size == 64 and tokens < MOST_TOKENS:
+    if size == 64 and (tokens == MOST_TOKENS or (inputs % 8192 == 0 and not uneven)):
         stages *= 2
     return FewTiles(tokens, size, stages, parts)
 
@@ -225,6 +213,7 @@ def w8a8_few(
     weight_sum: torch.Tensor | None,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
+    blocks: bool,
     activated: bool,
     stride_row: int,
     strides: tuple[int, int, int],
@@ -236,9 +225,7 @@ def w8a8_few(
     part_steps = cdiv(steps, tiles.parts)
     count = cdiv(steps, part_steps)
     chained = chains(device)
-    parts = None
-    if count > 1:
-        parts = empty((count, m, n), torch.int32 if weight.dtype == torch.int8 else torch.float32, device)
+    parts = room_for_parts(count, m, n, weight)
     more = x_scale, weight_scale, x_zero, weight_sum, bias, residual
     launch(
         _w8a8_few_kernel,
@@ -261,27 +248,11 @@ def w8a8_few(
         BLOCK_K=BLOCK_K,
         STAGES=tiles.stages,
         PARTS=count,
+        BLOCKS=blocks,
         ACTIVATED=activated,
         PREFETCHED=min(tiles.stages * BLOCK_K, k),
         REGISTERS=REGISTERS,
         CHAINED=chained,
     )
     if parts is not None:
-        rows, cols = min(tiles.tokens, 16), 64
-        launch(
-            _add_parts_kernel,
-            (cdiv(m, rows), cdiv(n, cols)),
-            out,
-            parts,
-            *more,
-            m,
-            n,
-            *strides,
-            device=device,
-            num_warps=2,
-            PARTS=count,
-            ACTIVATED=activated,
-            ROWS=rows,
-            COLS=cols,
-            CHAINED=chained,
-        )
+        add_parts(out, parts, *more, blocks, activated, strides)

@@ -1,9 +1,12 @@
-"""How the Hopper kernels of the W8A8 product, `w8a8_few.py` and `w8a8_hopper.py`, see what they load."""
+"""How the Hopper kernels of the W8A8 product, `w8a8_few.py` and `w8a8_hopper.py`, see and multiply what they load."""
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from octavo.kernels.quant.stream_k import SCALE_BLOCK
 
 BLOCK_K = 128
 """Inputs of a step: as many bytes as the copy engine's widest swizzle takes."""
@@ -28,6 +31,25 @@ def prefetch(ptr, first_n, first_k, N, K, ROWS: gl.constexpr, SIZE: gl.constexpr
             is_pure=False,
             pack=1,
         )
+
+
+@gluon.jit
+def scale_ptrs(epilogue, first_m, first_n, first_step, TOKENS: gl.constexpr, layout: gl.constexpr):
+    """Where a step's scales are, of a tile's tokens and of its outputs, which are of one block."""
+    m = gl.minimum(first_m + gl.arange(0, TOKENS, layout=layout), epilogue[1] - 1)  # what is past the last repeats it
+    x_scale_ptrs = epilogue[3] + m.to(gl.int64) * epilogue[4] + first_step
+    return x_scale_ptrs, epilogue[5] + first_n // SCALE_BLOCK * epilogue[6] + first_step
+
+
+@gluon.jit
+def multiply(
+    x, weight, full, acc, i, group: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, FIRST: gl.constexpr
+):
+    """Issues the products of step i, as soon as its operands are there; the FIRST of a tile begin its sums."""
+    stage = i % STAGES
+    mbarrier.wait(full.index(stage), i // STAGES & 1)
+    rows = x.index(stage).slice(group * ROWS, ROWS)
+    return warpgroup_mma(rows, weight.index(stage).permute((1, 0)), acc, use_acc=not FIRST, is_async=True)
 
 
 def described(x: torch.Tensor, shape: list[int], stride: int, rows: int) -> TensorDescriptor:
