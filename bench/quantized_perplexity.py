@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--group-size", type=int, default=64, help="of int4; SmolLM2's 576 inputs allow 32 and 64")
     parser.add_argument("--calibration-tokens", type=int, default=128 * 2048)
-    parser.add_argument("--damp", type=float, default=0.1, help="of int4 by GPTQ; the calibration text is short")
+    parser.add_argument("--damp", type=float, default=0.1, help="of int4 by GPTQ")
     parser.add_argument("--keep", nargs="*", default=[], help="layers left dense, as octavo quantize --keep names them")
     parser.add_argument("--only", nargs="*", help="schemes, as the table names them")
     parser.add_argument("--engine", action="store_true", help="measure with LLM too")

@@ -24,10 +24,12 @@ def quantize_command(
     source: Annotated[str, typer.Argument(help="A folder, a .gguf file, a Hugging Face id, or smollm2.")],
     target: Annotated[Path, typer.Argument(help="The folder to write; an interrupted run goes on in it.")],
     scheme: Annotated[Scheme, typer.Option(help="int4: weights; int8, fp8, fp8-block: activations too.")],
-    method: Annotated[Method, typer.Option(help="rtn rounds to nearest, gptq calibrates the rounding.")] = Method.rtn,
+    method: Annotated[
+        Method, typer.Option(help="gptq calibrates the rounding, rtn rounds to nearest, fast.")
+    ] = Method.gptq,
     group_size: Annotated[int, typer.Option(help="Of int4: inputs that share a scale, 32, 64 or 128.")] = 128,
     act_order: Annotated[bool, typer.Option(help="Of gptq: large inputs first, in groups as they lie.")] = True,
-    damp: Annotated[float, typer.Option(help="Of gptq: added to the Hessian's diagonal, in parts of its mean.")] = 0.01,
+    damp: Annotated[float, typer.Option(help="Of gptq: added to the Hessian's diagonal, in parts of its mean.")] = 0.1,
     smooth: Annotated[float, typer.Option(help="Of int8: SmoothQuant's alpha; 0 does without.")] = 0.5,
     calibration: Annotated[Path | None, typer.Option(help="A text file; octavo's own by default.")] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Of the calibration text at most.")] = 128 * 2048,

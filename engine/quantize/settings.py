@@ -26,13 +26,13 @@ class Settings:
         scheme: "int4", weights alone, symmetric, a scale for `group_size` inputs; "int8", a scale an output, and the
             layer's inputs quantised too, by token (W8A8); "fp8", the same in e4m3; "fp8-block", with a scale for 128 by
             128 weights and for 128 inputs of a token.
-        method: "rtn", round to nearest; or "gptq" (Frantar et al. 2022, https://arxiv.org/abs/2210.17323): the error of
-            each input's weights is made up for in those that follow, by calibration.
+        method: "gptq" (Frantar et al. 2022, https://arxiv.org/abs/2210.17323): the error of each input's weights is
+            made up for in those that follow, by calibration; or "rtn", round to nearest, the fast way.
         group_size: of int4, 32, 64 or 128: a divisor of every layer's inputs.
         act_order: of GPTQ, whether inputs are taken in the order of their size (groups stay as they lie, so that the
             layers cost the same; compressed-tensors calls it actorder "weight").
-        damp: of GPTQ, what is added to the Hessian's diagonal, in parts of its mean; more, such as 0.1, keeps it from
-            fitting a short calibration text.
+        damp: of GPTQ, what is added to the Hessian's diagonal, in parts of its mean; it keeps GPTQ from fitting a short
+            calibration text.
         smooth: of int8, SmoothQuant's alpha (Xiao et al. 2022, https://arxiv.org/abs/2211.10438), by which large inputs
             of a layer are balanced with its weights, by what comes before it; 0 does without.
         calibration_tokens: of the calibration text at most.
@@ -47,10 +47,10 @@ class Settings:
     """
 
     scheme: str
-    method: str = "rtn"
+    method: str = "gptq"
     group_size: int = 128
     act_order: bool = True
-    damp: float = 0.01
+    damp: float = 0.1
     smooth: float = 0.5
     calibration_tokens: int = 128 * 2048
     sequence_length: int = 128
