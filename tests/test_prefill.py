@@ -117,7 +117,7 @@ def test_rows_that_the_copy_engine_cannot_read(monkeypatch):
     assert not prefill.takes(query, cache.expand(9, 16, 8, 64), cache, None, 1.0, False, KNOWN_DEVICES[90])
     odd = cache.as_strided(cache.shape, (1024, 64, 131, 1))  # no stride leads anywhere in a dimension of one
     assert prefill.takes(query, odd, odd, None, 1.0, False, KNOWN_DEVICES[90])
-    assert prefill._described(odd, (0, 2, 1, 3), [1, 1, 16, 64]).strides == [1024, 8, 64, 1]
+    assert prefill._boxes(odd, 16, 64, joined=False).strides == [1024, 8, 64, 1]
 
 
 class TestOnHopper:

@@ -179,12 +179,12 @@ def _prefill_kernel(
             0, out_ptr, lse_ptr, sinks_ptr, queries, keys, values, queries_full, keys_full, values_full, keys_read,
             values_read, entries, ring_full, ring_empty, k_scale_ptr, v_scale_ptr, stride_k_scale, stride_v_scale,
             window, score_scale, cap, KV_HEADS, GROUP, PACK, D, CAUSAL, WINDOW, ROLLING, SOFTCAP, RETURN_LSE, ROWS,
-            BLOCK_N, BLOCK_D, STAGES)),
+            BLOCK_N, BLOCK_D, STAGES, IN_FLOAT8)),
         (compute, (
             1, out_ptr, lse_ptr, sinks_ptr, queries, keys, values, queries_full, keys_full, values_full, keys_read,
             values_read, entries, ring_full, ring_empty, k_scale_ptr, v_scale_ptr, stride_k_scale, stride_v_scale,
             window, score_scale, cap, KV_HEADS, GROUP, PACK, D, CAUSAL, WINDOW, ROLLING, SOFTCAP, RETURN_LSE, ROWS,
-            BLOCK_N, BLOCK_D, STAGES)),
+            BLOCK_N, BLOCK_D, STAGES, IN_FLOAT8)),
         (hand_out, (
             entries, ring_full, ring_empty, wanted, counter_ptr, cu_seqlens_q_ptr, seq_lens_ptr, T, B, table_width,
             window, slots, KV_HEADS, GROUP, PACK, PAGE_SIZE, CAUSAL, WINDOW, ROLLING, ROWS, BLOCK_N, SECTION)),

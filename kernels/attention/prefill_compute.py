@@ -156,7 +156,7 @@ def _step(
     mbarrier.wait(keys_full.index(stage), step // STAGES & 1)
     scores = _products(query, keys.index(stage), D, ROWS, BLOCK_N)
     mbarrier.wait(values_full.index(before), before_phase)
-    # In fp32 from step to step: rounded there, pairs of 16 bits would be turned over twice, and moved, in each of them.
+    CARRIED: gl.constexpr = weights.dtype
     weights = weights.to(values.dtype)
     acc = _add(acc, weights, values.index(before))
     COUNT: gl.constexpr = len(acc)
@@ -167,6 +167,7 @@ def _step(
         scores, top, total, tile, entries, done, token, window, score_scale, cap, EDGE, CAUSAL, WINDOW, FROM, SOFTCAP,
         BLOCK_N,
     )
+    new = new.to(CARRIED)
     # They have come already. ptxas would move the softmax down past the wait below; past this wait's loop it does not.
     mbarrier.wait(values_full.index(before), before_phase)
     ready = warpgroup_mma_wait(0, deps=acc + (weights, new, total))  # noqa: RUF005  (no star in a kernel)
@@ -255,7 +256,7 @@ def compute(
     keys_read, values_read, entries, ring_full, ring_empty, k_scale_ptr, v_scale_ptr, stride_k_scale, stride_v_scale,
     window, score_scale, cap, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, CAUSAL:
     gl.constexpr, WINDOW: gl.constexpr, ROLLING: gl.constexpr, SOFTCAP: gl.constexpr, RETURN_LSE: gl.constexpr, ROWS:
-    gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, FLOAT8: gl.constexpr,
 ):
     """What warpgroup number `group` does."""
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -287,6 +288,10 @@ def compute(
         scores, none, zero, high - 1, entries, 0, token, window, scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP,
         BLOCK_N,
     )
+    # From step to step in fp32: rounded, pairs of 16 bits would be turned over twice in each of them, and moved. But
+    # beside a partition that converts there are not the registers for it.
+    if FLOAT8:
+        weights = weights.to(values.dtype)
     acc = _nothing(D, ROWS, BLOCK_D)
     done = 0
     step = 1
