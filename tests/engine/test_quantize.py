@@ -256,7 +256,7 @@ def test_other_settings_are_refused(source, tmp_path):
     for change, message in (
         (dict(scheme="int8"), "begun with scheme 'int4', now 'int8'"),
         (dict(group_size=64), "begun with group_size 32, now 64"),
-        (dict(damp=0.1), "begun with damp 0.01, now 0.1"),
+        (dict(damp=0.01), "begun with damp 0.1, now 0.01"),
         (dict(act_order=False), "begun with act_order True, now False"),
     ):
         with pytest.raises(ValueError, match=message):
