@@ -5,17 +5,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from octavo.engine.config import ModelConfig
+from octavo.engine.quantize.forward import HALVES
 
 SCHEMES = ("int4", "int8", "fp8", "fp8-block")
 METHODS = ("gptq", "rtn")
 GROUP_SIZES = (32, 64, 128)
 BLOCK = 128
-SAME_INPUT = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
 
 
 @dataclass(frozen=True)
@@ -103,7 +98,8 @@ class Settings:
         def named(modules: list[str]) -> bool:
             return any(f".{part}." in f".{module}." for part in self.keep for module in modules)
 
-        inputs = [[f"model.layers.{i}.{m}" for m in of] for i in range(config.num_hidden_layers) for of in SAME_INPUT]
+        same_input = [of for half in HALVES for of in (half.first, (half.last,))]
+        inputs = [[f"model.layers.{i}.{m}" for m in of] for i in range(config.num_hidden_layers) for of in same_input]
         return [module for modules in inputs if named(modules) for module in modules]
 
     def check(self, config: ModelConfig) -> None:
