@@ -43,8 +43,11 @@ def encoded(described: Any, meta: Any) -> tuple[Any, ...]:
     return tuple(make_tensordesc_arg(described, meta))
 
 
-class Encodings(dict[int, tuple[Any, ...]]):
-    """A descriptor encoded for other tensors of the same shape, strides and alignment, by their address."""
+class Encodings(dict[int, tuple[Any, int]]):
+    """A descriptor encoded for other tensors of the same shape, strides and alignment, by their address.
+
+    Encoded is Triton's object, with the address of the 128 bytes that the copy engine reads.
+    """
 
     def __init__(self, described: Any, meta: Any) -> None:
         # Without the tensor, which would stay alive; its shape and strides are not looked at again.
@@ -52,11 +55,13 @@ class Encodings(dict[int, tuple[Any, ...]]):
         self._described.__dict__.update(described.__dict__)
         self._described.base = None
 
-    def __missing__(self, address: int) -> tuple[Any, ...]:
+    def __missing__(self, address: int) -> tuple[Any, int]:
         if len(self) >= _MAX_ADDRESSES:
             self.clear()
         described = object.__new__(type(self._described))  # of this thread alone
         described.__dict__.update(self._described.__dict__)
         described.base = At(address)
-        self[address] = values = encoded(described, self._meta)
+        # The tensor map lies at the end of Triton's object, which is kept here and where it is in use.
+        (kept, *_) = encoded(described, self._meta)
+        self[address] = values = kept, id(kept) + type(kept).__basicsize__ - 128
         return values

@@ -158,14 +158,14 @@ starter = None if torch.version.hip else _STARTERS.get(".".join(triton.__version
 """For the Triton that is running; None where kernels are not started directly."""
 
 # Taken from torch.cuda and Triton's driver once, because going through them costs half a microsecond a launch.
-_current_device = getattr(torch._C, "_cuda_getDevice", None)
+current_device = getattr(torch._C, "_cuda_getDevice", None)
 current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 """The CUDA stream, as an integer, that is current in this thread on the device of the given index."""
 
 
 def is_current(index: int) -> bool:
     """Whether the CUDA device of that index is this thread's current one."""
-    return _current_device() == index  # type: ignore[misc]
+    return current_device() == index  # type: ignore[misc]
 
 
 _runtime = knobs.runtime

@@ -31,6 +31,7 @@ from octavo.kernels.launch import (
     record_launches,
     starter,
 )
+from octavo.kernels.starts import plan_type
 from octavo.kernels.tiles import KNOWN_DEVICES, DeviceProperties, device_properties
 
 MAX_PROCESSES = 16
@@ -127,6 +128,7 @@ def warmup(
     kernels: list[WarmKernel] = []
     alone = processes == 1 or torch.version.hip is not None
     if target is not None:
+        plan_type()  # what repeats calls is compiled ahead too
         for launch in launches:
             kernels.append(_timed(launch, partial(_load, launch, target)))
             advance()

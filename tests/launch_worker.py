@@ -7,7 +7,9 @@ which is where Triton's own launch, octavo's direct one and a repeated call must
 Runs under whichever Triton is first on the path: tests/test_launch.py runs it with every supported version.
 """
 
+import ctypes
 import gc
+import struct
 import sys
 import threading
 import warnings
@@ -23,12 +25,14 @@ from triton.compiler.compiler import LazyDict
 
 import octavo
 from octavo.kernels import launch as launching
-from octavo.kernels import registry, replay, tiles
+from octavo.kernels import registry, replay, starts, tiles
 from octavo.kernels.registry import OPS
 
-STREAM, FUNCTION = 7, 4321
+STREAM = 7
 calls: list[tuple] = []
-"""What reached the C function."""
+"""What reached CUDA: how a kernel was started, the values of its parameters, and what else Triton's function got."""
+types_of: list[list[str]] = []
+"""Of each kernel that was loaded, the types of its parameters; a kernel's number is its place here, plus one."""
 
 
 class Launcher(CudaLauncher):
@@ -46,27 +50,77 @@ class Launcher(CudaLauncher):
         for kind in src.signature.values():
             rank = kind.split("]")[0].count(",") + 1 if kind.startswith("tensordesc") else 0
             types += ["map", *["i32"] * rank, *["i64"] * rank] if rank else [kind]
+        types_of.append([kind for kind in types if kind != "constexpr"])
         self.launch = wrap_handle_tensordesc(lambda *args: calls.append(normal(args, types)), src.signature, described)
 
 
 def normal(args: tuple, types: list[str]) -> tuple:
-    """Arguments of the C function with addresses for tensors, and without what it skips."""
+    """How Triton's C function was told to start a kernel, in the same form as `started`'s."""
     if isinstance(args[-1], tuple | list):  # Triton 3.7: the kernel's arguments are a sequence at the end
         head, kernel_args = args[:-1], args[-1]
     else:
         head, kernel_args = args[: -len(types)], args[-len(types) :]
     assert len(kernel_args) == len(types), (len(kernel_args), types)
+    *grid, stream, function, cooperative, chained = head[:7]
+    ((warps, programs_of_cluster, shared),) = (v for v in head[7:] if isinstance(v, tuple) and type(v[0]) is int)
+    assert not cooperative and programs_of_cluster == 1
     # Triton's own launch also passes its hooks, and what it would tell them, where none is set.
-    head = tuple(None if isinstance(v, LazyDict) or getattr(v, "calls", 1) == [] else v for v in head)
-    values = [v for v, kind in zip(kernel_args, types, strict=True) if kind != "constexpr"]
-    # A descriptor is the tuple of what it was encoded from.
-    flat = (v for value in values for v in (value if isinstance(value, tuple) else (value,)))
-    return head, tuple((v.data_ptr() if isinstance(v, torch.Tensor) else v) or 0 for v in flat)
+    rest = [v for v in head[7:] if not isinstance(v, LazyDict | tuple) and getattr(v, "calls", 1) != []]
+    values = []
+    for value, kind in zip(kernel_args, types, strict=True):
+        if kind == "map":
+            values += value.values()
+        elif kind.startswith("*"):
+            values.append((value.data_ptr() if isinstance(value, torch.Tensor) else value) or 0)
+        elif kind == "fp32":
+            values += struct.unpack("f", struct.pack("f", value))
+        elif kind != "constexpr":
+            values.append(int(value))
+    return (*grid, stream, function, warps, shared, bool(chained)), tuple(values), rest
 
 
-def encode(address: int, *what) -> tuple:
-    """Stands for the driver's encoding of a descriptor."""
-    return address, *(tuple(v) if isinstance(v, list) else v for v in what)
+class Map:
+    """Stands for the driver's encoding of a descriptor: Triton's object ends in 128 bytes, which are 16 slots here."""
+
+    __slots__ = [f"value{i:02}" for i in range(16)]
+
+    def __init__(self, address: int, *what):
+        for name, value in zip(self.__slots__, (address, *what, *[None] * (15 - len(what))), strict=True):
+            setattr(self, name, tuple(value) if isinstance(value, list) else value)
+
+    def values(self) -> list:
+        return [getattr(self, name) for name in self.__slots__]
+
+
+class Configuration(ctypes.Structure):
+    """The driver's CUlaunchConfig."""
+
+    _fields_ = [(name, ctypes.c_uint) for name in ("x", "y", "z", "threads", "one", "another", "shared")]
+    _fields_ += [("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint)]
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(Configuration), ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p))
+def started(config, function, parameters):
+    """Stands for cuLaunchKernelEx: notes what a plan hands to the driver."""
+    c, values = config.contents, []
+    types = types_of[function - 1]
+    for kind, at in zip(types, parameters[: len(types)], strict=True):
+        if kind == "map":
+            values += [ctypes.cast(v, ctypes.py_object).value for v in (ctypes.c_void_p * 16).from_address(at)]
+        elif kind == "fp32":
+            values.append(ctypes.c_float.from_address(at).value)
+        else:
+            size = 64 if kind.startswith("*") else int(kind[1:])
+            number = int.from_bytes(ctypes.string_at(at, max(size // 8, 1)), "little", signed=kind.startswith("i"))
+            values.append(abs(number) if kind == "i1" else number)
+    scratch = [ctypes.c_uint64.from_address(parameters[len(types) + i]).value for i in range(2)]
+    assert (scratch, c.one, c.another, c.threads % 32) == ([0, 0], 1, 1, 0)
+    # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, with a value that says yes.
+    attributes = [ctypes.string_at(c.attributes, 12)] if c.count else []
+    assert attributes in ([], [struct.pack("iii", 6, 0, 1)]) and c.count == len(attributes)
+    head = c.x, c.y, c.z, c.stream, function, c.threads // 32, c.shared, bool(attributes)
+    calls.append((head, tuple(values), []))
+    return 0
 
 
 class Driver:
@@ -81,9 +135,9 @@ class Driver:
 
         @staticmethod
         def load_binary(name, binary, shared, device):
-            return 1, FUNCTION, 32, 0, 1024
+            return 1, len(types_of), 32, 0, 1024
 
-        fill_tma_descriptor = fill_tma_descriptor_tiled = staticmethod(encode)  # Triton 3.6's name, and 3.7's
+        fill_tma_descriptor = fill_tma_descriptor_tiled = staticmethod(Map)  # Triton 3.6's name, and 3.7's
 
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
@@ -100,8 +154,11 @@ def pretend() -> None:
     triton.runtime.driver.set_active(Driver())
     tiles._INTERPRETER = tiles.KNOWN_DEVICES[90]  # what tile choices for CPU tensors see
     launching.DEVICES.add("cpu")
+    driver = starts._module()
+    driver.use(ctypes.cast(started, ctypes.c_void_p).value, 0)
+    replay.plan_type = lambda: driver.Plan
+    launching.is_current = lambda index: True
     for module in (launching, replay):
-        module.is_current = lambda index: True
         module.current_stream = lambda index: STREAM
     for name, op in OPS.items():
         with warnings.catch_warnings(action="ignore"):  # the CPU backend is replaced on purpose
@@ -132,9 +189,10 @@ def run(function, tensors: dict, others: dict) -> list:
     assert all(r.is_contiguous() for r in results)
     names = {t.data_ptr(): t.data_ptr() for t in tensors.values() if isinstance(t, torch.Tensor)}
     names |= {r.data_ptr(): f"out{i}" for i, r in enumerate(results) if r.numel()}
-    for value in (v for _, values in calls for v in values if type(v) is int and v > 2**40):  # no size is as large
+    for value in (v for _, values, _ in calls for v in values if type(v) is int and v > 2**40):  # no size is as large
         names.setdefault(value, f"workspace{len(names)}")
-    return [(head, tuple(names.get(v, v) if v else v for v in values)) for head, values in calls]
+    assert {v for _, _, rest in calls for v in rest} <= {None, "annotations"}
+    return [(head, tuple(names.get(v, v) if v else v for v in values)) for head, values, _ in calls]
 
 
 def check_same_launches() -> None:
@@ -240,7 +298,7 @@ def check_who_must_see_the_op() -> None:
         triton.knobs.runtime.launch_enter_hook.add(entered.append)
         calls.clear()
         octavo.rms_norm(x, weight)
-        assert not used and len(calls) == 1 and calls[0][0].count(triton.knobs.runtime.launch_enter_hook) == 1
+        assert not used and len(calls) == 1 and calls[0][2].count(triton.knobs.runtime.launch_enter_hook) == 1
         triton.knobs.runtime.launch_enter_hook.remove(entered.append)
         assert sum(map(len, octavo.rms_norm.plans.values())) == plans
         if first:
@@ -309,8 +367,8 @@ def check_another_gpu_than_the_current_one() -> None:
         current[0] = False
 
     torch.cuda.device_count = lambda: 2
-    for module in (launching, replay):
-        module.is_current = lambda index: current[0]
+    launching.is_current = lambda index: current[0]
+    replay.current_device = lambda: -1 if current[0] else 3
     torch.cuda.device = device
     started = []
     function, tensors, others = cases(3)["rms_norm"]
@@ -319,7 +377,7 @@ def check_another_gpu_than_the_current_one() -> None:
             function(**tensors, **others)
     ((plan,),) = function.plans.values()
     entered.clear()
-    for expected in ([-1], []):  # CPU tensors stand for CUDA's, and have this index
+    for expected in ([torch.device("cpu")], []):  # CPU tensors stand for CUDA's, whose device has index -1
         started.append(run(function, tensors, others))
         assert entered == expected and len(started[-1]) == 1
         entered.clear()
@@ -379,6 +437,58 @@ def check_token_counts() -> None:
         assert octavo.compile_count() - before <= len(launching._ready)
 
 
+def check_what_fails_in_a_plan() -> None:
+    """What the driver refuses is raised, tensors are let go; a kernel with other parameters is never handed any."""
+    pretend()
+    driver = starts._module()
+    x, weight = torch.zeros(2, 64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.bfloat16)
+    for _ in range(3):
+        octavo.rms_norm(x, weight)
+    ((plan,),) = octavo.rms_norm.plans.values()
+    for bad in ((), (x,), (x, weight, x)):
+        try:
+            plan(*bad)
+        except TypeError as error:
+            assert "2 tensors" in str(error)
+        else:
+            raise AssertionError("it was called")
+    assert plan(x, None) is replay.MISS and plan(x[:1], weight) is replay.MISS
+
+    refuse = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)(lambda *_: 700)
+    driver.use(ctypes.cast(refuse, ctypes.c_void_p).value, 0)
+    before = sys.getrefcount(x), sys.getrefcount(replay.MISS)
+    for _ in range(10):
+        try:
+            octavo.rms_norm(x, weight)
+        except RuntimeError as error:
+            assert "CUDA error 700" in str(error)
+        else:
+            raise AssertionError("it was started")
+    assert (sys.getrefcount(x), sys.getrefcount(replay.MISS)) == before
+
+    asked = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, *[ctypes.POINTER(ctypes.c_size_t)] * 2)
+    def parameter(function, index, offset, size):
+        """Stands for cuFuncGetParamInfo: the right sizes, but of the one that is `wrong`."""
+        sizes = [8 if kind.startswith("*") else int(kind.strip("fpiu")) // 8 for kind in types_of[function - 1]]
+        sizes += [8, 8, *([8] if wrong == "more" else [])]
+        if index >= len(sizes):
+            return 1
+        asked.append(index)
+        size[0] = sizes[index] + (index == wrong)
+        return 0
+
+    for wrong, planned in ((None, 1), (0, 0), (4, 0), ("more", 0)):
+        driver.use(ctypes.cast(started, ctypes.c_void_p).value, ctypes.cast(parameter, ctypes.c_void_p).value)
+        octavo.rms_norm.plans.clear()
+        asked.clear()
+        for _ in range(3):
+            octavo.rms_norm(x, weight)
+        ((*plans,),) = octavo.rms_norm.plans.values()
+        assert len(plans) == planned and asked, (wrong, asked)
+
+
 def check_threads() -> None:
     """Threads that make and use plans at the same time start what each of them asked for."""
     pretend()
@@ -398,7 +508,7 @@ def check_threads() -> None:
             x = torch.zeros(1 + (seed + i) % 5, 2048, dtype=torch.bfloat16)
             mine.calls.clear()
             out = octavo.rms_norm(x, weight)
-            ((head, values),) = mine.calls
+            ((head, values, _),) = mine.calls
             if (head[0], *values[:3]) != (x.shape[0], out.data_ptr(), x.data_ptr(), weight.data_ptr()):
                 failures.append((head, values))
         finished.append(seed)

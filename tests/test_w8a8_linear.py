@@ -218,6 +218,8 @@ def test_shares(tiles, steps, idle, least):
 def test_counters_need_no_clearing(device, monkeypatch):
     """A workspace is whatever memory there is, beside what a call leaves."""
     args = case(INT8, 2, 60, 2048, "zero", device)
+    monkeypatch.setattr(w8a8, "_may_copy", lambda *_: False)  # Hopper's own kernels have no counters
+    octavo.int8_int8_linear.plans.clear()
     expected = octavo.int8_int8_linear(**args)
     workspaces = []
 
