@@ -231,7 +231,9 @@ static void free_plan(PyObject *self) {
         PyMem_Free(start->parameters);
     }
     PyMem_Free(plan->start);
-    Py_TYPE(self)->tp_free(self);
+    PyTypeObject *type = Py_TYPE(self);
+    type->tp_free(self);
+    Py_DECREF(type);
 }
 
 static int read_parameters(Start *start, PyObject *parameters, int addresses) {
