@@ -30,7 +30,7 @@ def quantize_command(
     group_size: Annotated[int, typer.Option(help="Of int4: inputs that share a scale, 32, 64 or 128.")] = 128,
     act_order: Annotated[bool, typer.Option(help="Of gptq: large inputs first, in groups as they lie.")] = True,
     damp: Annotated[float, typer.Option(help="Of gptq: added to the Hessian's diagonal, in parts of its mean.")] = 0.1,
-    smooth: Annotated[float, typer.Option(help="Of int8: SmoothQuant's alpha; 0 does without.")] = 0.5,
+    smooth: Annotated[float, typer.Option(help="Of int8: SmoothQuant's alpha, to begin with; 0 does without.")] = 0.5,
     calibration: Annotated[Path | None, typer.Option(help="A text file; octavo's own by default.")] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Of the calibration text at most.")] = 128 * 2048,
     sequence_length: Annotated[int, typer.Option(help="Tokens of it that see each other.")] = 128,

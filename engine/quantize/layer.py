@@ -13,7 +13,7 @@ from octavo.engine.quantize.forward import ATTENTION, HALVES, Forward, Half, Hal
 from octavo.engine.quantize.gptq import gptq
 from octavo.engine.quantize.rounding import round_to_nearest, stored
 from octavo.engine.quantize.settings import BLOCK, Settings
-from octavo.engine.quantize.smooth import Largest, balance, balance_rows
+from octavo.engine.quantize.smooth import TOKENS, Largest, balance, balance_rows
 
 Tensors = dict[str, torch.Tensor]
 
@@ -122,11 +122,15 @@ class LayerQuantizer:
         biases = [tensors[f"{m}.bias"] for m in modules if f"{m}.bias" in tensors]
         linear = make_linear(dense, [torch.cat(biases) if biases else None], self.device, self.dtype)
         first, last = (Largest(w.shape[1], self.device) for w in (values[0], last_values))
+        every = -(-sum(map(len, calibration.sequences)) // TOKENS)
+        sample = []
         for hidden in calibration:
             x = forward.first_inputs(hidden, norm.to(self.dtype))
             first.add(x)
+            sample.append(x[::every])
             last.add(forward.last_inputs(half, linear(x)))
-        norm, values[:] = balance(norm, values, first.value, alpha)
+        if modules[0] not in self.kept:
+            norm, values[:] = balance(norm, values, first.value, alpha, torch.cat(sample))
         tensors[norm_name] = norm.cpu()
         heads = forward.config.num_key_value_heads if half is ATTENTION else 1
         values[-1], last_values, s = balance_rows(values[-1], last_values, last.value, alpha, heads)

@@ -29,7 +29,8 @@ class Settings:
         damp: of GPTQ, what is added to the Hessian's diagonal, in parts of its mean; it keeps GPTQ from fitting a short
             calibration text.
         smooth: of int8, SmoothQuant's alpha (Xiao et al. 2022, https://arxiv.org/abs/2211.10438), by which large inputs
-            of a layer are balanced with its weights, by what comes before it; 0 does without.
+            of a layer are balanced with its weights, by what comes before it; behind norms it is where a search for the
+            best balance begins. 0 does without.
         calibration_tokens: of the calibration text at most.
         sequence_length: tokens of it that see each other. Every token attends to a sequence's first, which is unlike
             others: GPTQ weighs k's and v's inputs by the attention that they receive.

@@ -24,7 +24,7 @@ from octavo.engine.quantize.gptq import gptq
 from octavo.engine.quantize.layer import LayerQuantizer
 from octavo.engine.quantize.rounding import round_to_nearest
 from octavo.engine.quantize.run import default_calibration
-from octavo.engine.quantize.smooth import balance, balance_rows
+from octavo.engine.quantize.smooth import balance, balance_rows, search
 from octavo.engine.quantize.writer import Folder
 from octavo.testing import assert_accurate, without_interpreter
 
@@ -496,6 +496,40 @@ def test_smoothquant_helps_where_a_few_inputs_are_large():
 
     divided, (scaled,) = balance(norm, [weight], x.abs().amax(0), 0.5)
     assert error(x * divided, scaled) < 0.4 * error(x, weight)
+
+
+def rounding_error(x, weight):
+    """What int8 on both sides changes in the outputs, as a part of each token's."""
+    q, scale = octavo.quantize_int8(x)
+    w, w_scale = round_to_nearest(weight, Settings("int8"), torch.float32)
+    exact = x @ weight.t()
+    change = octavo.int8_int8_linear(q, w, scale, w_scale, out_dtype=torch.float32) - exact
+    return (change.norm(dim=1) / exact.norm(dim=1)).square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("token", [1, 300])
+def test_the_search_finds_a_better_balance_than_alpha(token):
+    """Also where one token's inputs are so large that they hide the others' from alpha."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(301, 128, generator=generator) * torch.logspace(-1, 1, 128)
+    x[token % 301 :: 301, 5:70:9] *= 200
+    weights = [torch.randn(n, 128, generator=generator) * torch.logspace(0.3, -0.3, 128).flip(0) for n in (48, 24)]
+    whole = torch.cat(weights)
+    begin = (x.abs().amax(0) / whole.abs().amax(0)).sqrt()
+    found = search(x, weights, begin)
+    assert rounding_error(x / found, whole * found) < 0.8 * rounding_error(x / begin, whole * begin)
+    torch.testing.assert_close(search(x, weights, begin * 7) / 7, found, rtol=1e-3, atol=0)  # only ratios matter
+
+
+def test_the_search_leaves_what_it_cannot_use():
+    x, weight = torch.randn(40, 64), torch.randn(32, 64)
+    x[3], x[:, 7], weight[:, 9] = 0, 0, 0  # a token without outputs, an input that is always 0, one without weights
+    begin = x.abs().amax(0).sqrt() / weight.abs().amax(0).sqrt()
+    found = search(x, [weight], begin)
+    assert found[7] == 0 and found[9].isinf() and torch.isfinite(found).sum() == 63
+    assert torch.equal(search(torch.zeros(5, 64), [weight], begin), begin)
+    norm, (balanced,) = balance(torch.ones(64), [weight], x.abs().amax(0), 0.5, x)
+    torch.testing.assert_close(norm * balanced, weight)
 
 
 @pytest.mark.parametrize(
