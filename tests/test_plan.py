@@ -14,7 +14,7 @@ from test_paged_attention import DECODE, MIX, OPTIONS, case, check, dense
 
 import octavo
 from octavo.kernels import tiles as tiles_module
-from octavo.kernels.attention import decode, paged, plan_attention
+from octavo.kernels.attention import decode, merge_parts, paged, plan_attention
 from octavo.kernels.attention.schedule import share_of
 from octavo.kernels.launch import INTERPRET, Recorder, recording
 from octavo.kernels.registry import without_interpreter
@@ -68,6 +68,23 @@ def test_options(device, dtype, options):
 def test_heads(device, dtype, heads, kv_heads, d, many_workers):
     args = case([(1, 200), (1, 30)], heads=heads, kv_heads=kv_heads, d=d, device=device, dtype=dtype)
     check(*args, function=with_plan)
+
+
+@pytest.mark.parametrize(
+    ("d", "queries", "long", "at"),
+    [(64, 1, 600, 0), (64, 3, 300, 5), (128, 3, 600, 5), (128, 1, 300, 12), (256, 1, 600, 5)],
+)
+def test_many_parts_among_short_sequences(device, dtype, d, queries, long, at, many_workers, monkeypatch):
+    """Merged by worker, where programs take a row each."""
+    step = merge_parts.merge_step
+    monkeypatch.setattr(merge_parts, "merge_step", lambda _, *given: step(10**6, *given))
+    lengths = [(queries, 3 + b) for b in range(12)]
+    lengths.insert(at, (queries, long))
+    kv_heads = 1 if dtype == torch.float32 else 4
+    args, longest = case(lengths, heads=2 * kv_heads, kv_heads=kv_heads, d=d, padding=1, device=device, dtype=dtype)
+    plan = plan_of(args, dict(max_seqlen_q=longest))
+    assert (plan[:, 0] == at).sum() > 8
+    check(args, longest, function=with_plan)
 
 
 def test_many_tokens(device, dtype):
