@@ -1,4 +1,7 @@
-"""The second kernel of decoding: an item that was cut is put together from what its workers left, in their order."""
+"""The second kernel of decoding: an item that was cut is put together from what its workers left, in their order.
+
+It is there by item, where there are few, or by worker; then an item of many parts is shared out to programs by rows.
+"""
 
 from typing import Any
 
