@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 import triton.runtime.interpreter
 from attention_args import TENSORS, op_args
 from hypothesis import given
@@ -13,7 +14,8 @@ from test_paged_attention import DECODE, MIX, OPTIONS, case, check, dense
 
 import octavo
 from octavo.kernels import tiles as tiles_module
-from octavo.kernels.attention import decode, paged, plan_attention
+from octavo.kernels.attention import decode, merge_parts, paged, plan_attention
+from octavo.kernels.attention.schedule import share_of
 from octavo.kernels.launch import INTERPRET, Recorder, recording
 from octavo.kernels.registry import without_interpreter
 from octavo.kernels.tiles import KNOWN_DEVICES, cdiv
@@ -66,6 +68,23 @@ def test_options(device, dtype, options):
 def test_heads(device, dtype, heads, kv_heads, d, many_workers):
     args = case([(1, 200), (1, 30)], heads=heads, kv_heads=kv_heads, d=d, device=device, dtype=dtype)
     check(*args, function=with_plan)
+
+
+@pytest.mark.parametrize(
+    ("d", "queries", "long", "at"),
+    [(64, 1, 600, 0), (64, 3, 300, 5), (128, 3, 600, 5), (128, 1, 300, 12), (256, 1, 600, 5)],
+)
+def test_many_parts_among_short_sequences(device, dtype, d, queries, long, at, many_workers, monkeypatch):
+    """Merged by worker, where programs take a row each."""
+    step = merge_parts.merge_step
+    monkeypatch.setattr(merge_parts, "merge_step", lambda _, *given: step(10**6, *given))
+    lengths = [(queries, 3 + b) for b in range(12)]
+    lengths.insert(at, (queries, long))
+    kv_heads = 1 if dtype == torch.float32 else 4
+    args, longest = case(lengths, heads=2 * kv_heads, kv_heads=kv_heads, d=d, padding=1, device=device, dtype=dtype)
+    plan = plan_of(args, dict(max_seqlen_q=longest))
+    assert (plan[:, 0] == at).sum() > 8
+    check(args, longest, function=with_plan)
 
 
 def test_many_tokens(device, dtype):
@@ -133,6 +152,83 @@ def test_layers_and_steps(device, dtype, many_workers):
         plan = plan_of(layers[0][0], dict(max_seqlen_q=2))
         for args, longest in layers:
             check(args, longest, function=lambda **given: octavo.paged_attention(**given, plan=plan))  # noqa: B023
+
+
+@triton.jit(do_not_specialize=["total", "common", "workers", "least"])
+def _share_kernel(out_ptr, total, common, workers, least):
+    tl.store(out_ptr, share_of(total, common, workers, least))
+
+
+def share_found(*given):
+    out = torch.empty(1, dtype=torch.int32, device=device)
+    _share_kernel[(1,)](out, *given)
+    return out.item()
+
+
+@pytest.mark.parametrize(
+    ("total", "common", "workers", "expected"),
+    [
+        (64 * 256 + 1, 256, 132, 128),  # of 125: each sequence has two
+        (256 * 64 + 1, 64, 132, 128),  # each has two sequences
+        (63 * 64 + 4096 + 1, 64, 132, 64),  # of 62
+        (64 * 64 + 1, 64, 132, 32),
+        (62 * 256 + 1, 256, 132, 128),  # of 121
+        (60 * 256 + 1, 256, 132, 117),  # 128 are too many
+        (66 * 256 + 1, 256, 132, 129),  # one above a power of two
+        (64 * 256 + 1, 1, 132, 125),  # nothing in common
+        (64 * 192 + 1, 64, 132, 94),
+        (264 * 192 + 1, 64, 132, 385),  # 6 * 64 + 1
+        (263 * 192 + 1, 64, 132, 384),  # of 383
+        (14 * 132, 64, 132, 14),  # few tiles
+        (15 * 132, 64, 132, 16),
+        (32 * 256 + 1, 256, 132, 64),  # of 63: each has four
+        (8 * 2048 + 1, 2048, 66, 249),  # with 256, each would have eight
+        (8192 + 1, 8192, 66, 125),
+        (1, 2**30, 132, 2),  # padding alone
+        (2**30, 2**30, 132, 8134408),
+        (2**30, 2**20, 1, 2**30),
+        (2**30 - 1, 2**20, 1, 2**30),
+    ],
+)
+def test_shares_end_where_sequences_do(total, common, workers, expected):
+    assert share_found(total, common, workers, 2) == expected
+
+
+@given(
+    total=st.integers(1, 1 << 27),
+    small=st.integers(1, 1 << 14),
+    power=st.integers(0, 30),
+    workers=st.integers(1, 300),
+    least=st.integers(1, 2),
+)
+def test_shares_cover_all_tiles(total, small, power, workers, least):
+    for tiles in (total, small):
+        found, fewest = share_found(tiles, 1 << power, workers, least), max(cdiv(tiles, workers), least)
+        assert fewest <= found <= fewest + fewest // 15 and found * workers >= tiles
+        assert found == fewest or found % (1 << power) == 0 or (1 << power) % found == 0
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ([64] * 15, 64),  # of 61: no sequence is cut
+        ([64] * 7 + [512], 64),  # of 60: the long one alone
+        ([64] * 14 + [63], 60),  # and a length that fits not
+        ([0] + [64] * 15, 61),  # one tile without a key
+        ([], 1),
+    ],
+)
+def test_shares_of_lengths_in_common(monkeypatch, counts, expected):
+    """In tiles; the padding's tile, which is last, does not count for what they have in common."""
+    monkeypatch.setattr(tiles_module, "_INTERPRETER", replace(tiles_module._INTERPRETER, num_sms=32))
+    args, _ = case([(1, 0)] * max(len(counts), 1))
+    tiles = plan_attention._tiles(args["query"], args["key_cache"], 1, False)
+    args["seq_lens"] = torch.tensor([n * tiles.block_n for n in counts], dtype=torch.int32)
+    args["block_table"] = torch.zeros(len(counts), 10**4, dtype=torch.int32)
+    args["cu_seqlens_q"] = torch.arange(len(counts) + 1, dtype=torch.int32)
+    rows = plan_of(args, dict(max_seqlen_q=1))
+    assert len(rows) == 16 and rows[:, 4].eq(expected).all()
 
 
 def test_shares_are_those_of_the_lengths(device, many_workers):

@@ -1,4 +1,7 @@
-"""The second kernel of decoding: an item that was cut is put together from what its workers left, in their order."""
+"""The second kernel of decoding: an item that was cut is put together from what its workers left, in their order.
+
+It is there by item, where there are few, or by worker; then an item of many parts is shared out to programs by rows.
+"""
 
 from typing import Any
 
@@ -13,10 +16,92 @@ from octavo.kernels.launch import launch
 from octavo.kernels.tiles import cdiv, chains, let_next_start, wait_for_previous
 
 
+@triton.jit
+def _merge_rows(
+    out_ptr,
+    lse_ptr,
+    parts_ptr,
+    tops_ptr,
+    totals_ptr,
+    sinks_ptr,
+    first_n,
+    rows,
+    head_rows,
+    tile_start,
+    query_end,
+    pack,
+    workers,
+    first_worker,
+    last_worker,
+    inside,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PACK: tl.constexpr,
+    D: tl.constexpr,
+    RETURN_LSE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Merges ROWS of an item's rows, from `first_n`; the first worker's part lies `inside` rows into what it left."""
+    PACKS: tl.constexpr = (GROUP + PACK - 1) // PACK
+    n = first_n + tl.arange(0, ROWS)
+    in_head, first_row = n // head_rows * BLOCK_M, n % head_rows  # those of a head lie in a tile of their own
+    d = tl.arange(0, BLOCK_D)[None, None, :]
+    for further_rows in range(0, rows, head_rows):
+        m = further_rows + first_row
+        token, head, wanted = rows_of(in_head + m, tile_start, query_end, pack, GROUP, PACK, PACKS, HEADS, BLOCK_M)
+        wanted = wanted & (m < rows) & (n < HEADS * head_rows)
+        row = in_head + m
+        top = tl.full([ROWS], -float("inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        for further in range(first_worker, last_worker + 1, PARTS * STEPS):
+            loaded = ()
+            for step in tl.static_range(STEPS):
+                worker = further + step * PARTS + tl.arange(0, PARTS)
+                at = (pack * workers + worker) * (2 * HEADS * BLOCK_M) + tl.where(worker == first_worker, inside, 0)
+                at = at[:, None] + row[None, :]
+                there = (worker <= last_worker)[:, None] & wanted[None, :]  # [PARTS, ROWS]
+                tops = tl.load(tops_ptr + at, mask=there, other=-float("inf"))
+                totals = tl.load(totals_ptr + at, mask=there, other=0.0)
+                values = tl.load(
+                    parts_ptr + at[:, :, None] * D + d, mask=there[:, :, None] & (d < D), other=0.0
+                )  # [PARTS, ROWS, D]
+                loaded = loaded + ((tops, totals, values),)  # type: ignore[assignment]  # noqa: RUF005
+            for step in tl.static_range(STEPS):
+                tops, totals, values = loaded[step]
+                new_top = tl.maximum(top, tl.max(tops, 0))
+                shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+                weights = tl.exp2(tops - shift[None, :])
+                rescale = tl.exp2(top - shift)
+                total = total * rescale + tl.sum(totals * weights, 0)
+                acc = acc * rescale[:, None] + tl.sum(values * weights[:, :, None], 0)
+                top = new_top
+        store_result(
+            out_ptr,
+            lse_ptr,
+            sinks_ptr,
+            acc,
+            top,
+            total,
+            token,
+            head,
+            wanted,
+            KV_HEADS * GROUP,
+            D,
+            BLOCK_D,
+            RETURN_LSE,
+        )
+
+
 @triton.jit(do_not_specialize=["T", "B", "table_width", "window", "workers", "least", "head_rows"])
 def merge_parts_kernel(
-    # Bound by latency: a few kilobytes a row. One program some rows of an item (BY_ITEM: of each; else of the one in
-    # which a worker's share begins, if it is that item's second).
+    # Bound by latency: a few kilobytes a row. One program some rows of an item: BY_ITEM of each, else of the one in
+    # which a worker's share begins.
     out_ptr,
     lse_ptr,
     parts_ptr,
@@ -90,63 +175,80 @@ def merge_parts_kernel(
         item = index - items_before if BY_ITEM else (index * share - first) // tiles
     begin = first + item * tiles
     first_worker, last_worker = begin // share, tl.minimum((begin + tiles - 1) // share, workers - 1)
-    if (sequence > B) | (first_worker >= last_worker) | ((first_worker + 1 != index) & (not BY_ITEM)):
+    # By worker, an item has a program fewer than parts. The first merges all ROWS rows; but of many parts each of the
+    # first ROWS programs merges one row, with as many more of its parts at once: 65 take 3 round trips, not 17.
+    place = 0 if BY_ITEM else index - first_worker - 1
+    long = False if BY_ITEM else last_worker - first_worker >= (ROWS if ROWS > 8 else 8)
+    if (sequence > B) | (first_worker >= last_worker) | (place < 0) | (place >= tl.where(long, ROWS, 1)):
         last_worker = -1  # nothing to do
     tile_start = query_start + item * BLOCK_Q
     rows = tl.where(last_worker < 0, 0, tl.minimum(query_end - tile_start, BLOCK_Q) * PACK)  # of each head
-    n = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    in_head, first_row = n // head_rows * BLOCK_M, n % head_rows  # those of a head lie in a tile of their own
-    d = tl.arange(0, BLOCK_D)[None, None, :]
+    first_n = tl.program_id(2) * ROWS + place
     part_rows = 2 * ALL_PACKS * workers * (HEADS * BLOCK_M)
     tops_ptr, totals_ptr = parts_ptr + part_rows * D, parts_ptr + part_rows * (D + 1)
     wait_for_previous(CHAINED)
     let_next_start(CHAINED)
-    for further_rows in range(0, rows, head_rows):
-        m = further_rows + first_row
-        token, head, wanted = rows_of(in_head + m, tile_start, query_end, pack, GROUP, PACK, PACKS, HEADS, BLOCK_M)
-        wanted = wanted & (m < rows) & (n < HEADS * head_rows)
-        row = in_head + m
-        top = tl.full([ROWS], -float("inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        # The first worker's part is in its second slot, if the item begins inside of its share.
-        inside = tl.where(begin > first_worker * share, HEADS * BLOCK_M, 0)
-        for further in range(first_worker, last_worker + 1, PARTS * STEPS):
-            loaded = ()
-            for step in tl.static_range(STEPS):
-                worker = further + step * PARTS + tl.arange(0, PARTS)
-                at = (pack * workers + worker) * (2 * HEADS * BLOCK_M) + tl.where(worker == first_worker, inside, 0)
-                at = at[:, None] + row[None, :]
-                there = (worker <= last_worker)[:, None] & wanted[None, :]  # [PARTS, ROWS]
-                tops = tl.load(tops_ptr + at, mask=there, other=-float("inf"))
-                totals = tl.load(totals_ptr + at, mask=there, other=0.0)
-                values = tl.load(
-                    parts_ptr + at[:, :, None] * D + d, mask=there[:, :, None] & (d < D), other=0.0
-                )  # [PARTS, ROWS, D]
-                loaded = loaded + ((tops, totals, values),)  # type: ignore[assignment]  # noqa: RUF005
-            for step in tl.static_range(STEPS):
-                tops, totals, values = loaded[step]
-                new_top = tl.maximum(top, tl.max(tops, 0))
-                shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-                weights = tl.exp2(tops - shift[None, :])
-                rescale = tl.exp2(top - shift)
-                total = total * rescale + tl.sum(totals * weights, 0)
-                acc = acc * rescale[:, None] + tl.sum(values * weights[:, :, None], 0)
-                top = new_top
-        store_result(
+    # The first worker's part is in its second slot, if the item begins inside of its share.
+    inside = tl.where(begin > first_worker * share, HEADS * BLOCK_M, 0)
+    if long:
+        _merge_rows(
             out_ptr,
             lse_ptr,
+            parts_ptr,
+            tops_ptr,
+            totals_ptr,
             sinks_ptr,
-            acc,
-            top,
-            total,
-            token,
-            head,
-            wanted,
-            KV_HEADS * GROUP,
+            first_n,
+            rows,
+            head_rows,
+            tile_start,
+            query_end,
+            pack,
+            workers,
+            first_worker,
+            last_worker,
+            inside,
+            KV_HEADS,
+            GROUP,
+            PACK,
             D,
-            BLOCK_D,
             RETURN_LSE,
+            BLOCK_M,
+            HEADS,
+            BLOCK_D,
+            1,
+            PARTS * ROWS * STEPS,
+            1,
+        )
+    else:
+        _merge_rows(
+            out_ptr,
+            lse_ptr,
+            parts_ptr,
+            tops_ptr,
+            totals_ptr,
+            sinks_ptr,
+            first_n,
+            rows,
+            head_rows,
+            tile_start,
+            query_end,
+            pack,
+            workers,
+            first_worker,
+            last_worker,
+            inside,
+            KV_HEADS,
+            GROUP,
+            PACK,
+            D,
+            RETURN_LSE,
+            BLOCK_M,
+            HEADS,
+            BLOCK_D,
+            ROWS,
+            PARTS,
+            STEPS,
         )
 
 

@@ -4,7 +4,7 @@ All keys that the step reads of a head, or of some heads side by side, stand in 
 sequence. A fixed number of programs, the workers, take equal shares of that row (stream-K: Osama et al. 2023,
 https://arxiv.org/abs/2301.03598), whatever the lengths are. A share begins and ends anywhere: where an item (a query
 tile and KV head) is cut, its workers leave partial results, and a second kernel merges them in order (flash decoding,
-https://pytorch.org/blog/flash-decoding).
+https://pytorch.org/blog/flash-decoding). Lengths with a power of two in common are cut less often (`share_of`).
 
 Heads side by side are read at the same time: on an H100 that is 7 % faster than at different times, since a token's
 heads are one piece of memory. Each program finds its place in the row by a scan over the lengths, which for up to 255
@@ -78,6 +78,25 @@ def _extents(
 
 
 @triton.jit
+def share_of(total, common, workers, least):
+    """How many of the `total` tiles each of the `workers` takes; `common`, a power of two, divides every sequence's.
+
+    As few as there must be, or up to a 15th more where that makes it a multiple of `common`, or half or a quarter of
+    it: then shares end where sequences end and there is less to merge; the last workers are idle. On an H100, 256
+    sequences of 1024 keys have shares of 128 tiles, not 125, and take 359 µs instead of 369, since none is cut; 63 of
+    them beside one of 65,536 have 64, not 62, and take 186 instead of 191, since that one alone is cut. Sequences of
+    any lengths have little in common, long ones are cut into many parts anyway: their shares stay as even as can be.
+    """
+    share = tl.maximum(tl.cdiv(total, workers), least)
+    power = share - 1
+    for i in tl.static_range(5):
+        power |= power >> (1 << i)
+    step = tl.minimum(power + 1, common)  # the next power of two, if sequences have that in common
+    whole = tl.cdiv(share, step) * step
+    return tl.where((whole - share <= share // 15) & (common // 4 <= whole), whole, share)
+
+
+@triton.jit
 def find(
     index,
     seq_lens_ptr,
@@ -101,13 +120,16 @@ def find(
     Returns (sequence, the items before it, the tiles before it, tiles of a share, tiles in all).
     """
     total = 0
+    common = MOST
     for start in range(0, B + 1, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
         items, tiles = _extents(
             b, seq_lens_ptr, cu_seqlens_q_ptr, T, B, max_keys, window, CAUSAL, WINDOW, BLOCK_Q, BLOCK_N, KEYS
         )
         total += tl.sum(items * tiles, 0)
-    share = tl.maximum(tl.cdiv(total, workers), least)
+        # Not that of the padding, which is last.
+        common = tl.minimum(common, tl.min(tl.where(b < B, tiles & -tiles, MOST), 0))
+    share = share_of(total, common, workers, least)
     at = index if BY_ITEM else index * share
     sequence, items_before, tiles_before, counted = 0, 0, 0, 0
     for start in range(0, B + 1, BLOCK_B):
