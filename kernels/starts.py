@@ -41,7 +41,7 @@ def start_of(launch: Launch, where: dict[int, int]) -> tuple[Any, ...] | None:
     """What `plan.c` takes for a launch that was started directly; None where it has no way to start it.
 
     Args:
-        where: id of a tensor → its number among the plan's.
+        where: id of a tensor that has elements → its number among the plan's.
     """
     assert launch.ready is not None
     compiled, metas = launch.ready.compiled, iter(launch.ready.descriptors)
@@ -54,10 +54,10 @@ def start_of(launch: Launch, where: dict[int, int]) -> tuple[Any, ...] | None:
         if kind == "constexpr":
             continue
         if kind.startswith("tensordesc"):
-            meta = next(metas)
-            if meta is None:
+            meta, tensor = next(metas), where.get(id(tensor_of(value)))
+            if meta is None or tensor is None:
                 return None
-            parameters.append((_MAP_BYTES, where[id(tensor_of(value))], 0, Encodings(value, meta)))
+            parameters.append((_MAP_BYTES, tensor, 0, Encodings(value, meta)))
             parameters += [(4, -1, size & 0xFFFFFFFF, None) for size in value.shape]
             parameters += [(8, -1, stride & 0xFFFFFFFFFFFFFFFF, None) for stride in value.strides]
         elif kind.startswith("*"):

@@ -489,6 +489,47 @@ def check_what_fails_in_a_plan() -> None:
         assert len(plans) == planned and asked, (wrong, asked)
 
 
+def check_workspaces() -> None:
+    """What no one sees is memory without a tensor, let go once, whatever becomes of the call; or one that is filled."""
+    pretend()
+    taken, released, real = {}, [], replay._allocation
+
+    def allocate(size, stream):
+        assert stream == STREAM
+        buffer = ctypes.create_string_buffer(size)
+        taken[ctypes.addressof(buffer)] = buffer
+        return ctypes.addressof(buffer)
+
+    replay._allocate, replay._release = allocate, released.append
+    replay._allocation = lambda out, returned: real(out, True) if returned else out.nbytes
+    for name in ("paged_attention", "sample"):
+        function, tensors, others = cases(3)[name]
+        for _ in range(2):
+            function(**tensors, **others)
+        assert len(next(iter(function.plans.values()))) == 1 and not taken
+        with ordinary():
+            expected = run(function, tensors, others)
+        assert run(function, tensors, others) == expected
+        (workspace,) = taken
+        assert released == [workspace] and all(workspace in values for _, values, _ in calls)
+
+        torch.use_deterministic_algorithms(True)
+        assert run(function, tensors, others) == expected and released == [workspace]
+        torch.use_deterministic_algorithms(False)
+
+        refuse = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)(lambda *_: 700)
+        starts._module().use(ctypes.cast(refuse, ctypes.c_void_p).value, 0)
+        try:
+            function(**tensors, **others)
+        except RuntimeError as error:
+            assert "CUDA error 700" in str(error)
+        else:
+            raise AssertionError("it was started")
+        starts._module().use(ctypes.cast(started, ctypes.c_void_p).value, 0)
+        assert released == list(taken) and len(taken) == 2
+        taken.clear(), released.clear()
+
+
 def check_threads() -> None:
     """Threads that make and use plans at the same time start what each of them asked for."""
     pretend()

@@ -57,10 +57,8 @@ def search(x: torch.Tensor, weights: Sequence[torch.Tensor], s: torch.Tensor) ->
     for step in range(STEPS):
         by = log_s.exp()
         x_steps, w_steps = _steps(inputs / by), _steps(outputs * by)
-        x_passed, w_passed = (
-            of_outputs * by.square(),
-            of_inputs / by.square(),
-        )  # what a step of each comes to in outputs
+        # What a step of each comes to in outputs.
+        x_passed, w_passed = of_outputs * by.square(), of_inputs / by.square()
         x_error, w_error = x_steps.sum() * x_passed.sum(), w_steps.sum() * w_passed.sum()
         error = x_error + w_error
         best, least = torch.where(error < least, log_s, best), torch.minimum(error, least)
