@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=128 * 2048)
     parser.add_argument("--damp", type=float, default=0.1, help="of int4 by GPTQ")
     parser.add_argument("--keep", nargs="*", default=[], help="layers left dense, as octavo quantize --keep names them")
+    parser.add_argument("--weights-only", nargs="*", default=[], help="of int8: layers whose inputs are not quantised")
     parser.add_argument("--only", nargs="*", help="schemes, as the table names them")
     parser.add_argument("--engine", action="store_true", help="measure with LLM too")
     parser.add_argument("--out", type=Path)
@@ -40,7 +41,7 @@ def main() -> None:
     tokens = dict(calibration_tokens=args.calibration_tokens, keep=tuple(args.keep))
     schemes: dict[str, Settings | None] = {
         "as shipped": None,
-        "int8": Settings("int8", method="gptq", **tokens),
+        "int8": Settings("int8", method="gptq", weights_only=tuple(args.weights_only), **tokens),
         "fp8": Settings("fp8", method="gptq", **tokens),
         "int4 rtn": Settings("int4", method="rtn", keep=tuple(args.keep), **group),
         "int4 gptq": Settings("int4", method="gptq", damp=args.damp, **group, **tokens),
@@ -65,6 +66,8 @@ def main() -> None:
             row = dict(model=args.model, scheme=name, device=where, torch=torch.__version__, perplexity=perplexity)
             row |= dict(change=perplexity / shipped - 1, tokens=sum(map(len, sequences)), calibration_tokens=calibrated)
             row |= dict(keep=[] if settings is None else args.keep)
+            if settings is not None and settings.weights_only:
+                row |= dict(weights_only=args.weights_only)
             row |= dict(megabytes=checkpoint.num_bytes / 1e6, seconds=seconds)
             if args.engine:
                 llm = LLM(str(path), device=device, max_num_batched_tokens=512, warmup=False)

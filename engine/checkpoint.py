@@ -224,7 +224,7 @@ class FolderCheckpoint:
 
     def _split(self, name: str) -> tuple[str, str]:
         """The module that a tensor belongs to, and which of its tensors it is."""
-        suffixes = () if self._format is None else self._format.required | self._format.optional
+        suffixes = () if self._format is None else self._format.suffixes
         for suffix in sorted(suffixes, key=len, reverse=True):
             if name.endswith(f".{suffix}"):
                 return name[: -len(suffix) - 1], suffix
@@ -236,7 +236,7 @@ class FolderCheckpoint:
         if self._format is None:
             return {}
         layers: dict[str, dict[str, TensorFile]] = {}
-        suffixes = self._format.required | self._format.optional
+        suffixes = self._format.suffixes
         for name, file in self._where.items():
             module, suffix = self._split(name)
             if suffix in suffixes:
@@ -244,7 +244,7 @@ class FolderCheckpoint:
         layers = {module: parts for module, parts in layers.items() if parts.keys() != {"weight"}}
         for module, parts in layers.items():
             try:
-                self._format.check(module, parts)
+                self._format.of(module).check(module, parts)
             except ValueError as error:
                 raise ValueError(f"{parts[min(parts)].path}: {error}") from None
         return layers
@@ -265,7 +265,7 @@ class FolderCheckpoint:
                 assert self._format is not None
                 shapes = {s: parts[s].tensors[f"{module}.{s}"].shape for s in parts}
                 try:
-                    index[f"{module}.weight"] = Entry(file.path, self._format.shape(shapes))
+                    index[f"{module}.weight"] = Entry(file.path, self._format.of(module).shape(shapes))
                 except ValueError as error:
                     raise ValueError(f"{file.path}: {module}.{error}") from None
         return index
@@ -283,7 +283,7 @@ class FolderCheckpoint:
         assert self._format is not None
         read = {suffix: file.read(f"{module}.{suffix}", reader) for suffix, file in parts.items()}
         try:
-            return self._format.weight(module, read, dtype)
+            return self._format.of(module).weight(module, read, dtype)
         except ValueError as error:
             raise ValueError(f"{parts[min(parts)].path}: {error}") from None
 

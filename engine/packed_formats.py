@@ -8,14 +8,17 @@ become those of an `Int4Weight`, `Int8Weight` or `Fp8Weight`, exactly. bitsandby
 | GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323) | `qweight` int32 [K / 8, N], inputs from the lowest bits | `qzeros` [groups, N / 8], less 1 in its first version |
 | AWQ (Lin et al. 2023, https://arxiv.org/abs/2306.00978), "gemm" | `qweight` [K, N / 8], outputs 0, 2, 4, 6, 1, 3, 5, 7 | `qzeros` [groups, N / 8], alike |
 | compressed-tensors "pack-quantized", 4 bits | `weight_packed` [N, K / 8], plus 8 | `weight_zero_point` [N / 8, groups] |
+| the same, 8 bits | `weight_packed` [N, K / 4], plus 128 | none |
 | compressed-tensors "int-quantized", 8 bits | `weight` int8 [N, K]; `input_scale` where static | none |
 | compressed-tensors "float-quantized", fp8 | `weight` float8_e4m3fn [N, K], a scale a tensor, output or block | none |
 | Hugging Face's "fp8" | the same by block, scales under the name `weight_scale_inv` | none |
 
 Where the 8-bit formats say that activations are quantised too, the layer's are (W8A8): int8 and fp8 with a scale a
 weight tensor or output and activations by token or tensor, fp8 in blocks of 128 by 128 and activations in groups of 128.
+A checkpoint of compressed-tensors may have several formats, each for the layers that its config group names.
 """  # noqa: E501  (a table)
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -48,6 +51,15 @@ class PackedFormat:
     size: Callable[[int, int], tuple[int, int] | None] = lambda n, k: (n, k)
     """Outputs and inputs by the shape of `codes`; None where that does not tell."""
 
+    @property
+    def suffixes(self) -> frozenset[str]:
+        """Of all tensors that a quantised layer may have."""
+        return self.required | self.optional
+
+    def of(self, module: str) -> "PackedFormat":
+        """The format of one layer, which is that of all."""
+        return self
+
     def check(self, module: str, suffixes: Collection[str]) -> None:
         """Raises ValueError where a tensor that makes up the layer is not among those that are there."""
         missing = self.required.difference(suffixes)
@@ -77,6 +89,34 @@ class PackedFormat:
         return weight.to(dtype) if isinstance(weight, torch.Tensor) else weight
 
 
+@dataclass(frozen=True)
+class MixedFormats:
+    """Formats of a checkpoint whose layers have not all the same."""
+
+    groups: tuple[tuple[tuple[str, ...], PackedFormat], ...]
+    """Of each, whose it is: names of modules, "re:" and what their names begin with, as a pattern, or "Linear"."""
+
+    @property
+    def suffixes(self) -> frozenset[str]:
+        """Of all tensors that a quantised layer may have."""
+        return frozenset().union(*(form.suffixes for _, form in self.groups))
+
+    def of(self, module: str) -> PackedFormat:
+        """The format of one layer: that which names it before that of all linear layers, as compressed-tensors has it.
+
+        Raises:
+            ValueError: no group names the layer.
+        """
+        for targets, form in self.groups:
+            patterns = (re.match(t.removeprefix("re:"), module) for t in targets if t.startswith("re:"))
+            if module in targets or any(patterns):
+                return form
+        for targets, form in self.groups:
+            if "Linear" in targets:
+                return form
+        raise ValueError(f"{module}: quantised, but no group of config_groups names it")
+
+
 def _gptq(module: str, parts: Parts, zero_offset: int) -> Int4Weight:
     q = _nibbles(module, "qweight", parts["qweight"], dim=0).t().contiguous()  # [N, K]
     scale = _scales(module, "scales", parts["scales"].t(), q)
@@ -92,10 +132,7 @@ def _awq(module: str, parts: Parts) -> Int4Weight:
 
 
 def _packed(module: str, parts: Parts) -> Int4Weight:
-    q = _nibbles(module, "weight_packed", parts["weight_packed"], dim=1)
-    shape = parts["weight_shape"].tolist()
-    if list(q.shape) != shape:
-        raise ValueError(f"{module}.weight_packed: holds {list(q.shape)} codes; {module}.weight_shape says {shape}")
+    q = _of_shape(module, _nibbles(module, "weight_packed", parts["weight_packed"], dim=1), parts)
     scale = _scales(module, "weight_scale", parts["weight_scale"], q)
     order = _order(module, "weight_g_idx", parts.get("weight_g_idx"), q, scale)
     if "weight_zero_point" in parts:
@@ -103,6 +140,24 @@ def _packed(module: str, parts: Parts) -> Int4Weight:
     else:
         zero = torch.full(scale.shape, 8, device=scale.device)
     return _int4(module, "weight_zero_point", q, scale, zero, order)
+
+
+def _packed_bytes(module: str, parts: Parts) -> Int8Weight:
+    words = parts["weight_packed"]
+    if words.dtype != torch.int32 or words.dim() != 2:
+        raise ValueError(
+            f"{module}.weight_packed: {words.dtype}, shape {tuple(words.shape)}; expected int32 of two dimensions"
+        )
+    q = (words.contiguous().view(torch.uint8) ^ 128).view(torch.int8)
+    return _integers(module, {"weight": _of_shape(module, q, parts), "weight_scale": parts["weight_scale"]})
+
+
+def _of_shape(module: str, q: torch.Tensor, parts: Parts) -> torch.Tensor:
+    """Codes that are as many as `weight_shape` says."""
+    shape = parts["weight_shape"].tolist()
+    if list(q.shape) != shape:
+        raise ValueError(f"{module}.weight_packed: holds {list(q.shape)} codes; {module}.weight_shape says {shape}")
+    return q
 
 
 def _integers(module: str, parts: Parts, activations: Activations | None = None) -> Int8Weight:
@@ -144,7 +199,7 @@ def _with_scale(module: str, activations: Activations | None, parts: Parts) -> A
     return Activations("tensor", scale.reshape(1).float())
 
 
-def packed_format(config: Mapping[str, Any]) -> tuple[PackedFormat, list[str]]:
+def packed_format(config: Mapping[str, Any]) -> tuple[PackedFormat | MixedFormats, list[str]]:
     """The format that a `quantization_config` names, and what the user should know about it.
 
     Raises:
@@ -181,20 +236,30 @@ def packed_format(config: Mapping[str, Any]) -> tuple[PackedFormat, list[str]]:
     raise _unsupported("quant_method", method, "gptq, awq, compressed-tensors, fp8, bitsandbytes (nf4); and GGUF files")
 
 
-def _compressed_tensors(config: Mapping[str, Any]) -> tuple[PackedFormat, list[str]]:
+def _compressed_tensors(config: Mapping[str, Any]) -> tuple[PackedFormat | MixedFormats, list[str]]:
     groups = list((config.get("config_groups") or {}).values())
-    if len(groups) != 1:
-        raise _unsupported("config_groups", f"{len(groups)} of them", "one, for all linear layers")
-    weights = groups[0].get("weights") or {}
-    name = groups[0].get("format") or config.get("format")
-    inputs = groups[0].get("input_activations")
+    if not groups:
+        raise _unsupported("config_groups", "0 of them", "one for all linear layers, or several that name theirs")
+    formats, notes = [], []
+    for group in groups:
+        form, said = _config_group(group, group.get("format") or config.get("format"))
+        formats.append((tuple(group.get("targets") or ()), form))
+        notes += [note for note in said if note not in notes]
+    if config.get("kv_cache_scheme"):
+        notes.insert(0, "the KV cache is not quantised, though the checkpoint has scales for it")
+    return formats[0][1] if len(formats) == 1 else MixedFormats(tuple(formats)), notes
+
+
+def _config_group(group: Mapping[str, Any], name: str | None) -> tuple[PackedFormat, list[str]]:
+    """The format that a config group describes, which is called `name`."""
+    weights = group.get("weights") or {}
+    inputs = group.get("input_activations")
     activations = _activations(inputs, weights) if inputs else None
     notes = [_PLAIN_ACTIVATIONS] if inputs and activations is None else []
-    static = activations is not None and not inputs.get("dynamic")
+    static = inputs is not None and activations is not None and not inputs.get("dynamic")
     required, optional = ({"input_scale"}, ()) if static else ((), {"input_scale"})
-    if config.get("kv_cache_scheme"):
-        notes.append("the KV cache is not quantised, though the checkpoint has scales for it")
-    _expect(weights, "symmetric", (True, False) if name == "pack-quantized" else (True,), default=True)
+    bits = weights.get("num_bits")
+    _expect(weights, "symmetric", (True, False) if (name, bits) == ("pack-quantized", 4) else (True,), default=True)
     if name == "float-quantized":
         _expect(weights, "type", ("float",))
         _expect(weights, "num_bits", (8,))
@@ -208,8 +273,11 @@ def _compressed_tensors(config: Mapping[str, Any]) -> tuple[PackedFormat, list[s
     _expect(weights, "type", ("int",), default="int")
     _expect(weights, "strategy", ("group", "channel"))
     if name == "pack-quantized":
-        _expect(weights, "num_bits", (4,))
+        _expect(weights, "num_bits", (4, 8))
         names = frozenset({"weight_packed", "weight_scale", "weight_shape"})
+        if bits == 8:
+            _expect(weights, "actorder", (None, "weight", "static"))
+            return PackedFormat(_packed_bytes, names, frozenset(), "weight_packed", lambda n, k: (n, 4 * k)), notes
         zero_and_order = frozenset({"weight_zero_point", "weight_g_idx"})
         return PackedFormat(_packed, names, zero_and_order, "weight_packed", lambda n, k: (n, 8 * k)), notes
     if name == "int-quantized":

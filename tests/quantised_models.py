@@ -54,6 +54,8 @@ FORMATS = {
     "packed asymmetric": (compressed(symmetric=False), 32),
     "packed act-order": (compressed(actorder="group"), 32),
     "packed channels": (compressed(strategy="channel", group_size=None), None),
+    "packed bytes": (compressed(num_bits=8), 32),
+    "packed bytes, channels": (compressed(num_bits=8, strategy="channel", group_size=None), None),
     "integers": (compressed("int-quantized", num_bits=8, strategy="channel", group_size=None), None),
     "float8": (compressed("float-quantized", **FP8, strategy="tensor"), None),
     "float8 channels": (compressed("float-quantized", **FP8, strategy="channel"), None),
@@ -82,10 +84,14 @@ def written(name, n, k, generator):
         return written_nf4(name, n, k, generator)
     group = FORMATS[name][1] or k
     scale = (torch.rand(n, k // group, generator=generator) * 0.02 + 0.01).half()
-    if name == "integers":
+    if name == "integers" or "bytes" in name:
         q = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
         scale = scale / 16
-        return dict(weight=q, weight_scale=scale), q.float() * scale.float().repeat_interleave(group, 1)
+        parts = dict(weight=q, weight_scale=scale)
+        if name != "integers":
+            packed = torch.from_numpy((q.numpy().astype(np.int16) + 128).astype(np.uint8).view("<i4").copy())
+            parts = dict(weight_packed=packed, weight_scale=scale, weight_shape=torch.tensor([n, k]))
+        return parts, q.float() * scale.float().repeat_interleave(group, 1)
     q = torch.randint(0, 16, (n, k), generator=generator)
     zero = torch.full(scale.shape, 8)
     g_idx = torch.arange(k) // group

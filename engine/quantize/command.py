@@ -37,6 +37,9 @@ def quantize_command(
     keep: Annotated[
         list[str] | None, typer.Option(help="Layers not to quantise, by part of their names: down_proj, layers.0, ….")
     ] = None,
+    weights_only: Annotated[
+        list[str] | None, typer.Option(help="Of int8: layers whose inputs are not quantised, named like --keep's.")
+    ] = None,
     evaluation: Annotated[
         str | None, typer.Option(help='A text file for perplexity, or "none"; by default bench/text/founding.txt.')
     ] = None,
@@ -53,6 +56,7 @@ def quantize_command(
         calibration_tokens,
         sequence_length,
         tuple(keep or ()),
+        tuple(weights_only or ()),
     )
     console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -32,7 +32,9 @@ class LayerQuantizer:
         self.settings, self.forward = settings, forward
         self.stored_dtype, self.dtype, self.device = stored_dtype, dtype, forward.device
         self.kept = frozenset(settings.kept(forward.config))
-        self.format, _ = packed_format(settings.quantization_config())
+        weights_only = settings.by_weights_only(forward.config)
+        self.weights_only = frozenset(weights_only)
+        self.format, _ = packed_format(settings.quantization_config(weights_only=weights_only))
 
     def quantize(
         self, name: str, weights: dict[str, Weight], calibration: Stream | None, progress: Callable[[str], None]
@@ -129,7 +131,7 @@ class LayerQuantizer:
             first.add(x)
             sample.append(x[::every])
             last.add(forward.last_inputs(half, linear(x)))
-        if modules[0] not in self.kept:
+        if modules[0] not in self.kept | self.weights_only:
             norm, values[:] = balance(norm, values, first.value, alpha, torch.cat(sample))
         tensors[norm_name] = norm.cpu()
         heads = forward.config.num_key_value_heads if half is ATTENTION else 1
@@ -200,9 +202,9 @@ class LayerQuantizer:
         rows, sizes = [], [len(w) for w in values]
         scales = scale.split([n // BLOCK for n in sizes] if s.scheme == "fp8-block" else sizes)
         for module, w, codes, of in zip(modules, values, q.split(sizes), scales, strict=True):
-            parts = stored(codes, of, s)
+            parts = stored(codes, of, s, packed=s.scheme == "int4" or module in self.weights_only)
             tensors |= {f"{module}.{suffix}": part for suffix, part in parts.items()}
-            error = dequantize(self.format.weight(module, parts), self.device) - w
+            error = dequantize(self.format.of(module).weight(module, parts), self.device) - w
             row = {"name": f"{module}.weight", "error": (error.norm() / w.norm()).item()}
             if hessian is not None:
                 row["output_error"] = (_energy(error, hessian) / _energy(w, hessian)) ** 0.5
@@ -218,8 +220,8 @@ class LayerQuantizer:
     def _weight(self, module: str, tensors: Tensors) -> Weight:
         if module in self.kept:
             return tensors[f"{module}.weight"]
-        suffixes = self.format.required
-        return self.format.weight(module, {suffix: tensors[f"{module}.{suffix}"] for suffix in suffixes})
+        form = self.format.of(module)
+        return form.weight(module, {suffix: tensors[f"{module}.{suffix}"] for suffix in form.required})
 
     def _dense_linear(self, modules: list[str], tensors: Tensors) -> Linear:
         weights: list[Weight] = [dequantize(self._weight(m, tensors), self.device) for m in modules]

@@ -90,13 +90,17 @@ def _positive(scale: torch.Tensor) -> torch.Tensor:
     return scale.clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def stored(q: torch.Tensor, scale: torch.Tensor, settings: Settings) -> dict[str, torch.Tensor]:
-    """The tensors of a layer by suffix, on the CPU; int4 has eight codes, plus 8, a word, from the lowest bits."""
+def stored(q: torch.Tensor, scale: torch.Tensor, settings: Settings, packed: bool) -> dict[str, torch.Tensor]:
+    """The tensors of a layer by suffix, on the CPU.
+
+    int4 has eight codes, plus 8, a word, from the lowest bits; int8, where it is `packed`, four, plus 128.
+    """
     scale = scale.cpu().contiguous()
-    if settings.scheme != "int4":
+    if not packed:
         return {"weight": q.cpu().contiguous(), "weight_scale": scale}
-    codes = (q.to(torch.int32) + 8).unflatten(1, (-1, 8))
+    bits = 4 if settings.scheme == "int4" else 8
+    codes = (q.to(torch.int32) + 2 ** (bits - 1)).unflatten(1, (-1, 32 // bits))
     words = torch.zeros_like(codes[..., 0])
-    for i in range(8):
-        words |= codes[..., i] << 4 * i
+    for i in range(32 // bits):
+        words |= codes[..., i] << bits * i
     return {"weight_packed": words.cpu(), "weight_scale": scale, "weight_shape": torch.tensor(q.shape)}

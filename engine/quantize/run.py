@@ -192,7 +192,8 @@ class _Run:
                 config.pop(key, None)
         else:
             config = self.config.to_hf()
-        return config | {"quantization_config": self.settings.quantization_config(self.settings.kept(self.config))}
+        kept, weights_only = self.settings.kept(self.config), self.settings.by_weights_only(self.config)
+        return config | {"quantization_config": self.settings.quantization_config(kept, weights_only)}
 
     def write_tokenizer(self, folder: Path) -> None:
         if isinstance(self.checkpoint, FolderCheckpoint):

@@ -1,7 +1,7 @@
 """What `octavo quantize` is asked for, and the `quantization_config` that says so to whoever loads the result."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from octavo.engine.config import ModelConfig
@@ -37,6 +37,9 @@ class Settings:
         keep: linear layers that stay as they are, by whole parts of their names: "down_proj" is that of every layer,
             "layers.0" all of the first. Those with the same input, q, k and v, gate and up, are kept together, since
             engines make one layer of them. compressed-tensors' `ignore` names them.
+        weights_only: of int8, layers whose inputs stay as they are (W8A16), named like those of `keep`: for inputs that
+            8 bits do not hold. Their weights are stored as compressed-tensors' "pack-quantized", in a group of their
+            own.
 
     Raises:
         ValueError: a value that is not accepted.
@@ -51,6 +54,7 @@ class Settings:
     calibration_tokens: int = 128 * 2048
     sequence_length: int = 128
     keep: tuple[str, ...] = ()
+    weights_only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, supported in (("scheme", SCHEMES), ("method", METHODS), ("group_size", GROUP_SIZES)):
@@ -62,6 +66,8 @@ class Settings:
             raise ValueError(f"damp: {self.damp}; expected more than 0 and at most 1")
         if not 0 <= self.smooth < 1:
             raise ValueError(f"smooth: {self.smooth}; expected 0 (off) or less than 1; 0.5 is usual")
+        if self.weights_only and self.scheme != "int8":
+            raise ValueError(f"weights_only: {self.weights_only}, but the scheme is {self.scheme}: it is for int8")
         for name in ("calibration_tokens", "sequence_length"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name}: {getattr(self, name)}; expected at least 2")
@@ -91,28 +97,31 @@ class Settings:
         if self.calibrates:
             names |= {"calibration_tokens", "sequence_length"}
         effective = {name: value for name, value in asdict(self).items() if name in names}
-        return effective | ({"keep": list(self.keep)} if self.keep else {})
+        named = {"keep": self.keep, "weights_only": self.weights_only}
+        return effective | {name: list(parts) for name, parts in named.items() if parts}
 
     def kept(self, config: ModelConfig) -> list[str]:
         """The full names of the layers that stay as they are."""
+        return _named(self.keep, config)
 
-        def named(modules: list[str]) -> bool:
-            return any(f".{part}." in f".{module}." for part in self.keep for module in modules)
-
-        same_input = [of for half in HALVES for of in (half.first, (half.last,))]
-        inputs = [[f"model.layers.{i}.{m}" for m in of] for i in range(config.num_hidden_layers) for of in same_input]
-        return [module for modules in inputs if named(modules) for module in modules]
+    def by_weights_only(self, config: ModelConfig) -> list[str]:
+        """The full names of the layers whose inputs stay as they are."""
+        kept = set(self.kept(config))
+        return [name for name in _named(self.weights_only, config) if name not in kept]
 
     def check(self, config: ModelConfig) -> None:
         """Looks at every linear layer's shape before any work is done.
 
         Raises:
             ValueError: a shape that the scheme does not fit; it names the tensor, and what would fit. Or a part of
-                `keep` that no layer has.
+                `keep` or `weights_only` that no layer has.
         """
-        for part in self.keep:
-            if not replace(self, keep=(part,)).kept(config):
-                raise ValueError(f"keep: {part!r} is in no linear layer's name, such as model.layers.0.mlp.down_proj")
+        for name in ("keep", "weights_only"):
+            for part in getattr(self, name):
+                if not _named((part,), config):
+                    raise ValueError(
+                        f"{name}: {part!r} is in no linear layer's name, such as model.layers.0.mlp.down_proj"
+                    )
         c = config
         q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         shapes = {
@@ -138,8 +147,11 @@ class Settings:
             if k % 32:
                 raise ValueError(f"{at}: {k} inputs; expected a multiple of 32")
 
-    def quantization_config(self, kept: Sequence[str] = ()) -> dict[str, Any]:
-        """config.json's entry, in compressed-tensors' terms; `kept` are the layers that are not quantised."""
+    def quantization_config(self, kept: Sequence[str] = (), weights_only: Sequence[str] = ()) -> dict[str, Any]:
+        """config.json's entry, in compressed-tensors' terms; by their full names, the layers that are not quantised.
+
+        And those whose weights alone are.
+        """
         bits, kind = (4 if self.scheme == "int4" else 8), ("float" if self.scheme.startswith("fp8") else "int")
         weights: dict[str, Any] = dict(num_bits=bits, type=kind, symmetric=True, dynamic=False)
         inputs: dict[str, Any] = dict(num_bits=8, type=kind, symmetric=True, dynamic=True)
@@ -156,11 +168,26 @@ class Settings:
         form = {"int4": "pack-quantized", "int8": "int-quantized"}.get(self.scheme, "float-quantized")
         group: dict[str, Any] = dict(targets=["Linear"], weights=weights, format=form)
         group["input_activations"] = None if self.scheme == "int4" else inputs
+        groups = {"group_0": group}
+        if weights_only:
+            groups["group_1"] = group | dict(targets=[*weights_only], input_activations=None, format="pack-quantized")
+            form = "mixed-precision"
         return dict(
             quant_method="compressed-tensors",
             quantization_status="compressed",
             format=form,
-            config_groups={"group_0": group},
+            config_groups=groups,
             ignore=["lm_head", *kept],
             kv_cache_scheme=None,
         )
+
+
+def _named(parts: Sequence[str], config: ModelConfig) -> list[str]:
+    """The full names of the linear layers that have one of the parts in theirs, and of those with the same input."""
+
+    def named(modules: list[str]) -> bool:
+        return any(f".{part}." in f".{module}." for part in parts for module in modules)
+
+    same_input = [of for half in HALVES for of in (half.first, (half.last,))]
+    inputs = [[f"model.layers.{i}.{m}" for m in of] for i in range(config.num_hidden_layers) for of in same_input]
+    return [module for modules in inputs if named(modules) for module in modules]

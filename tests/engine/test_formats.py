@@ -61,6 +61,8 @@ def kind_of(name):
         return torch.Tensor
     if name.startswith("GGUF"):
         return KEPT.get(name.split()[1], torch.Tensor)
+    if "bytes" in name:
+        return Int8Weight
     first = name.replace(",", "").split()[0]
     return KEPT.get(first, Fp8Weight if first.startswith("f") else Int4Weight)
 

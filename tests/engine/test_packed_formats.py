@@ -13,6 +13,7 @@ from quantised_models import CONFIG, FORMATS, FP8, compressed, save_quantised, w
 from safetensors.torch import load_file, save_file
 
 from octavo.engine.checkpoint import open_checkpoint
+from octavo.engine.layers import dequantize
 from octavo.engine.packed_formats import packed_format
 
 COMPRESSED_TENSORS = [name for name in FORMATS if name.startswith(("packed", "integers", "float8"))]
@@ -62,6 +63,13 @@ def read_layer(name, change=None, drop=(), n=48, k=64):
         ),
         ("awq", {"qweight": torch.zeros(64, 6)}, [], r"a.b.qweight: torch.float32, shape \(64, 6\); expected int32"),
         ("packed", {"weight_shape": torch.tensor([48, 60])}, [], r"a.b.weight_packed: holds \[48, 64\].* \[48, 60\]"),
+        (
+            "packed bytes",
+            {"weight_packed": torch.zeros(48, 16)},
+            [],
+            r"a.b.weight_packed: torch.float32.*expected int32",
+        ),
+        ("packed bytes", {"weight_shape": torch.tensor([48, 60])}, [], r"a.b.weight_packed: holds \[48, 64\].*60\]"),
         ("packed", {"weight_g_idx": torch.zeros(64)}, [], r"a.b.weight_g_idx: not the groups"),
         ("fp8", {"weight_scale_inv": torch.ones(1, 3)}, [], r"a.b.weight_scale_inv: shape \(1, 3\); expected \(1, 2\)"),
         ("float8", {"weight": torch.zeros(48, 64)}, [], r"a.b.weight: torch.float32.*expected float8_e4m3fn"),
@@ -81,7 +89,9 @@ def test_tensors_that_do_not_fit_are_named(name, change, drop, message):
         (dict(quant_method="gptq", bits=4, checkpoint_format="marlin"), "checkpoint_format: 'marlin'"),
         (dict(quant_method="awq", bits=4, version="gemv"), "version: 'gemv'; supported: gemm"),
         (dict(quant_method="compressed-tensors", format="pack-quantized"), "config_groups: '0 of them'"),
-        (compressed(num_bits=8), "num_bits: 8; supported: 4"),
+        (compressed(num_bits=3), "num_bits: 3; supported: 4, 8"),
+        (compressed(num_bits=8, symmetric=False), "symmetric: False"),
+        (compressed(num_bits=8, actorder="group"), "actorder: 'group'"),
         (compressed(type="float"), "type: 'float'; supported: int"),
         (compressed(strategy="tensor"), "strategy: 'tensor'; supported: group, channel"),
         (compressed("int-quantized", num_bits=8, symmetric=False), "symmetric: False"),
@@ -96,6 +106,29 @@ def test_tensors_that_do_not_fit_are_named(name, change, drop, message):
 def test_formats_that_are_not_supported(config, message):
     with pytest.raises(ValueError, match="quantization_config: " + message):
         packed_format(config)
+
+
+def test_layers_of_several_formats():
+    """Each has that of the group that names it, by its name before "Linear", wherever the group stands."""
+    kinds = {"packed": ["Linear"], "integers": ["re:.*mlp"], "packed bytes": ["model.layers.1.mlp.down_proj"]}
+    groups = [FORMATS[name][0]["config_groups"]["group_0"] | dict(targets=targets) for name, targets in kinds.items()]
+    for group, name in zip(groups, kinds, strict=True):
+        group["format"] = FORMATS[name][0]["format"]
+    groups[1:] = groups[:0:-1]
+    config = dict(quant_method="compressed-tensors", format="mixed-precision")
+    config["config_groups"] = {f"group_{i}": group for i, group in enumerate(groups)}
+    form, notes = packed_format(config)
+    assert not notes and form.suffixes >= {"weight", "weight_packed", "weight_scale", "weight_shape", "weight_g_idx"}
+    for module, name in {
+        "model.layers.1.self_attn.q_proj": "packed",
+        "model.layers.0.mlp.down_proj": "integers",
+        "model.layers.1.mlp.down_proj": "packed bytes",
+    }.items():
+        parts, weight = written(name, 48, 64, torch.Generator().manual_seed(5))
+        assert torch.equal(dequantize(form.of(module).weight(module, parts), torch.device("cpu")), weight), module
+    config["config_groups"].pop("group_0")
+    with pytest.raises(ValueError, match="a.b: quantised, but no group of config_groups names it"):
+        packed_format(config)[0].of("a.b")
 
 
 def test_what_the_user_is_told():

@@ -17,7 +17,7 @@ from octavo.engine import LLM, cli
 from octavo.engine.checkpoint import open_checkpoint
 from octavo.engine.config import ModelConfig
 from octavo.engine.hub import resolve
-from octavo.engine.layers import DenseLinear, GatedLinear, Int4Linear, W8A8Linear, dequantize
+from octavo.engine.layers import DenseLinear, GatedLinear, Int4Linear, Int8Linear, W8A8Linear, dequantize
 from octavo.engine.quantize import Settings, quantize
 from octavo.engine.quantize.forward import ATTENTION, Forward, Stream
 from octavo.engine.quantize.gptq import gptq
@@ -173,6 +173,31 @@ def test_transformers_loads_it(quantised):
     read = dict(open_checkpoint(folder).tensors())
     for name in ORDER:
         assert torch.equal(peer.get_submodule(name).weight, dequantize(read[f"{name}.weight"], CPU)), name
+
+
+def test_layers_whose_inputs_stay_as_they_are(source, tmp_path):
+    """Their weights alone have 8 bits: a group of their own, for compressed-tensors, and another op here."""
+    settings = Settings(
+        "int8", method="gptq", weights_only=("down_proj", "layers.1.mlp"), keep=("layers.2.mlp",), **SHORT
+    )
+    target = tmp_path / "model"
+    report = quantize(str(source), target, settings, calibration=text(1), evaluation=text(2), device="cpu")
+    named = {n for n in ORDER if re.search(r"down_proj|layers\.1\.mlp", n) and "layers.2.mlp" not in n}
+    groups = json.loads((target / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert {n: groups[n]["input_activations"] is None for n in groups} == {"group_0": False, "group_1": True}
+    assert set(groups["group_1"]["targets"]) == named
+    stored = load_file(target / "model.safetensors")
+    assert {n for n in ORDER if f"{n}.weight_packed" in stored} == named
+    read = dict(open_checkpoint(target).tensors())
+    peer = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    with torch.inference_mode():
+        assert peer(torch.arange(30).unsqueeze(0)).logits.isfinite().all()
+    for name in ORDER:
+        assert torch.equal(peer.get_submodule(name).weight, dequantize(read[f"{name}.weight"], CPU)), name
+    llm = LLM(str(target), device="cpu")
+    assert llm.notes == [] and isinstance(llm.model.layers[0].qkv, W8A8Linear)
+    assert all(isinstance(of, Int8Linear) for of in (llm.model.layers[0].down, llm.model.layers[1].gate_up.gate_up))
+    assert perplexity(llm, llm.tokenizer.encode(text(2)), 96) == pytest.approx(report.perplexity_after, rel=2e-3)
 
 
 @pytest.mark.parametrize("scheme", ["int4", "int8", "fp8"])
@@ -541,6 +566,7 @@ def test_the_search_leaves_what_it_cannot_use():
         (dict(damp=0.0), "damp: 0.0; expected more than 0"),
         (dict(smooth=1.0), r"smooth: 1.0; expected 0 \(off\)"),
         (dict(sequence_length=1), "sequence_length: 1; expected at least 2"),
+        (dict(weights_only=("down_proj",)), "weights_only: .*but the scheme is int4: it is for int8"),
     ],
 )
 def test_settings_that_are_not_accepted(change, message):
@@ -556,6 +582,8 @@ def test_shapes_that_do_not_fit_are_named():
     Settings("int4", group_size=64).check(small)
     with pytest.raises(ValueError, match="keep: 'down' is in no linear layer's name"):
         Settings("int8", keep=("layers.3.mlp", "down")).check(small)
+    with pytest.raises(ValueError, match="weights_only: 'mlp.down' is in no linear layer's name"):
+        Settings("int8", weights_only=("mlp.down",)).check(small)
     with pytest.raises(ValueError, match=f"scheme: fp8-block, but {at} has 576 outputs and 576 inputs.*choose fp8"):
         Settings("fp8-block").check(small)
     with pytest.raises(ValueError, match="no group size fits this model"):
