@@ -148,9 +148,11 @@ class Settings:
                 raise ValueError(f"{at}: {k} inputs; expected a multiple of 32")
 
     def quantization_config(self, kept: Sequence[str] = (), weights_only: Sequence[str] = ()) -> dict[str, Any]:
-        """config.json's entry, in compressed-tensors' terms; by their full names, the layers that are not quantised.
+        """config.json's entry, in compressed-tensors' terms.
 
-        And those whose weights alone are.
+        Args:
+            kept: the full names of layers that are not quantised.
+            weights_only: of those whose inputs are not.
         """
         bits, kind = (4 if self.scheme == "int4" else 8), ("float" if self.scheme.startswith("fp8") else "int")
         weights: dict[str, Any] = dict(num_bits=bits, type=kind, symmetric=True, dynamic=False)

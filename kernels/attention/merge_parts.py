@@ -190,24 +190,12 @@ def merge_parts_kernel(
     let_next_start(CHAINED)
     # The first worker's part is in its second slot, if the item begins inside of its share.
     inside = tl.where(begin > first_worker * share, HEADS * BLOCK_M, 0)
+    pointers = out_ptr, lse_ptr, parts_ptr, tops_ptr, totals_ptr, sinks_ptr
+    where = first_n, rows, head_rows, tile_start, query_end, pack, workers, first_worker, last_worker, inside
     if long:
         _merge_rows(
-            out_ptr,
-            lse_ptr,
-            parts_ptr,
-            tops_ptr,
-            totals_ptr,
-            sinks_ptr,
-            first_n,
-            rows,
-            head_rows,
-            tile_start,
-            query_end,
-            pack,
-            workers,
-            first_worker,
-            last_worker,
-            inside,
+            *pointers,
+            *where,
             KV_HEADS,
             GROUP,
             PACK,
@@ -216,28 +204,14 @@ def merge_parts_kernel(
             BLOCK_M,
             HEADS,
             BLOCK_D,
-            1,
-            PARTS * ROWS * STEPS,
-            1,
+            ROWS=1,
+            PARTS=PARTS * ROWS * STEPS,
+            STEPS=1,
         )
     else:
         _merge_rows(
-            out_ptr,
-            lse_ptr,
-            parts_ptr,
-            tops_ptr,
-            totals_ptr,
-            sinks_ptr,
-            first_n,
-            rows,
-            head_rows,
-            tile_start,
-            query_end,
-            pack,
-            workers,
-            first_worker,
-            last_worker,
-            inside,
+            *pointers,
+            *where,
             KV_HEADS,
             GROUP,
             PACK,
@@ -246,9 +220,9 @@ def merge_parts_kernel(
             BLOCK_M,
             HEADS,
             BLOCK_D,
-            ROWS,
-            PARTS,
-            STEPS,
+            ROWS=ROWS,
+            PARTS=PARTS,
+            STEPS=STEPS,
         )
 
 

@@ -164,15 +164,20 @@ def test_logits_of_weight_only_int4_are_those_of_the_dequantised_model(quantised
     assert_accurate(logits, exact, plain)
 
 
-def test_transformers_loads_it(quantised):
-    """Its own integration of compressed-tensors dequantises every weight to the same bits, and runs."""
-    _, folder, _ = quantised
+def transformers_model(folder):
+    """By its own integration of compressed-tensors, which dequantises every weight to the same bits, and runs."""
     peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.inference_mode():
         assert peer(torch.arange(30).unsqueeze(0)).logits.isfinite().all()  # which dequantises
     read = dict(open_checkpoint(folder).tensors())
     for name in ORDER:
         assert torch.equal(peer.get_submodule(name).weight, dequantize(read[f"{name}.weight"], CPU)), name
+    return peer
+
+
+def test_transformers_loads_it(quantised):
+    _, folder, _ = quantised
+    transformers_model(folder)
 
 
 def test_layers_whose_inputs_stay_as_they_are(source, tmp_path):
@@ -188,12 +193,9 @@ def test_layers_whose_inputs_stay_as_they_are(source, tmp_path):
     assert set(groups["group_1"]["targets"]) == named
     stored = load_file(target / "model.safetensors")
     assert {n for n in ORDER if f"{n}.weight_packed" in stored} == named
-    read = dict(open_checkpoint(target).tensors())
-    peer = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
-    with torch.inference_mode():
-        assert peer(torch.arange(30).unsqueeze(0)).logits.isfinite().all()
-    for name in ORDER:
-        assert torch.equal(peer.get_submodule(name).weight, dequantize(read[f"{name}.weight"], CPU)), name
+    peer = transformers_model(target)
+    schemes = {n: getattr(peer.get_submodule(n), "quantization_scheme", None) for n in ORDER}
+    assert {n for n, scheme in schemes.items() if scheme and scheme.input_activations is None} == named
     llm = LLM(str(target), device="cpu")
     assert llm.notes == [] and isinstance(llm.model.layers[0].qkv, W8A8Linear)
     assert all(isinstance(of, Int8Linear) for of in (llm.model.layers[0].down, llm.model.layers[1].gate_up.gate_up))
@@ -219,11 +221,7 @@ def test_layers_that_are_kept(scheme, source, tmp_path):
     original, read = dict(open_checkpoint(source).tensors()), dict(open_checkpoint(target).tensors())
     if scheme != "int8":  # where what is balanced changes, though no product does
         assert all(torch.equal(read[f"{n}.weight"], original[f"{n}.weight"]) for n in kept)
-    peer = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
-    with torch.inference_mode():
-        assert peer(torch.arange(30).unsqueeze(0)).logits.isfinite().all()
-    for name in ORDER:
-        assert torch.equal(peer.get_submodule(name).weight, dequantize(read[f"{name}.weight"], CPU)), name
+    transformers_model(target)
     llm = LLM(str(target), device="cpu")
     assert perplexity(llm, llm.tokenizer.encode(text(2)), 96) == pytest.approx(report.perplexity_after, rel=2e-3)
 
