@@ -176,7 +176,7 @@ def attend_by_warps(
         if INT8:
             scores *= k_scales[:, None, :]
         if SOFTCAP:
-            scores = cap * tanh(scores)
+            scores = cap * tanh(scores, q.dtype == tl.float32)
         seen = present[:, None, :]
         if CAUSAL:
             seen = seen & (key[:, None, :] <= position[None, :, None])

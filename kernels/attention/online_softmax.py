@@ -62,10 +62,19 @@ def store_result(
 
 
 @triton.jit
-def tanh(x2):
-    """tanh(x) of `x2` = 2·log2(e)·x; the exponent is never positive, so nothing overflows."""
+def tanh(x2, FINE: tl.constexpr):
+    """tanh(x) of `x2` = 2·log2(e)·x; the exponent is never positive, so nothing overflows.
+
+    FINE, for fp32: small x by a series, since a GPU's exp2 is two units off, of which 1 - t leaves many times as many.
+    """
     t = tl.exp2(-tl.abs(x2))
-    return tl.where(x2 < 0, t - 1.0, 1.0 - t) / (1.0 + t)
+    y = tl.where(x2 < 0, t - 1.0, 1.0 - t) / (1.0 + t)
+    if FINE:
+        x = x2 * (0.5 * LN_2)
+        s = x * x
+        s = x + x * s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835 + s * (-1382 / 155925)))))
+        y = tl.where(tl.abs(x2) < 1.0, s, y)
+    return y
 
 
 @triton.jit
@@ -231,7 +240,7 @@ def attend(
         else:
             scores *= score_scale
         if SOFTCAP:
-            scores = cap * tanh(scores)
+            scores = cap * tanh(scores, q.dtype == tl.float32)
         if slope is not None:
             distance = tl.abs(position[:, None] - key[None, :]).to(tl.float32)
             scores -= (slope * LOG2_E)[:, None] * distance
