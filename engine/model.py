@@ -1,10 +1,10 @@
-"""The decoder that serves Llama 2 and 3, CodeLlama, TinyLlama, SmolLM2 and Mistral.
+"""The decoder that serves Llama 2 and 3, CodeLlama, TinyLlama, SmolLM2, Mistral and Mixtral.
 
     h = embed(tokens)
-    for each layer:  h += attention(rms_norm(h));  h += down(silu(gate(x)) * up(x)) with x = rms_norm(h)
+    for each layer:  h += attention(rms_norm(h));  h += mlp(rms_norm(h)),  mlp(x) = down(silu(gate(x)) * up(x))
     logits = head(rms_norm(h))
 
-The residual stream `h` is updated by `add_rms_norm` in place, one norm behind. Nothing is global: where tokens go and
+Mixtral has several MLPs in a layer, of which each token takes some (experts.py). The residual stream `h` is updated by `add_rms_norm` in place, one norm behind. Nothing is global: where tokens go and
 what they attend to comes in as `AttentionMetadata`. Shape letters: T tokens, Hq and Hkv heads, D head size.
 """
 
@@ -14,7 +14,8 @@ import torch
 
 import octavo
 from octavo.engine.config import ModelConfig
-from octavo.engine.layers import Linear, embed
+from octavo.engine.experts import MixtureOfExperts
+from octavo.engine.layers import Linear, Mlp, embed
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,7 @@ class Layer:
     qkv: Linear
     o: Linear
     post_attention_norm: torch.Tensor
-    gate_up: Linear  # silu(gate) · up
-    down: Linear
+    mlp: Mlp | MixtureOfExperts
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Decoder:
         for index, layer in enumerate(self.layers):
             x = self._attention(layer, x, kv_cache[index], metadata, plan)
             x = octavo.add_rms_norm(x, residual, layer.post_attention_norm, eps)
-            x = layer.down(layer.gate_up(x))
+            x = layer.mlp(x)
             following = self.layers[index + 1].input_norm if index + 1 < len(self.layers) else self.norm
             x = octavo.add_rms_norm(x, residual, following, eps)
         return x

@@ -1,0 +1,173 @@
+"""A mixture of experts: what stands in a Mixtral's layers where a dense model has one MLP, and how it is loaded.
+
+    p = softmax(the k largest of router(x)),    y = sum over those k experts of p_e · down_e(silu(gate_e(x)) · up_e(x))
+
+Dense weights of a layer's experts lie in two tensors, as `octavo.fused_moe` takes them: every tensor of the checkpoint is
+copied to its place there as it is read, and let go. Experts in quantised formats stay as the checkpoint has them, each
+with linear layers of its own, which are called one expert after another (`ExpertLoop`).
+"""
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+import octavo
+from octavo.engine.config import ModelConfig
+from octavo.engine.layers import DenseLinear, GatedLinear, Linear, Mlp, Weight, make_linear, supported
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StackedExperts:
+    """Dense experts, computed by one call.
+
+    w1 `[E, 2 I, H]`: of each expert gate's rows, then up's; w2 `[E, H, I]`: down.
+    """
+
+    w1: torch.Tensor
+    w2: torch.Tensor
+
+    def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        return octavo.fused_moe(x, self.w1, self.w2, topk_weights, topk_ids)
+
+
+@dataclass(frozen=True)
+class ExpertLoop:
+    """Experts in any format, one after another, each with the tokens that chose it.
+
+    The host must know how many those are, so it waits for the device once a call: no CUDA graph can hold this.
+    """
+
+    experts: tuple[Mlp, ...]
+    num_experts: int
+
+    def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+        rows, offsets, positions = octavo.moe_permute(x, topk_ids, self.num_experts)
+        out = torch.empty_like(rows)
+        if x.is_meta:  # a warm-up: any expert may get all tokens, `warmup.py` sees to fewer
+            bounds = [(0, len(x))] * len(self.experts)
+        else:
+            ends = offsets.tolist()
+            bounds = list(zip(ends[:-1], ends[1:], strict=True))
+        for expert, (start, end) in zip(self.experts, bounds, strict=True):
+            if start < end:
+                out[start:end] = expert(rows[start:end])
+        return octavo.moe_unpermute(out, positions, topk_weights)
+
+
+@dataclass(frozen=True)
+class MixtureOfExperts:
+    router: Linear  # [T, H] -> [T, E]
+    experts: StackedExperts | ExpertLoop
+    top_k: int
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        topk_weights, topk_ids = octavo.moe_route(self.router(x), self.top_k)
+        return self.experts(x, topk_weights, topk_ids)
+
+
+_BY_EXPERT = re.compile(r"model\.layers\.(\d+)\.(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(w1|w2|w3)\.weight")
+_STACKED = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
+
+
+def layer_of(name: str) -> int | None:
+    """The layer whose experts a tensor belongs to; None where it is no expert's."""
+    match = _BY_EXPERT.fullmatch(name) or _STACKED.fullmatch(name)
+    return None if match is None else int(match[1])
+
+
+def router_name(layer: int, names: Collection[str]) -> str:
+    """The module of a layer's router, in the layout of a checkpoint that has tensors of these names."""
+    return f"model.layers.{layer}.{'mlp' if _is_stacked(names) else 'block_sparse_moe'}.gate"
+
+
+def expert_shapes(config: ModelConfig, layer: int, names: Collection[str]) -> dict[str, Shape]:
+    """The tensors of a layer's experts, in the layout of a checkpoint that has tensors of these names.
+
+    One layout has three matrices an expert, w1 (gate), w3 (up) and w2 (down): that of the released models, which
+    transformers' `save_pretrained` keeps to. The other is transformers' own in memory: all experts' in two tensors.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    if _is_stacked(names):
+        at = f"model.layers.{layer}.mlp.experts"
+        count = config.num_local_experts
+        return {f"{at}.gate_up_proj": (count, 2 * inner, hidden), f"{at}.down_proj": (count, hidden, inner)}
+    at = f"model.layers.{layer}.block_sparse_moe.experts"
+    shapes = {"w1": (inner, hidden), "w3": (inner, hidden), "w2": (hidden, inner)}
+    return {f"{at}.{e}.{w}.weight": shape for e in range(config.num_local_experts) for w, shape in shapes.items()}
+
+
+def _is_stacked(names: Collection[str]) -> bool:
+    return any(_STACKED.fullmatch(name) for name in names)
+
+
+class ExpertLoader:
+    """Takes the weights of one layer's experts in any order.
+
+    Args:
+        config: the model's.
+        device, dtype: of dense weights.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.count, self.hidden, self.inner = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.w1: torch.Tensor | None = None
+        self.w2: torch.Tensor | None = None
+        self.pending: dict[tuple[int, str], Weight] = {}
+        self.linears: dict[tuple[int, str], Linear] = {}
+
+    def add(self, name: str, weight: Weight) -> None:
+        """Puts a dense weight into its place; makes a layer of a quantised one, once gate has its up."""
+        stacked = _STACKED.fullmatch(name)
+        if stacked is not None:
+            assert isinstance(weight, torch.Tensor)
+            setattr(self, "w2" if stacked[2] == "down_proj" else "w1", weight.to(self.device, self.dtype))
+            return
+        match = _BY_EXPERT.fullmatch(name)
+        assert match is not None, name
+        expert, matrix = int(match[2]), match[3]
+        weight = supported(weight, self.device, self.dtype)
+        if isinstance(weight, torch.Tensor):
+            weight = self._place(expert, matrix).copy_(weight)
+        self.pending[expert, matrix] = weight
+        group = [(expert, "w2")] if matrix == "w2" else [(expert, "w1"), (expert, "w3")]
+        if all(part in self.pending for part in group):
+            weights = [self.pending.pop(part) for part in group]
+            if not all(isinstance(w, torch.Tensor) for w in weights):
+                none = [None] * len(weights)
+                self.linears[group[0]] = make_linear(weights, none, self.device, self.dtype, gated=len(group) == 2)
+
+    def finish(self) -> StackedExperts | ExpertLoop:
+        """The experts, once all of their weights have come."""
+        if not self.linears:
+            assert self.w1 is not None and self.w2 is not None
+            return StackedExperts(self.w1, self.w2)
+        return ExpertLoop(tuple(Mlp(self._gate_up(e), self._down(e)) for e in range(self.count)), self.count)
+
+    def _place(self, expert: int, matrix: str) -> torch.Tensor:
+        if matrix == "w2":
+            if self.w2 is None:
+                self.w2 = self._empty(self.hidden, self.inner)
+            return self.w2[expert]
+        if self.w1 is None:
+            self.w1 = self._empty(2 * self.inner, self.hidden)
+        return self.w1[expert].chunk(2)[matrix == "w3"]
+
+    def _empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(self.count, *shape, dtype=self.dtype, device=self.device)
+
+    def _gate_up(self, expert: int) -> Linear:
+        if (expert, "w1") in self.linears:
+            return self.linears[expert, "w1"]
+        assert self.w1 is not None
+        return GatedLinear(DenseLinear(self.w1[expert], None))
+
+    def _down(self, expert: int) -> Linear:
+        if (expert, "w2") in self.linears:
+            return self.linears[expert, "w2"]
+        assert self.w2 is not None
+        return DenseLinear(self.w2[expert], None)
