@@ -4,6 +4,8 @@ Products and sums are fp32 and rounded once at the end, but for what lies betwee
 rounded to x's dtype, as every engine does.
 """
 
+from itertools import pairwise
+
 import torch
 
 
@@ -87,7 +89,7 @@ def _products(
     """fp32 `[S, N]`: each row times the weight of its expert."""
     out = torch.zeros(len(x), weight.shape[1], dtype=torch.float32, device=x.device)
     ends = offsets.tolist()
-    for expert, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+    for expert, (start, end) in enumerate(pairwise(ends)):
         if start < end:
             out[start:end] = x[start:end].float() @ weight[expert].float().t()
             if bias is not None:
