@@ -2,14 +2,15 @@
 
     p = softmax(the k largest of router(x)),    y = sum over those k experts of p_e · down_e(silu(gate_e(x)) · up_e(x))
 
-Dense weights of a layer's experts lie in two tensors, as `octavo.fused_moe` takes them: every tensor of the checkpoint is
-copied to its place there as it is read, and let go. Experts in quantised formats stay as the checkpoint has them, each
-with linear layers of its own, which are called one expert after another (`ExpertLoop`).
+Dense weights of a layer's experts lie in two tensors, as `octavo.fused_moe` takes them: every tensor of the checkpoint
+is copied to its place there as it is read, and let go. Experts in quantised formats stay as the checkpoint has them,
+each with linear layers of its own, which are called one expert after another (`ExpertLoop`).
 """
 
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -47,11 +48,10 @@ class ExpertLoop:
     def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         rows, offsets, positions = octavo.moe_permute(x, topk_ids, self.num_experts)
         out = torch.empty_like(rows)
-        if x.is_meta:  # a warm-up: any expert may get all tokens, `warmup.py` sees to fewer
+        if x.is_meta:  # a warm-up: an expert may get all tokens; fewer are other steps
             bounds = [(0, len(x))] * len(self.experts)
         else:
-            ends = offsets.tolist()
-            bounds = list(zip(ends[:-1], ends[1:], strict=True))
+            bounds = list(pairwise(offsets.tolist()))
         for expert, (start, end) in zip(self.experts, bounds, strict=True):
             if start < end:
                 out[start:end] = expert(rows[start:end])
@@ -138,8 +138,9 @@ class ExpertLoader:
         if all(part in self.pending for part in group):
             weights = [self.pending.pop(part) for part in group]
             if not all(isinstance(w, torch.Tensor) for w in weights):
-                none = [None] * len(weights)
-                self.linears[group[0]] = make_linear(weights, none, self.device, self.dtype, gated=len(group) == 2)
+                no_biases: list[torch.Tensor | None] = [None] * len(group)
+                gated = matrix != "w2"
+                self.linears[group[0]] = make_linear(weights, no_biases, self.device, self.dtype, gated)
 
     def finish(self) -> StackedExperts | ExpertLoop:
         """The experts, once all of their weights have come."""

@@ -40,6 +40,10 @@ def write_gguf(checkpoint: Checkpoint, path: Path, progress: Callable[[int, int]
             progress(done, 2 * checkpoint.num_bytes)
 
     config = checkpoint.config
+    if config.num_local_experts:
+        raise ValueError(
+            f"{checkpoint.path}: num_local_experts: {config.num_local_experts}; convertible to a GGUF: dense models"
+        )
     writer = GGUFWriter(path, "llama")
     try:
         for key, value in (_metadata(config) | tokenizer_metadata(checkpoint.tokenizer(), config)).items():

@@ -4,8 +4,9 @@
     for each layer:  h += attention(rms_norm(h));  h += mlp(rms_norm(h)),  mlp(x) = down(silu(gate(x)) * up(x))
     logits = head(rms_norm(h))
 
-Mixtral has several MLPs in a layer, of which each token takes some (experts.py). The residual stream `h` is updated by `add_rms_norm` in place, one norm behind. Nothing is global: where tokens go and
-what they attend to comes in as `AttentionMetadata`. Shape letters: T tokens, Hq and Hkv heads, D head size.
+Mixtral has several MLPs in a layer, of which each token takes some (experts.py). The residual stream `h` is updated by
+`add_rms_norm` in place, one norm behind. Nothing is global: where tokens go and what they attend to comes in as
+`AttentionMetadata`. Shape letters: T tokens, Hq and Hkv heads, D head size.
 """
 
 from dataclasses import dataclass

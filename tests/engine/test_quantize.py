@@ -198,7 +198,9 @@ def test_layers_whose_inputs_stay_as_they_are(source, tmp_path):
     assert {n for n, scheme in schemes.items() if scheme and scheme.input_activations is None} == named
     llm = LLM(str(target), device="cpu")
     assert llm.notes == [] and isinstance(llm.model.layers[0].qkv, W8A8Linear)
-    assert all(isinstance(of, Int8Linear) for of in (llm.model.layers[0].mlp.down, llm.model.layers[1].mlp.gate_up.gate_up))
+    assert all(
+        isinstance(of, Int8Linear) for of in (llm.model.layers[0].mlp.down, llm.model.layers[1].mlp.gate_up.gate_up)
+    )
     assert perplexity(llm, llm.tokenizer.encode(text(2)), 96) == pytest.approx(report.perplexity_after, rel=2e-3)
 
 
