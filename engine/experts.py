@@ -1,6 +1,8 @@
-"""A mixture of experts: what stands in a Mixtral's layers where a dense model has one MLP, and how it is loaded.
+"""A mixture of experts: what stands in Mixtral's layers where a dense model has one MLP, and how it is loaded.
 
     p = softmax(the k largest of router(x)),    y = sum over those k experts of p_e · down_e(silu(gate_e(x)) · up_e(x))
+
+Qwen3's may take p from the softmax over all experts, as it is (`renormalize=False`).
 
 Dense weights of a layer's experts lie in two tensors, as `octavo.fused_moe` takes them: every tensor of the checkpoint
 is copied to its place there as it is read, and let go. Experts in quantised formats stay as the checkpoint has them,
@@ -63,13 +65,17 @@ class MixtureOfExperts:
     router: Linear  # [T, H] -> [T, E]
     experts: StackedExperts | ExpertLoop
     top_k: int
+    renormalize: bool = True
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        topk_weights, topk_ids = octavo.moe_route(self.router(x), self.top_k)
+        topk_weights, topk_ids = octavo.moe_route(self.router(x), self.top_k, renormalize=self.renormalize)
         return self.experts(x, topk_weights, topk_ids)
 
 
-_BY_EXPERT = re.compile(r"model\.layers\.(\d+)\.(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(w1|w2|w3)\.weight")
+MATRICES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+_BY_EXPERT = re.compile(
+    r"model\.layers\.(\d+)\.(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(w[123]|(?:gate|up|down)_proj)\.weight"
+)
 _STACKED = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
 
 
@@ -79,29 +85,42 @@ def layer_of(name: str) -> int | None:
     return None if match is None else int(match[1])
 
 
-def router_name(layer: int, names: Collection[str]) -> str:
-    """The module of a layer's router, in the layout of a checkpoint that has tensors of these names."""
-    return f"model.layers.{layer}.{'mlp' if _is_stacked(names) else 'block_sparse_moe'}.gate"
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint names a layer's router and experts.
 
-
-def expert_shapes(config: ModelConfig, layer: int, names: Collection[str]) -> dict[str, Shape]:
-    """The tensors of a layer's experts, in the layout of a checkpoint that has tensors of these names.
-
-    One layout has three matrices an expert, w1 (gate), w3 (up) and w2 (down): that of the released models, which
-    transformers' `save_pretrained` keeps to. The other is transformers' own in memory: all experts' in two tensors.
+    Released models have three matrices an expert, gate, up and down: w1, w3 and w2 in Mixtral, and transformers'
+    `save_pretrained` keeps to that. `stacked` is how transformers has them in memory: all experts' in two tensors.
     """
-    hidden, inner = config.hidden_size, config.intermediate_size
-    if _is_stacked(names):
-        at = f"model.layers.{layer}.mlp.experts"
-        count = config.num_local_experts
-        return {f"{at}.gate_up_proj": (count, 2 * inner, hidden), f"{at}.down_proj": (count, hidden, inner)}
-    at = f"model.layers.{layer}.block_sparse_moe.experts"
-    shapes = {"w1": (inner, hidden), "w3": (inner, hidden), "w2": (hidden, inner)}
-    return {f"{at}.{e}.{w}.weight": shape for e in range(config.num_local_experts) for w, shape in shapes.items()}
 
+    block: str
+    matrices: tuple[str, str, str]
+    stacked: bool
 
-def _is_stacked(names: Collection[str]) -> bool:
-    return any(_STACKED.fullmatch(name) for name in names)
+    @classmethod
+    def of(cls, config: ModelConfig, names: Collection[str]) -> "Layout":
+        """The layout of a checkpoint that has tensors of these names."""
+        stacked = any(_STACKED.fullmatch(name) for name in names)
+        if config.architecture == "MixtralForCausalLM" and not stacked:
+            return cls("block_sparse_moe", ("w1", "w3", "w2"), stacked)
+        return cls("mlp", ("gate_proj", "up_proj", "down_proj"), stacked)
+
+    def router(self, layer: int) -> str:
+        """The module of a layer's router."""
+        return f"model.layers.{layer}.{self.block}.gate"
+
+    def shapes(self, config: ModelConfig, layer: int) -> dict[str, Shape]:
+        """The tensors of a layer's router and experts."""
+        count, hidden, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
+        at = f"model.layers.{layer}.{self.block}.experts"
+        shapes: dict[str, Shape] = {f"{self.router(layer)}.weight": (count, hidden)}
+        if self.stacked:
+            return shapes | {
+                f"{at}.gate_up_proj": (count, 2 * inner, hidden),
+                f"{at}.down_proj": (count, hidden, inner),
+            }
+        of_one = dict(zip(self.matrices, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True))
+        return shapes | {f"{at}.{e}.{name}.weight": shape for e in range(count) for name, shape in of_one.items()}
 
 
 class ExpertLoader:
@@ -129,7 +148,7 @@ class ExpertLoader:
             return
         match = _BY_EXPERT.fullmatch(name)
         assert match is not None, name
-        expert, matrix = int(match[2]), match[3]
+        expert, matrix = int(match[2]), MATRICES.get(match[3], match[3])
         weight = supported(weight, self.device, self.dtype)
         if isinstance(weight, torch.Tensor):
             weight = self._place(expert, matrix).copy_(weight)

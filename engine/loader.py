@@ -13,7 +13,7 @@ import torch
 import octavo
 from octavo.engine.checkpoint import Checkpoint
 from octavo.engine.config import ModelConfig
-from octavo.engine.experts import ExpertLoader, MixtureOfExperts, expert_shapes, layer_of, router_name
+from octavo.engine.experts import ExpertLoader, Layout, MixtureOfExperts, layer_of
 from octavo.engine.layers import Linear, Mlp, Weight, make_linear, weight_shape
 from octavo.engine.model import Decoder, Layer
 
@@ -138,19 +138,22 @@ class _Collector:
             o=self.linears[f"{at}.self_attn.o_proj"],
             post_attention_norm=self.vectors[f"{at}.post_attention_layernorm.weight"],
             mlp=self._mlp(index),
+            q_norm=self.vectors.get(f"{at}.self_attn.q_norm.weight"),
+            k_norm=self.vectors.get(f"{at}.self_attn.k_norm.weight"),
         )
 
     def _mlp(self, index: int) -> Mlp | MixtureOfExperts:
         at = f"model.layers.{index}"
         if self.config.num_local_experts:
             experts = self.experts.pop(index).finish()
-            return MixtureOfExperts(self.linears[f"{at}.router"], experts, self.config.num_experts_per_tok)
+            c = self.config
+            return MixtureOfExperts(self.linears[f"{at}.router"], experts, c.num_experts_per_tok, c.norm_topk_prob)
         return Mlp(self.linears[f"{at}.gate_up"], self.linears[f"{at}.mlp.down_proj"])
 
 
 def _groups(config: ModelConfig, names: Collection[str]) -> dict[str, list[str]]:
     """Which modules are stacked into which layer, of a checkpoint that has tensors of these names; without experts."""
-    groups = {"model.embed_tokens": ["model.embed_tokens"]}
+    groups, layout = {"model.embed_tokens": ["model.embed_tokens"]}, Layout.of(config, names)
     if not config.tie_word_embeddings:
         groups["lm_head"] = ["lm_head"]
     for i in range(config.num_hidden_layers):
@@ -158,7 +161,7 @@ def _groups(config: ModelConfig, names: Collection[str]) -> dict[str, list[str]]
         groups[f"{at}.qkv"] = [f"{at}.self_attn.{p}_proj" for p in "qkv"]
         groups[f"{at}.self_attn.o_proj"] = [f"{at}.self_attn.o_proj"]
         if config.num_local_experts:
-            groups[f"{at}.router"] = [router_name(i, names)]
+            groups[f"{at}.router"] = [layout.router(i)]
         else:
             groups[f"{at}.gate_up"] = [f"{at}.mlp.{p}_proj" for p in ("gate", "up")]
             groups[f"{at}.mlp.down_proj"] = [f"{at}.mlp.down_proj"]
@@ -168,7 +171,7 @@ def _groups(config: ModelConfig, names: Collection[str]) -> dict[str, list[str]]
 def _expected_shapes(config: ModelConfig, names: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
     """Every tensor of the model and its shape, by Hugging Face's names: of several for experts those among `names`."""
     c = config
-    hidden, inner = c.hidden_size, c.intermediate_size
+    hidden, inner, layout = c.hidden_size, c.intermediate_size, Layout.of(c, names)
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (c.vocab_size, hidden),
@@ -194,6 +197,7 @@ def _expected_shapes(config: ModelConfig, names: Collection[str] = ()) -> dict[s
             if bias:
                 shapes[f"{at}.{name}.bias"] = (out_features,)
         if c.num_local_experts:
-            shapes[f"{router_name(i, names)}.weight"] = (c.num_local_experts, hidden)
-            shapes |= expert_shapes(c, i, names)
+            shapes |= layout.shapes(c, i)
+        if c.qk_norm:
+            shapes |= {f"{at}.self_attn.{p}_norm.weight": (c.head_dim,) for p in "qk"}
     return shapes

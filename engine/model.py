@@ -1,10 +1,11 @@
-"""The decoder that serves Llama 2 and 3, CodeLlama, TinyLlama, SmolLM2, Mistral and Mixtral.
+"""The decoder that serves Llama 2 and 3, CodeLlama, TinyLlama, SmolLM2, Mistral, Mixtral and Qwen3's mixtures.
 
     h = embed(tokens)
     for each layer:  h += attention(rms_norm(h));  h += mlp(rms_norm(h)),  mlp(x) = down(silu(gate(x)) * up(x))
     logits = head(rms_norm(h))
 
-Mixtral has several MLPs in a layer, of which each token takes some (experts.py). The residual stream `h` is updated by
+Mixtral and Qwen3 have many MLPs in a layer, of which each token takes some (experts.py); Qwen3 normalises the heads of
+queries and keys. The residual stream `h` is updated by
 `add_rms_norm` in place, one norm behind. Nothing is global: where tokens go and what they attend to comes in as
 `AttentionMetadata`. Shape letters: T tokens, Hq and Hkv heads, D head size.
 """
@@ -38,6 +39,8 @@ class Layer:
     o: Linear
     post_attention_norm: torch.Tensor
     mlp: Mlp | MixtureOfExperts
+    q_norm: torch.Tensor | None = None  # [D], of each head
+    k_norm: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,10 @@ class Decoder:
         qkv = layer.qkv(x).view(-1, heads, c.head_dim)  # [T, Hq + 2 Hkv, D]
         q, k, v = qkv.split([c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads], dim=1)
         octavo.rotary_embedding_write_kv(
-            q, k, v, metadata.positions, self.cos_sin_cache, key_cache, value_cache, metadata.slot_mapping
+            *(q, k, v, metadata.positions, self.cos_sin_cache, key_cache, value_cache, metadata.slot_mapping),
+            q_norm_weight=layer.q_norm,
+            k_norm_weight=layer.k_norm,
+            eps=c.rms_norm_eps,
         )
         out = octavo.paged_attention(
             q,

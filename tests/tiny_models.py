@@ -58,7 +58,7 @@ def from_config(config):
 
 
 def part_experts(model):
-    """Gives a Mixtral's routers decisions that rounding does not turn around.
+    """Gives a mixture's routers decisions that rounding does not turn around.
 
     A token's embedding orders the experts; no layer writes over that, and each layer's router knows them in another
     order. Otherwise the model compared with could take another expert somewhere, which no tolerance allows for.

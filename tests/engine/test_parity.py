@@ -89,6 +89,18 @@ TINY = {
     "mistral-window": transformers.MistralConfig(**COMMON, sliding_window=11),
     "mixtral": transformers.MixtralConfig(**COMMON, num_local_experts=5, num_experts_per_tok=2),
     "mixtral-window": transformers.MixtralConfig(**COMMON, sliding_window=11, num_experts_per_tok=3),
+    "qwen3-moe": transformers.Qwen3MoeConfig(
+        **COMMON, moe_intermediate_size=56, num_experts=7, num_experts_per_tok=3, norm_topk_prob=True
+    ),
+    "qwen3-moe-window": transformers.Qwen3MoeConfig(
+        **COMMON,
+        moe_intermediate_size=56,
+        num_experts=7,
+        num_experts_per_tok=3,
+        norm_topk_prob=False,
+        use_sliding_window=True,
+        sliding_window=11,
+    ),
 }
 
 
@@ -100,7 +112,7 @@ def tiny(request, tmp_path_factory):
     for parameter in model.parameters():
         if parameter.dim() == 1:
             torch.nn.init.uniform_(parameter, -1.5, 1.5)  # biases and norms that would show if they were dropped
-    if request.param.startswith("mixtral"):
+    if hasattr(model.config, "num_experts_per_tok"):
         part_experts(model)
     model.save_pretrained(folder, max_shard_size="100KB")
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=_word_tokenizer(COMMON["vocab_size"]))
