@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from quantised_models import MIXTRAL, save_quantised
+from tiny_models import save_tiny_mixtral
 
 import octavo
 from octavo.engine import LLM, SamplingParams
@@ -81,6 +83,57 @@ print("covered")
 def test_w8a8_layers_are_covered_by_model_calls():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", W8A8], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0 and "covered" in run.stdout, run.stderr[-3000:]
+
+
+EXPERTS = """
+import sys, torch, octavo
+from octavo.engine import LLM
+from octavo.engine.experts import ExpertLoop
+from octavo.engine.warmup import _meta, _step, step_calls
+from octavo.kernels.tiles import KNOWN_DEVICES
+from octavo.kernels.launch import launch_key
+from octavo.kernels.warmup import _launches
+
+def keys(calls):
+    return {
+        launch_key(k.kernel, 0, k.args, k.constexprs, k.num_warps, k.num_stages)
+        for k in _launches(calls, KNOWN_DEVICES[90])
+    }
+
+folder, weights, group_size = sys.argv[1:]
+llm = LLM(folder, device="cpu", dtype=torch.bfloat16, cache_tokens=4096)
+warm = keys(step_calls(llm.model, llm.runner.kv_cache, 256, 64))
+whole, cache = _meta(llm.model), llm.runner.kv_cache.to("meta")
+for tokens, sequences in ((1, 1), (7, 7), (64, 64), (250, 1), (40, 4)):
+    missing = keys([lambda: _step(whole, cache, tokens, sequences)]) - warm
+    assert not missing, (tokens, sequences, missing)
+options = dict(weights=weights, group_size=int(group_size), max_num_batched_tokens=256)
+listed = keys(octavo.model_calls(llm.config, **options))
+mixture, hidden = whole.layers[0].mlp, llm.config.hidden_size
+assert isinstance(mixture.experts, ExpertLoop) == (weights != "dense")
+for tokens in (1, 7, 50, 250):
+    x = torch.empty(tokens, hidden, dtype=torch.bfloat16, device="meta")
+    of_mixture = keys([lambda: mixture(x)])
+    assert of_mixture and of_mixture <= warm & listed, (tokens, of_mixture - warm, of_mixture - listed)
+if weights != "dense":
+    for rows in (1, 3, 6, 37, 100):  # as many tokens as an expert may get
+        x = torch.empty(rows, hidden, dtype=torch.bfloat16, device="meta")
+        called = keys([lambda: mixture.experts.experts[1](x)])
+        assert called and called <= warm & listed, (rows, called - warm)
+print("covered")
+"""
+
+
+@pytest.mark.parametrize(("weights", "group_size"), [("dense", 128), ("int4", 32)])
+def test_experts_are_covered(tmp_path, weights, group_size):
+    if weights == "dense":
+        save_tiny_mixtral(tmp_path, torch.bfloat16)
+    else:
+        save_quantised(tmp_path, "gptq asymmetric", config=MIXTRAL)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", EXPERTS, str(tmp_path), weights, str(group_size)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0 and "covered" in run.stdout, run.stderr[-3000:]
 
 
