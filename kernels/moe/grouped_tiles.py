@@ -97,5 +97,5 @@ def choose_tiles(
         return Tiles("many", tile, 256, _STAGE_K, 4, 4, 1)
     block_k = 64 if itemsize == 2 else 32
     if tile <= 64:
-        return Tiles("triton", tile, 128, block_k, 4, 3, 1)
+        return Tiles("triton", tile, 128, block_k, 8 if tile == 64 else 4, 3, 1)
     return Tiles("triton", tile, 128, 32, 8, 3, 1)
