@@ -60,7 +60,7 @@ def _launch(
     offsets: torch.Tensor | None,
 ) -> None:
     (rows, n), (count, s, _) = out.shape, parts.shape
-    block = min(next_power_of_2(n), 512 if rows < 64 else 1024)
+    block = min(next_power_of_2(n), 256 if rows < 64 else 1024)
     blocks = cdiv(n, block)
     launch(
         _combine_kernel,
@@ -76,7 +76,7 @@ def _launch(
         blocks,
         0 if weights is None else weights.stride(0),
         device=out.device,
-        num_warps=max(block // 256, 1),
+        num_warps=max(block // 128, 1),
         TOP_K=1 if positions is None else positions.shape[1],
         PARTS=count,
         BLOCK=block,

@@ -20,7 +20,7 @@ from octavo.kernels.launch import launch
 from octavo.kernels.moe.grouped_loads import described, load_rows, load_weights
 from octavo.kernels.moe.grouped_tiles import Tiles
 from octavo.kernels.moe.schedule import unit_at
-from octavo.kernels.quant.epilogue import silu_times
+from octavo.kernels.quant.epilogue import halves, silu_times
 from octavo.kernels.quant.w8a8_parts import steps_of
 from octavo.kernels.tiles import cdiv, chains, wait_for_previous
 
@@ -42,6 +42,13 @@ def _write(y, out_ptr, bias_ptr, expert, part, first_row, rows, first_n, S, N):
         y += bias.to(gl.float32)
     at = (part * S + first_row + m).to(gl.int64) * N + n
     gl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=(m < rows) & (n < N))
+
+
+@gluon.jit
+def _write_gated(acc, out_ptr, expert, first_row, rows, first_n, S, N):
+    """SiLU × gate, of sums of gate above those of up."""
+    gate, up = acc.reshape([2, acc.shape[0] // 2, acc.shape[1]]).permute([1, 2, 0]).split()
+    _write(silu_times(gate, up), out_ptr, None, expert, 0, first_row, rows, first_n, S, N)
 
 
 @gluon.jit
@@ -70,9 +77,12 @@ def _compute(
             i += 1
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
-        if GATED:
-            gate, up = acc.reshape([2, HALF, ROWS]).permute([1, 2, 0]).split()
-            _write(silu_times(gate, up), out_ptr, None, expert, part, first_row, rows, n * HALF, S, N)
+        if GATED and ROWS == 128:  # one half after the other, so that nothing spills
+            left, right = halves(acc)
+            _write_gated(left, out_ptr, expert, first_row, rows, n * HALF, S, N)
+            _write_gated(right, out_ptr, expert, first_row + ROWS // 2, rows - ROWS // 2, n * HALF, S, N)
+        elif GATED:
+            _write_gated(acc, out_ptr, expert, first_row, rows, n * HALF, S, N)
         else:
             _write(acc, out_ptr, bias_ptr, expert, part, first_row, rows, n * OUTPUTS, S, N)
 

@@ -95,7 +95,6 @@ def choose_tiles(
         return Tiles("few", tile, 128, _STAGE_K, 4, stages, programs, parts)
     if copied:
         return Tiles("many", tile, 256, _STAGE_K, 4, 4, 1)
-    block_k = 64 if itemsize == 2 else 32
-    if tile <= 64:
-        return Tiles("triton", tile, 128, block_k, 4, 3, 1)
-    return Tiles("triton", tile, 128, 32, 8, 3, 1)
+    # More than so many numbers a step spill where rows are not aligned, so that loads go through registers.
+    block_k = 64 if itemsize == 2 and tile <= 32 else 32
+    return Tiles("triton", tile, 128, block_k, 8, 3, 1)

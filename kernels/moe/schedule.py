@@ -15,7 +15,7 @@ from octavo.kernels.tiles import cdiv, chains, let_next_start, next_power_of_2, 
 
 GROUP = 8
 """Tiles of a group, at most."""
-CHUNK = 32
+CHUNK = 16
 """Tiles that one program describes."""
 
 
