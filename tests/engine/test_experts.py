@@ -195,6 +195,9 @@ def dense(n, k):
     return torch.randn(n, k) * 0.1
 
 
+WHERE = [("cpu", F32), *(pytest.param(("cuda", d), marks=pytest.mark.gpu) for d in (torch.float16, torch.bfloat16))]
+
+
 @pytest.mark.parametrize(
     ("makers", "kind"),
     [
@@ -209,17 +212,19 @@ def dense(n, k):
     ],
     ids=["dense", "fp8", "int4", "int8", "w8a8", "dense w2", "dense w3", "quantised w2"],
 )
-def test_experts_of_any_format_compute_what_each_would(makers, kind):
+@pytest.mark.parametrize("where", WHERE, ids=str)
+def test_experts_of_any_format_compute_what_each_would(makers, kind, where):
     """Whatever order their weights come in, and also where an expert gets no token."""
+    device, dtype = torch.device(where[0]), where[1]
     torch.manual_seed(0)
     weights = {(e, w): make(*((64, 96) if w == "w2" else (96, 64))) for e in range(3) for w, make in makers.items()}
-    loader = ExpertLoader(CONFIG, CPU, F32)
+    loader = ExpertLoader(CONFIG, device, dtype)
     for i in torch.randperm(len(weights)).tolist():
         e, w = list(weights)[i]
         loader.add(f"model.layers.0.block_sparse_moe.experts.{e}.{w}.weight", weights[e, w])
     experts = loader.finish()
     assert isinstance(experts, kind)
-    x = torch.randn(7, 64)
+    x = torch.randn(7, 64).to(dtype)
     topk_ids = torch.tensor([[0, 2]] * 4 + [[2, 0]] * 3, dtype=torch.int32)
     topk_weights = torch.rand(7, 2)
 
@@ -234,11 +239,11 @@ def test_experts_of_any_format_compute_what_each_would(makers, kind):
                 out[t] += topk_weights[t, j].to(dtype) * (down @ row)
         return out
 
-    got = experts(x, topk_weights, topk_ids)
+    got = experts(*(of.to(device) for of in (x, topk_weights, topk_ids))).cpu()
     if makers["w1"] is w8a8:  # its inputs are rounded to 8 bits
-        assert (got - computed(F32)).norm() < 0.02 * computed(F32).norm()
+        assert (got.float() - computed(F32)).norm() < 0.02 * computed(F32).norm()
     else:
-        assert_accurate(got, computed(torch.float64), computed(F32))
+        assert_accurate(got, computed(torch.float64), computed(dtype))
 
 
 def test_the_router_chooses_as_softmax_over_the_largest():

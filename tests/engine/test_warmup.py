@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from quantised_models import MIXTRAL, save_quantised
-from tiny_models import save_tiny_mixtral
+from tiny_models import save_tiny_mixtral, save_tokenizer
 
 import octavo
 from octavo.engine import LLM, SamplingParams
@@ -148,19 +148,31 @@ def test_a_cpu_has_nothing_to_compile():
         llm.warmup()
 
 
+SIZES = dict(
+    vocab_size=300,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    eos_token_id=None,
+)
+SERVED = {
+    "llama": transformers.LlamaConfig(**SIZES),
+    "mixtral": transformers.MixtralConfig(**SIZES, num_local_experts=5),
+    "mixtral gptq": transformers.MixtralConfig(**SIZES, num_local_experts=5),
+}
+
+
 @pytest.mark.gpu
-def test_serving_mixed_batches_compiles_nothing(tmp_path):
-    config = transformers.LlamaConfig(
-        vocab_size=300,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    _tokenizer(300).save_pretrained(tmp_path)
+@pytest.mark.parametrize("name", SERVED)
+def test_serving_mixed_batches_compiles_nothing(tmp_path, name):
+    if name.endswith("gptq"):
+        save_quantised(tmp_path, "gptq", config=SERVED[name])
+    else:
+        transformers.AutoModelForCausalLM.from_config(SERVED[name], dtype=torch.bfloat16).save_pretrained(tmp_path)
+        save_tokenizer(tmp_path, 300)
     llm = LLM(str(tmp_path), device="cuda", max_num_batched_tokens=96, max_num_seqs=5)
     compiled, ready = octavo.compile_count(), len(launching._ready)
     params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
@@ -169,10 +181,3 @@ def test_serving_mixed_batches_compiles_nothing(tmp_path):
     assert [len(c.token_ids) for c in done] == [12] * 6 + [40]
     llm.prompt_logprobs(list(range(5, 250)))
     assert octavo.compile_count() == compiled and len(launching._ready) == ready
-
-
-def _tokenizer(size: int) -> transformers.PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, models
-
-    words = models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0")
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words))
