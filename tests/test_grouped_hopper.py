@@ -46,7 +46,9 @@ def in_python(module, x, weight, bias, offsets, tile, outputs, stages, parts, ga
             out,
             pointer(bias),
             pointer(plan),
-            *map(Number, (s, n, cdiv(n, outputs // 2 if gated else outputs), steps, part_steps)),
+            None,
+            None,
+            *map(Number, (s, n, 0, 0, cdiv(n, outputs // 2 if gated else outputs), steps, part_steps)),
             *(tile, outputs, 64, stages, parts, gated, *more),
         )
     return torch.from_numpy(out.memory).view(parts, s, n).sum(0).to(HALF)
@@ -94,7 +96,7 @@ def test_source_of_few(counts, k, n, tile, stages, parts, bias, gated):
     """Experts without rows and of several tiles, outputs and inputs that end within a tile, parts, an early start."""
     parts, bias = (1, False) if gated else (parts, bias)
     args = case(counts, k, n, gated, bias)
-    more = random.random() < 0.5, 128, False
+    more = False, random.random() < 0.5, 128, False
     out = in_python("grouped_few", *args, tile, 128, stages, parts, gated, 3, more)
     check(out, *args, gated)
 
