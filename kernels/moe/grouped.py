@@ -71,14 +71,14 @@ def _grouped_kernel(
         up = acc
         for start in range(0, K, BLOCK_K):
             mask = k < K - start
-            x = tl.load(x_ptrs + start, mask=mask, other=0)  # [ROWS, BLOCK_K]
-            w = tl.load(weight_ptrs + start, mask=mask, other=0)  # [COLS, BLOCK_K]
+            x = tl.load(x_ptrs + start, mask=mask, other=0.0)  # [ROWS, BLOCK_K]
+            w = tl.load(weight_ptrs + start, mask=mask, other=0.0)  # [COLS, BLOCK_K]
             if TURNED:
                 acc = tl.dot(w, x.T, acc, input_precision="ieee", out_dtype=SUM)
             else:
                 acc = tl.dot(x, w.T, acc, input_precision="ieee", out_dtype=SUM)
             if GATED:
-                w = tl.load(up_ptrs + start, mask=mask, other=0)
+                w = tl.load(up_ptrs + start, mask=mask, other=0.0)
                 if TURNED:
                     up = tl.dot(w, x.T, up, input_precision="ieee", out_dtype=SUM)
                 else:
