@@ -4,42 +4,49 @@
 
 Qwen3's may take p from the softmax over all experts, as it is (`renormalize=False`).
 
-Dense weights of a layer's experts lie in two tensors, as `octavo.fused_moe` takes them: every tensor of the checkpoint
-is copied to its place there as it is read, and let go. Experts in quantised formats stay as the checkpoint has them,
-each with linear layers of its own, which are called one expert after another (`ExpertLoop`).
+The weights of a layer's experts lie in two tensors where `octavo.fused_moe` takes them, dense, or in int8 or fp8 with
+inputs quantised by token: every tensor of the checkpoint is copied to its place there as it is read, and let go.
+Experts in other quantised formats stay as the checkpoint has them, each with linear layers of its own, which are called
+one expert after another (`ExpertLoop`).
 """
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 
 import octavo
+from octavo.engine.checkpoint import Fp8Weight, Int8Weight, Weight
 from octavo.engine.config import ModelConfig
-from octavo.engine.layers import DenseLinear, GatedLinear, Linear, Mlp, Weight, make_linear, supported
+from octavo.engine.layers import DenseLinear, GatedLinear, Linear, Mlp, make_linear, output_scales, supported
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class StackedExperts:
-    """Dense experts, computed by one call.
+    """Experts that are computed by one call: dense ones, and int8 and fp8 whose inputs are quantised by token.
 
-    w1 `[E, 2 I, H]`: of each expert gate's rows, then up's; w2 `[E, H, I]`: down.
+    w1 `[E, 2 I, H]`: of each expert gate's rows, then up's; w2 `[E, H, I]`: down. Of int8 and fp8 w1_scale `[E, 2 I]`
+    and w2_scale `[E, H]`, fp32.
     """
 
     w1: torch.Tensor
     w2: torch.Tensor
+    w1_scale: torch.Tensor | None = None
+    w2_scale: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-        return octavo.fused_moe(x, self.w1, self.w2, topk_weights, topk_ids)
+        return octavo.fused_moe(
+            *(x, self.w1, self.w2, topk_weights, topk_ids), w1_scale=self.w1_scale, w2_scale=self.w2_scale
+        )
 
 
 @dataclass(frozen=True)
 class ExpertLoop:
-    """Experts in any format, one after another, each with the tokens that chose it.
+    """Experts in any format, computed one after another, each with the tokens that chose it.
 
     The host must know how many those are, so it waits for the device once a call: no CUDA graph can hold this.
     """
@@ -123,6 +130,30 @@ class Layout:
         return shapes | {f"{at}.{e}.{name}.weight": shape for e in range(count) for name, shape in of_one.items()}
 
 
+@dataclass(frozen=True)
+class _Stack:
+    """One matrix of all experts of a layer, w2, or w1 with w3 below it."""
+
+    weight: torch.Tensor  # [E, N, K], dense, int8 or fp8
+    scale: torch.Tensor | None  # [E, N], fp32, where it is not dense
+
+    @classmethod
+    def empty(cls, shape: Shape, dtype: torch.dtype, device: torch.device) -> "_Stack":
+        scale = None if dtype.is_floating_point and dtype.itemsize > 1 else torch.empty(shape[:2], device=device)
+        return cls(torch.empty(shape, dtype=dtype, device=device), scale)
+
+    def put(self, expert: int, rows: slice, weight: Weight) -> Weight:
+        """Copies a matrix to its place; returns it as it lies there."""
+        place = self.weight[expert, rows]
+        if isinstance(weight, torch.Tensor):
+            return place.copy_(weight)
+        assert self.scale is not None and isinstance(weight, Int8Weight | Fp8Weight)
+        q, scale = place.copy_(weight.q), self.scale[expert, rows].copy_(output_scales(weight)).unsqueeze(1)
+        if isinstance(weight, Fp8Weight):
+            return replace(weight, q=q, scale=scale, block=(1, q.shape[1]))
+        return replace(weight, q=q, scale=scale)
+
+
 class ExpertLoader:
     """Takes the weights of one layer's experts in any order.
 
@@ -134,60 +165,71 @@ class ExpertLoader:
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         self.count, self.hidden, self.inner = config.num_local_experts, config.hidden_size, config.intermediate_size
-        self.w1: torch.Tensor | None = None
-        self.w2: torch.Tensor | None = None
-        self.pending: dict[tuple[int, str], Weight] = {}
+        self.stacks: dict[str, _Stack] = {}
+        self.matrices: dict[tuple[int, str], Weight] = {}
+        self.loose: set[tuple[int, str]] = set()  # those of `matrices` that lie in no stack
         self.linears: dict[tuple[int, str], Linear] = {}
 
     def add(self, name: str, weight: Weight) -> None:
-        """Puts a dense weight into its place; makes a layer of a quantised one, once gate has its up."""
+        """Puts a weight that `fused_moe` takes into its place; makes a layer of another, with gate once up is there."""
         stacked = _STACKED.fullmatch(name)
         if stacked is not None:
             assert isinstance(weight, torch.Tensor)
-            setattr(self, "w2" if stacked[2] == "down_proj" else "w1", weight.to(self.device, self.dtype))
+            matrix = "w2" if stacked[2] == "down_proj" else "w1"
+            self.stacks[matrix] = _Stack(weight.to(self.device, self.dtype), None)
             return
         match = _BY_EXPERT.fullmatch(name)
         assert match is not None, name
         expert, matrix = int(match[2]), MATRICES.get(match[3], match[3])
-        weight = supported(weight, self.device, self.dtype)
-        if isinstance(weight, torch.Tensor):
-            weight = self._place(expert, matrix).copy_(weight)
-        self.pending[expert, matrix] = weight
-        group = [(expert, "w2")] if matrix == "w2" else [(expert, "w1"), (expert, "w3")]
-        if all(part in self.pending for part in group):
-            weights = [self.pending.pop(part) for part in group]
-            if not all(isinstance(w, torch.Tensor) for w in weights):
-                no_biases: list[torch.Tensor | None] = [None] * len(group)
-                gated = matrix != "w2"
-                self.linears[group[0]] = make_linear(weights, no_biases, self.device, self.dtype, gated)
+        self._put(expert, matrix, supported(weight, self.device, self.dtype))
+        group = _group(matrix)
+        if all((expert, of) in self.matrices for of in group) and any((expert, of) in self.loose for of in group):
+            weights = [self.matrices.pop((expert, of)) for of in group]
+            self.linears[expert, group[0]] = self._linear(weights)
 
     def finish(self) -> StackedExperts | ExpertLoop:
         """The experts, once all of their weights have come."""
-        if not self.linears:
-            assert self.w1 is not None and self.w2 is not None
-            return StackedExperts(self.w1, self.w2)
-        return ExpertLoop(tuple(Mlp(self._gate_up(e), self._down(e)) for e in range(self.count)), self.count)
+        w1, w2 = (self.stacks.get(matrix) for matrix in ("w1", "w2"))
+        if not self.linears and w1 is not None and w2 is not None and w1.weight.dtype == w2.weight.dtype:
+            return StackedExperts(w1.weight, w2.weight, w1.scale, w2.scale)
+        experts = (Mlp(self._of_expert(e, "w1"), self._of_expert(e, "w2")) for e in range(self.count))
+        return ExpertLoop(tuple(experts), self.count)
 
-    def _place(self, expert: int, matrix: str) -> torch.Tensor:
-        if matrix == "w2":
-            if self.w2 is None:
-                self.w2 = self._empty(self.hidden, self.inner)
-            return self.w2[expert]
-        if self.w1 is None:
-            self.w1 = self._empty(2 * self.inner, self.hidden)
-        return self.w1[expert].chunk(2)[matrix == "w3"]
+    def _put(self, expert: int, matrix: str, weight: Weight) -> None:
+        """Into its stack, whose dtype the first weight decides, or by itself."""
+        stack, dtype = _group(matrix)[0], self.dtype if isinstance(weight, torch.Tensor) else weight.q.dtype
+        stackable = isinstance(weight, torch.Tensor) or _by_token(weight)
+        if stackable and stack not in self.stacks:
+            n, k = (self.hidden, self.inner) if stack == "w2" else (2 * self.inner, self.hidden)
+            self.stacks[stack] = _Stack.empty((self.count, n, k), dtype, self.device)
+        if stackable and self.stacks[stack].weight.dtype == dtype:
+            rows = {"w1": slice(None, self.inner), "w3": slice(self.inner, None)}.get(matrix, slice(None))
+            weight = self.stacks[stack].put(expert, rows, weight)
+        else:
+            self.loose.add((expert, matrix))
+        self.matrices[expert, matrix] = weight
 
-    def _empty(self, *shape: int) -> torch.Tensor:
-        return torch.empty(self.count, *shape, dtype=self.dtype, device=self.device)
+    def _of_expert(self, expert: int, matrix: str) -> Linear:
+        """The layer of an expert; where all of it lies in a stack, made of that."""
+        if (expert, matrix) in self.linears:
+            return self.linears[expert, matrix]
+        stack = self.stacks[matrix]
+        if stack.scale is not None:
+            return self._linear([self.matrices.pop((expert, of)) for of in _group(matrix)])
+        linear = DenseLinear(stack.weight[expert], None)
+        return GatedLinear(linear) if matrix == "w1" else linear
 
-    def _gate_up(self, expert: int) -> Linear:
-        if (expert, "w1") in self.linears:
-            return self.linears[expert, "w1"]
-        assert self.w1 is not None
-        return GatedLinear(DenseLinear(self.w1[expert], None))
+    def _linear(self, weights: list[Weight]) -> Linear:
+        return make_linear(weights, [None] * len(weights), self.device, self.dtype, gated=len(weights) == 2)
 
-    def _down(self, expert: int) -> Linear:
-        if (expert, "w2") in self.linears:
-            return self.linears[expert, "w2"]
-        assert self.w2 is not None
-        return DenseLinear(self.w2[expert], None)
+
+def _group(matrix: str) -> tuple[str, ...]:
+    """The matrices that are one layer with it."""
+    return ("w2",) if matrix == "w2" else ("w1", "w3")
+
+
+def _by_token(weight: Weight) -> bool:
+    """Whether it is one of those 8-bit formats that `fused_moe` takes: inputs quantised by token, scales by output."""
+    if not isinstance(weight, Int8Weight | Fp8Weight) or weight.activations is None:
+        return False
+    return weight.activations.granularity == "token"

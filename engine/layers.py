@@ -147,7 +147,7 @@ def make_linear(
         scale = scale.t().contiguous()
         return Int4Linear(octavo.int4_pack(q), scale, minimum, bias, group_size, order, activation)
     if isinstance(first, Int8Weight | Fp8Weight) and first.activations is not None:
-        scale = torch.cat([_output_scales(w) for w in weights if isinstance(w, Int8Weight | Fp8Weight)]).to(device)
+        scale = torch.cat([output_scales(w) for w in weights if isinstance(w, Int8Weight | Fp8Weight)]).to(device)
         activations = first.activations
         if activations.scale is not None:
             activations = Activations(activations.granularity, activations.scale.to(device))
@@ -190,7 +190,7 @@ def _fp8_runs(weight: Fp8Weight, device: torch.device) -> bool:
     return weight.q.shape[1] % (BLOCK if weight.activations.granularity == "group" else 16) == 0
 
 
-def _output_scales(weight: Int8Weight | Fp8Weight) -> torch.Tensor:
+def output_scales(weight: Int8Weight | Fp8Weight) -> torch.Tensor:
     """fp32: one a row of the weight, or those of its blocks."""
     scale = weight.scale.float()
     if isinstance(weight, Int8Weight):
