@@ -139,7 +139,8 @@ class _Stack:
 
     @classmethod
     def empty(cls, shape: Shape, dtype: torch.dtype, device: torch.device) -> "_Stack":
-        scale = None if dtype.is_floating_point and dtype.itemsize > 1 else torch.empty(shape[:2], device=device)
+        dense = dtype.is_floating_point and dtype.itemsize > 1
+        scale = None if dense else torch.empty(shape[:2], dtype=torch.float32, device=device)
         return cls(torch.empty(shape, dtype=dtype, device=device), scale)
 
     def put(self, expert: int, rows: slice, weight: Weight) -> Weight:

@@ -57,8 +57,8 @@ def model_calls(
             norm_topk_prob, and moe_intermediate_size where experts have another size than intermediate_size.
         dtype: of activations, cache and norm weights.
         weights: "dense" (the GEMMs are torch's), "int4" (scales without a minimum and with one), "int8"; or with
-            activations quantised by token, "int8_int8" and "fp8", and in groups of 128, "fp8_blocks". Experts in
-            other formats than "dense" are linear layers, called for the tokens of one expert after another.
+            activations quantised by token, "int8_int8" and "fp8", and in groups of 128, "fp8_blocks". Experts of
+            "int4", "int8" and "fp8_blocks" are linear layers, called for the tokens of one expert after another.
         group_size: of int4 and int8 weights.
         page_size: tokens a page of the KV cache.
         max_num_batched_tokens: tokens in one step at most.
@@ -107,7 +107,7 @@ def model_calls(
         ]
         if experts:
             routing = experts, _get(config, "num_experts_per_tok"), _get(config, "norm_topk_prob", True)
-            calls.append(partial(_experts, tokens, hidden, intermediate, *routing, dtype, weights == "dense"))
+            calls.append(partial(_experts, tokens, hidden, intermediate, *routing, dtype, weights))
         for max_seqlen_q in token_counts(tokens):
             sizes = tokens, max_seqlen_q, heads, kv_heads, head_dim, page_size
             calls.append(partial(_attention, *sizes, _get(config, "sliding_window", None), dtype))
@@ -212,15 +212,18 @@ def _experts(
     top_k: int,
     renormalize: bool,
     dtype: torch.dtype,
-    dense: bool,
+    weights: str,
 ) -> None:
     x, logits = _empty(tokens, hidden, dtype=dtype), _empty(tokens, experts, dtype=dtype)
     topk_weights, topk_ids = moe_route(logits, top_k, renormalize=renormalize)
-    if dense:
-        w1, w2 = (
-            _empty(experts, *sizes, dtype=dtype) for sizes in ((2 * intermediate, hidden), (hidden, intermediate))
+    kept = {"dense": dtype, "int8_int8": torch.int8, "fp8": torch.float8_e4m3fn}
+    if weights in kept:
+        w1 = _empty(experts, 2 * intermediate, hidden, dtype=kept[weights])
+        w2 = _empty(experts, hidden, intermediate, dtype=kept[weights])
+        w1_scale, w2_scale = (
+            None if weights == "dense" else _empty(*w.shape[:2], dtype=torch.float32) for w in (w1, w2)
         )
-        fused_moe(x, w1, w2, topk_weights, topk_ids)
+        fused_moe(x, w1, w2, topk_weights, topk_ids, w1_scale=w1_scale, w2_scale=w2_scale)
     else:
         rows, _, positions = moe_permute(x, topk_ids, experts)
         moe_unpermute(rows, positions, topk_weights)

@@ -1,5 +1,6 @@
 """Warming up a model: what its steps launch is what was compiled ahead."""
 
+import json
 import os
 import subprocess
 import sys
@@ -115,13 +116,14 @@ for tokens, sequences in ((1, 1), (7, 7), (64, 64), (250, 1), (40, 4)):
     assert not missing, (tokens, sequences, missing)
 listed = keys(octavo.model_calls(llm.config, weights=weights, group_size=32, max_num_batched_tokens=256))
 mixture, hidden = whole.layers[0].mlp, llm.config.hidden_size
-assert isinstance(mixture.experts, ExpertLoop) == (weights != "dense")
+alone = isinstance(mixture.experts, ExpertLoop)
+assert alone == (weights == "int4")
 for tokens in (1, 7, 50, 250):
     x = torch.empty(tokens, hidden, dtype=torch.bfloat16, device="meta")
     assert keys([lambda: mixture(x)]) <= warm, tokens
-    called = keys([lambda: (mixture if weights == "dense" else replace(mixture, experts=around))(x)])
+    called = keys([lambda: (replace(mixture, experts=around) if alone else mixture)(x)])
     assert len(called) > 2 and called <= listed, (tokens, called - listed)
-if weights != "dense":
+if alone:
     for rows in (1, 3, 6, 37, 100):  # as many tokens as an expert may get
         x = torch.empty(rows, hidden, dtype=torch.bfloat16, device="meta")
         called = keys([lambda: mixture.experts.experts[1](x)])
@@ -130,12 +132,20 @@ print("covered")
 """
 
 
-@pytest.mark.parametrize("weights", ["dense", "int4"])
+QUANTISED = {"int4": "gptq asymmetric", "int8_int8": "integers", "fp8": "float8 channels"}
+
+
+@pytest.mark.parametrize("weights", ["dense", "int4", "int8_int8", "fp8"])
 def test_experts_are_covered(tmp_path, weights):
     if weights == "dense":
         save_tiny_mixtral(tmp_path, torch.bfloat16)
     else:
-        save_quantised(tmp_path, "gptq asymmetric", config=MIXTRAL)
+        save_quantised(tmp_path, QUANTISED[weights], config=MIXTRAL)
+        inputs = dict(num_bits=8, type="float" if weights == "fp8" else "int", dynamic=True, strategy="token")
+        config = json.loads((tmp_path / "config.json").read_text())
+        if weights != "int4":
+            config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = inputs
+        (tmp_path / "config.json").write_text(json.dumps(config))
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", EXPERTS, str(tmp_path), weights]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
