@@ -6,6 +6,7 @@ Whole Mixtrals are compared with transformers' in test_parity.py and, in every f
 import json
 from dataclasses import replace
 
+import gguf
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
@@ -76,17 +77,20 @@ def test_one_tensor_an_expert_as_in_early_ggufs(tmp_path):
         assert torch.equal(dequantize(weight, CPU), dequantize(theirs[name], CPU)), name
 
 
-def test_a_gguf_becomes_a_folder(tmp_path):
+def test_a_quantised_gguf_becomes_a_folder_and_a_gguf_again(tmp_path):
     save_gguf(tmp_path / "m.gguf", Type.Q4_0, GGUF_MIXTRAL)
     convert(tmp_path / "m.gguf", tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path / "back.gguf")
     config = open_checkpoint(tmp_path / "folder").config
     assert config.architecture == "MixtralForCausalLM"
     assert (config.num_local_experts, config.num_experts_per_tok) == (4, 2)
-    made = dict(open_checkpoint(tmp_path / "folder").tensors())
-    for name, weight in open_checkpoint(tmp_path / "m.gguf").tensors():
-        assert torch.equal(dequantize(weight, CPU), dequantize(made[name], CPU)), name
-    with pytest.raises(ValueError, match="folder: num_local_experts: 4; convertible to a GGUF: dense models"):
-        convert(tmp_path / "folder", tmp_path / "back.gguf")
+    back = open_checkpoint(tmp_path / "back.gguf")
+    assert back.config == open_checkpoint(tmp_path / "m.gguf").config
+    for made in (dict(open_checkpoint(tmp_path / "folder").tensors()), dict(back.tensors())):
+        for name, weight in open_checkpoint(tmp_path / "m.gguf").tensors():
+            assert torch.equal(dequantize(weight, CPU), dequantize(made[name], CPU)), name
+    names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "back.gguf").tensors}
+    assert "blk.1.ffn_gate_exps.weight" in names and "blk.1.ffn_gate_inp.weight" in names
 
 
 def test_generates_what_transformers_does(folder):
