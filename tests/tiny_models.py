@@ -80,14 +80,18 @@ def part_experts(model):
 def released(model):
     """A model's weights by the names of released checkpoints; of experts, which transformers stacks, views."""
     weights = {}
+    qwen = model.config.model_type == "qwen3_moe"
+    block, gate, up, down = (
+        ("mlp", "gate_proj", "up_proj", "down_proj") if qwen else ("block_sparse_moe", "w1", "w3", "w2")
+    )
     for name, weight in model.state_dict().items():
         at, is_expert, which = name.partition(".mlp.experts.")
         if not is_expert:
-            weights[name.replace(".mlp.gate.", ".block_sparse_moe.gate.")] = weight
+            weights[name.replace(".mlp.gate.", f".{block}.gate.")] = weight
             continue
         for i, of in enumerate(weight):
-            matrices = {"w2": of} if which == "down_proj" else dict(zip(("w1", "w3"), of.chunk(2), strict=True))
-            weights |= {f"{at}.block_sparse_moe.experts.{i}.{w}.weight": matrix for w, matrix in matrices.items()}
+            matrices = {down: of} if which == "down_proj" else dict(zip((gate, up), of.chunk(2), strict=True))
+            weights |= {f"{at}.{block}.experts.{i}.{w}.weight": matrix for w, matrix in matrices.items()}
     return weights
 
 

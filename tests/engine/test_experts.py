@@ -9,6 +9,7 @@ from dataclasses import replace
 import gguf
 import pytest
 import torch
+import transformers
 from gguf import GGMLQuantizationType as Type
 from quantised_models import GGUF_MIXTRAL, MIXTRAL, save_gguf, save_quantised
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,8 @@ from octavo.engine.checkpoint import Activations, Fp8Weight, Int4Weight, Int8Wei
 from octavo.engine.config import ModelConfig
 from octavo.engine.convert import convert
 from octavo.engine.experts import ExpertLoader, ExpertLoop, MixtureOfExperts, StackedExperts
+from octavo.engine.gguf_file import GgufTensor, _by_expert, _hugging_face_name
+from octavo.engine.gguf_writer import gguf_name
 from octavo.engine.layers import dequantize
 from octavo.engine.loader import load_model
 from octavo.engine.quantize import Settings, quantize
@@ -91,6 +94,35 @@ def test_a_quantised_gguf_becomes_a_folder_and_a_gguf_again(tmp_path):
             assert torch.equal(dequantize(weight, CPU), dequantize(made[name], CPU)), name
     names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "back.gguf").tensors}
     assert "blk.1.ffn_gate_exps.weight" in names and "blk.1.ffn_gate_inp.weight" in names
+
+
+def test_the_names_in_a_gguf_are_those_that_llama_cpp_gives():
+    theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for module in ("gate", "experts.w1", "experts.w2", "experts.w3"):
+        name = theirs.get_name(f"{LAYER}.{module}")
+        if module == "gate":
+            assert gguf_name(f"{LAYER}.gate.weight") == f"{name}.weight"
+            continue
+        stacked = GgufTensor(f"{name}.weight", (2, 32, 64), Type.F16, 0, 2 * 32 * 64 * 2)
+        read = [_hugging_face_name(part.name) for part in _by_expert(stacked)]
+        assert read == [f"{LAYER}.{module.replace('.', f'.{e}.')}.weight" for e in range(2)]
+
+
+QWEN = transformers.Qwen3MoeConfig(
+    **{k: v for k, v in MIXTRAL.to_diff_dict().items() if k not in ("model_type", "transformers_version")}
+    | dict(num_local_experts=5, num_experts_per_tok=3, moe_intermediate_size=64, norm_topk_prob=True)
+)
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "packed", "float8"])
+def test_quantised_experts_of_qwen(tmp_path, name):
+    model, ids = save_quantised(tmp_path, name, config=QWEN), torch.arange(3, 27)[None]
+    with torch.inference_mode():
+        plain = model(ids).logits[0]
+        exact = model.double()(ids).logits[0]
+    llm = LLM(str(tmp_path), device="cpu", dtype=F32)
+    assert isinstance(llm.model.layers[0].mlp.experts, StackedExperts if name == "float8" else ExpertLoop)
+    assert_accurate(torch.cat(list(llm.runner.prompt_logits(ids[0].tolist(), 7))), exact, plain)
 
 
 def test_generates_what_transformers_does(folder):
