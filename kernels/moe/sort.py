@@ -41,8 +41,8 @@ class _Tiles:
 
 
 def choose_tiles(pairs: int) -> _Tiles:
-    """Comparisons held in registers, 32 a thread; few queries a program where all pairs are compared with all."""
-    return _Tiles(16, 256, 4) if pairs <= MOST_COMPARED else _Tiles(256, 32, 8)
+    """Comparisons held in registers, 16 or 32 a thread; few queries a program where all are compared with all."""
+    return _Tiles(16, 256, 8) if pairs <= MOST_COMPARED else _Tiles(256, 32, 8)
 
 
 @triton.jit
