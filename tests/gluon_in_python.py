@@ -266,7 +266,7 @@ def _allocate(dtype, shape, layout):
         barriers[:] = [_Barrier() for _ in range(shape[0])]
         return Shared(barriers, dtype)
     if dtype in HALVES:
-        return Shared(np.full(shape, np.nan, np.float32), dtype, half_by_half=True)
+        return Shared(np.full(shape, np.nan, np.float32), dtype, half_by_half=shape[-1] == 128)
     if dtype == FP8:
         return Shared(np.full(shape, np.nan, np.float32), dtype)
     return Shared(np.full(shape, np.nan if dtype == "float32" else -1, NUMPY[dtype]), dtype)
@@ -276,6 +276,8 @@ def _load(pointer, mask=None, other=0, cache_modifier=None):
     offset, mask = pointer.where(mask)
     out = np.full(mask.shape, other, pointer.memory.dtype)
     out[mask] = pointer.memory[offset]
+    if not mask.shape and out.dtype.kind == "i":
+        return Number(out)
     return Tensor(out, pointer.dtype.element_ty)
 
 
@@ -367,6 +369,7 @@ def namespace(modules, place, programs):
             constexpr=lambda value: value,
             debug_barrier=lambda: None,
             exp2=lambda x: Tensor(np.exp2(x.values), x.dtype),
+            load=_load,
             minimum=_extremum(np.minimum),
         ),
         torch=torch,

@@ -66,6 +66,9 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
     asymmetric = dict(x_zero=new(tokens, 1, dtype=torch.int32), weight_sum=new(80, dtype=torch.int32))
     int4_int8 = int4 | dict(scale=new(2, 80), x=new(tokens, 128, dtype=torch.int8), x_scale=ones(tokens, 1))
     int8 = dict(x=new(tokens, 128), weight=new(80, 128, dtype=torch.int8), scale=new(1, 80))
+    offsets, ids = torch.zeros(5, dtype=torch.int32), new(tokens, 2, dtype=torch.int32)
+    grouped = dict(x=new(tokens, 128), weight=new(4, 80, 128), offsets=offsets)
+    moe = dict(x=new(tokens, 128), w1=new(4, 160, 128), w2=new(4, 128, 80), topk_weights=ones(tokens, 2), topk_ids=ids)
     return {
         "rms_norm": (octavo.rms_norm, dict(x=new(tokens, 512), weight=new(512)), dict(eps=1e-5)),
         "rms_norm of heads": (octavo.rms_norm, dict(x=k, weight=new(d)), {}),
@@ -255,6 +258,10 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
             dict(y=new(2 * tokens, 512), positions=new(tokens, 2, dtype=torch.int32), topk_weights=ones(tokens, 2)),
             {},
         ),
+        "grouped_linear": (octavo.grouped_linear, grouped, {}),
+        "grouped_linear with bias": (octavo.grouped_linear, grouped | dict(bias=new(4, 80)), {}),
+        "fused_moe": (octavo.fused_moe, moe, {}),
+        "fused_moe of some experts": (octavo.fused_moe, moe | dict(expert_map=offsets), {}),
         "sample greedily": (octavo.sample, dict(logits=new(tokens, vocab)), {}),
         "sample": (octavo.sample, dict(logits=new(tokens, vocab), **drawing), {}),
         "sample with everything": (

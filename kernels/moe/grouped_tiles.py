@@ -1,0 +1,100 @@
+"""The tiles of a product by experts, and which kernel computes them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from octavo.kernels.tiles import DeviceProperties, cdiv, next_power_of_2
+
+MOST_FEW = 128
+"""Rows of a tile whose first operand is the weights."""
+_STAGE_K = 64
+"""Inputs of a step on Hopper: as many bytes of 16-bit numbers as the copy engine's widest swizzle takes."""
+_OTHER_BYTES = 2048
+"""Of shared memory: barriers, and what the GPU keeps for itself."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows of x and outputs of a tile, inputs of a step, and the schedule of programs."""
+
+    kernel: str
+    """"few" (`octavo.kernels.moe.grouped_few`), "many" (`octavo.kernels.moe.grouped_hopper`) or "triton"
+    (`octavo.kernels.moe.grouped`)."""
+    rows: int
+    outputs: int
+    """With SiLU and gate those of gate and of up together."""
+    block_k: int
+    num_warps: int
+    stages: int
+    programs_per_sm: int
+    parts: int = 1
+    """Programs that a tile's inputs are dealt out to; none is without a step."""
+
+    def parts_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of results that are added up afterwards: where there are few, they are not rounded before."""
+        return torch.float32 if self.kernel == "few" or self.parts > 1 else dtype
+
+
+def rows_of(rows: int, experts: int, *, copied: bool) -> int:
+    """Rows of a tile, for that many rows of which nobody knows yet how they are spread over the experts.
+
+    Half as many again as an expert has on average, if each that can have rows has some: then most experts have one
+    tile, and their weights are read once.
+    """
+    mean = rows / max(min(experts, rows), 1)
+    if copied:
+        return min(max(next_power_of_2(int(1.5 * mean)), 16), 128)
+    return min(max(next_power_of_2(int(1.5 * mean)), 16), 64) if mean <= 64 else 128
+
+
+def _parts(tiles: float, inputs: int, slots: int, bytes_of_tile: int) -> int:
+    """Programs a tile, so that as few multiprocessors as possible have nothing to do in the end.
+
+    A part has 256 KB to read, at least. Parts are written and read once more: each one more has to save 2 %.
+    """
+    most = max(min(bytes_of_tile // 2**18, inputs // 256, 8), 1)
+
+    def cost(parts: int) -> float:
+        waves = tiles * parts / slots
+        return cdiv(int(waves * 1000), 1000) / waves * (1 + 0.02 * parts)
+
+    parts = min(range(1, most + 1), key=cost)
+    steps = cdiv(inputs, _STAGE_K)
+    return cdiv(steps, cdiv(steps, parts))
+
+
+def choose_tiles(
+    rows: int,
+    experts: int,
+    outputs: int,
+    inputs: int,
+    tile: int,
+    properties: DeviceProperties,
+    *,
+    gated: bool,
+    copied: bool,
+    itemsize: int,
+) -> Tiles:
+    """The tiles for `[rows, inputs]` by `[experts, outputs, inputs]`, `tile` of the rows at a time.
+
+    Args:
+        tile: from `rows_of`.
+        gated: whether outputs are halved by SiLU × gate; then one program has all of a tile's inputs.
+        copied: whether the copy engine loads, on Hopper.
+    """
+    mean = rows / max(min(experts, rows), 1)
+    active = min(experts, rows)
+    if copied and mean <= 64:
+        stage = (tile + 128) * _STAGE_K * itemsize
+        programs = 1 if tile == 128 else 2
+        stages = (properties.shared_memory // programs - _OTHER_BYTES) // stage
+        tiles = active * cdiv(outputs, 128)
+        slots = properties.num_sms * programs
+        parts = _parts(tiles, inputs, slots, 128 * inputs * itemsize) if not gated else 1
+        return Tiles("few", tile, 128, _STAGE_K, 4, stages, programs, parts)
+    if copied:
+        return Tiles("many", tile, 256, _STAGE_K, 4, 4, 1)
+    # More than so many numbers a step spill where rows are not aligned, so that loads go through registers.
+    block_k = 64 if itemsize == 2 and tile <= 32 else 32
+    return Tiles("triton", tile, 128, block_k, 8, 3, 1)
