@@ -8,6 +8,8 @@ from itertools import pairwise
 
 import torch
 
+from octavo.reference.quantize import quantize_rows
+
 
 def moe_route(
     router_logits: torch.Tensor,
@@ -103,6 +105,18 @@ def grouped_linear(
     return _products(x, weight, offsets, bias).to(x.dtype)
 
 
+def _quantized_products(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, offsets: torch.Tensor
+) -> torch.Tensor:
+    """Of rows that are quantised as the weights are; sums of integers are exact."""
+    q, x_scale = quantize_rows(x, weight.dtype, None, None)
+    out = torch.zeros(len(x), weight.shape[1], dtype=torch.float32, device=x.device)
+    for expert, (start, end) in enumerate(pairwise(offsets.tolist())):
+        sums = q[start:end].double() @ weight[expert].double().t()
+        out[start:end] = sums.float() * x_scale[start:end] * scale[expert]
+    return out
+
+
 def fused_moe(
     x: torch.Tensor,
     w1: torch.Tensor,
@@ -110,8 +124,16 @@ def fused_moe(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     expert_map: torch.Tensor | None,
+    w1_scale: torch.Tensor | None = None,
+    w2_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     rows, offsets, positions = moe_permute(x, topk_ids, len(w1), expert_map)
-    gate, up = _products(rows, w1, offsets).chunk(2, -1)
+
+    def products(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        if scale is None:
+            return _products(rows, weight, offsets)
+        return _quantized_products(rows, weight, scale, offsets)
+
+    gate, up = products(rows, w1, w1_scale).chunk(2, -1)
     hidden = (torch.nn.functional.silu(gate) * up).to(x.dtype)
-    return moe_unpermute(_products(hidden, w2, offsets), positions, topk_weights).to(x.dtype)
+    return moe_unpermute(products(hidden, w2, w2_scale), positions, topk_weights).to(x.dtype)

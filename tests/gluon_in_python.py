@@ -329,7 +329,7 @@ def _language(place, programs):
         where=_where,
         static_range=builtins.range,
         arange=lambda start, end, layout: Tensor(np.arange(start, end), "int64"),
-        zeros=lambda shape, dtype, layout: Tensor(np.zeros(shape, NUMPY[dtype]), dtype),
+        zeros=lambda shape, dtype, layout: Tensor(np.zeros(shape, NUMPY.get(dtype, np.float32)), dtype),
         cdiv=lambda a, b: Number(-(-a // b)),
         zeros_like=lambda x: Tensor(np.zeros_like(x.values), x.dtype),
         expand_dims=lambda x, dim: Tensor(np.expand_dims(x.values, dim), x.dtype),

@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 import octavo
 from octavo import reference
 from octavo.kernels.moe import combine, fused_moe, schedule
+from octavo.kernels.tiles import device_properties
+from octavo.reference.quantize import LIMITS, quantize_rows
 from octavo.testing import assert_accurate, check_op
 
 
@@ -59,6 +61,50 @@ def test_any_ids(tokens, experts, top_k, hidden, intermediate):
     x, w1, w2, weights, _ = case(tokens, max(experts, top_k), top_k, hidden, intermediate, device=device)
     ids = torch.randint(-2, len(w1) + 2, (tokens, top_k), device=device)
     check((x, w1, w2, weights, ids))
+
+
+def quantized(w, dtype, by_expert):
+    """Weights and their scales, one an output or one an expert."""
+    scale = w.float().abs().amax((1, 2) if by_expert else 2, keepdim=True) / LIMITS[dtype]
+    q = w.float() / scale
+    return (q.round() if dtype == torch.int8 else q).to(dtype), scale.view(len(w)) if by_expert else scale[
+        :, :, 0
+    ].contiguous()
+
+
+def quantized_layer(x, w1, w2, weights, ids, w1_scale, w2_scale, dtype):
+    """With rows quantised as the op does it, and all else at one precision."""
+
+    def product(rows, w, scale):
+        q, row_scale = quantize_rows(rows, w.dtype, None, None)
+        scale = scale[:, None] if scale.dim() else scale
+        return (q.double() * row_scale).to(dtype) @ (w.double() * scale).to(dtype).t()
+
+    out = torch.zeros_like(x, dtype=dtype)
+    for t in range(len(x)):
+        for j, e in enumerate(ids[t].tolist()):
+            gate, up = product(x[t : t + 1], w1[e], w1_scale[e]).chunk(2, 1)
+            hidden = (torch.nn.functional.silu(gate) * up).to(x.dtype)
+            out[t] += weights[t, j].to(dtype) * product(hidden, w2[e], w2_scale[e])[0]
+    return out
+
+
+@pytest.mark.parametrize("by_expert", [False, True])
+@pytest.mark.parametrize("of_weights", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "hidden", "intermediate"),
+    [(1, 8, 2, 64, 64), (9, 4, 2, 160, 96), (140, 2, 2, 48, 33)],
+)
+def test_quantized(device, of_weights, by_expert, tokens, experts, top_k, hidden, intermediate):
+    x, w1, w2, weights, ids = case(tokens, experts, top_k, hidden, intermediate, torch.float32, device)
+    (w1, w1_scale), (w2, w2_scale) = (quantized(w, of_weights, by_expert) for w in (w1, w2))
+    out = octavo.fused_moe(x, w1, w2, weights, ids, w1_scale=w1_scale, w2_scale=w2_scale)
+    args = x, w1, w2, weights, ids, w1_scale, w2_scale
+    # Of two numbers of the grid that one lies between, the last bit of a first product decides.
+    plain = quantized_layer(*args, torch.float16 if x.dtype == torch.float32 else x.dtype)
+    assert_accurate(out, quantized_layer(*args, torch.float64), plain)
+    expected = reference.moe.fused_moe(*args[:5], None, *args[5:])
+    assert_accurate(expected, quantized_layer(*args, torch.float64), plain)
 
 
 @pytest.mark.parametrize("expert", [0, 3])
@@ -118,8 +164,9 @@ def test_gather(device):
     x = torch.randn(5, 70, device=device)
     order = torch.tensor([3, 9, 0, 1, 8, 2, 4, 5, 6, 7], dtype=torch.int32, device=device)
     offsets = torch.tensor([0, 4, 10], dtype=torch.int32, device=device)
-    rows, plan = schedule.gather_and_plan(x, order, offsets, 2, 16)
-    assert torch.equal(rows, x[order.long() // 2])
+    scale = torch.rand(5, 1, device=device)
+    rows, scales, plan = schedule.gather_and_plan(x, order, offsets, 2, 16, scale)
+    assert torch.equal(rows, x[order.long() // 2]) and torch.equal(scales, scale[order.long() // 2, 0])
     assert torch.equal(plan[:21].cpu()[[0, 8, 9, 10, 16, 17, 18]], torch.tensor([2, 0, 0, 4, 1, 4, 6]))
 
 
@@ -180,6 +227,10 @@ def test_graph_replayed_with_other_ids(tokens):
         assert torch.equal(out, octavo.fused_moe(x, w1, w2, weights, ids))
 
 
+BYTES = dict(w1=torch.zeros(3, 12, 8).char(), w2=torch.zeros(3, 8, 6).char())
+BYTES |= dict(w1_scale=torch.zeros(3, 12), w2_scale=torch.zeros(3))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -197,6 +248,15 @@ def test_graph_replayed_with_other_ids(tokens):
         (dict(topk_weights=torch.zeros(4, 3)), ValueError, r"topk_weights: shape \(4, 3\); expected \(4, 2\)"),
         (dict(topk_weights=torch.zeros(4, 2).half()), TypeError, "topk_weights: dtype float16"),
         (dict(topk_weights=torch.zeros(4, 2, device="meta")), ValueError, "topk_weights: on meta, but x is on cpu"),
+        (dict(w1_scale=torch.zeros(3, 12)), ValueError, "w1_scale: given beside weights of x's dtype"),
+        (dict(w1=torch.zeros(3, 12, 8).char()), TypeError, "w2: dtype float32 is not accepted; expected int8"),
+        (BYTES | dict(w2_scale=None), ValueError, "w2_scale: None beside int8 or float8_e4m3fn weights"),
+        (
+            BYTES | dict(w1_scale=torch.zeros(3, 6)),
+            ValueError,
+            r"w1_scale: shape \(3, 6\); expected \(3, 12\) or",
+        ),
+        (BYTES | dict(w1_scale=torch.zeros(3, 12).half()), TypeError, "w1_scale: dtype float16"),
         (dict(expert_map=torch.zeros(9)), TypeError, "expert_map: dtype float32"),
     ],
 )
@@ -218,3 +278,14 @@ def launches(dtype):
             ids, weights = new(tokens, top_k, dtype=torch.int32), new(tokens, top_k, dtype=torch.float32)
             w1, w2 = new(experts, 2 * intermediate, hidden), new(experts, hidden, intermediate)
             fused_moe._fused_moe_cuda(new(tokens, hidden), w1, w2, weights, ids, None)
+            if tokens % 3 == 1:  # of each kernel's tiles one or two
+                for of_weights in _bytes_here():
+                    scales = new(experts, 2 * intermediate, dtype=torch.float32), new(experts, dtype=torch.float32)
+                    w1, w2 = (new(*w.shape, dtype=of_weights) for w in (w1, w2))
+                    fused_moe._fused_moe_cuda(new(tokens, hidden), w1, w2, weights, ids, None, *scales)
+
+
+def _bytes_here():
+    """Dtypes of quantised weights that the device has which is compiled for."""
+    old = device_properties(torch.device("meta")).capability < (8, 9)
+    return (torch.int8,) if old else (torch.int8, torch.float8_e4m3fn)

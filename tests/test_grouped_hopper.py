@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from gluon_in_python import FP8 as FP8_IN_PYTHON
 from gluon_in_python import Descriptor, Number, Pointer, namespace
 
 from octavo.kernels.moe import schedule
@@ -12,7 +13,7 @@ from octavo.kernels.tiles import cdiv
 from octavo.reference import moe as reference
 from octavo.testing import assert_accurate
 
-HALF = torch.float16
+HALF, INT8, FP8 = torch.float16, torch.int8, torch.float8_e4m3fn
 MODULES = "quant/epilogue", "quant/w8a8_loads", "quant/w8a8_parts", "moe/schedule", "moe/grouped_loads"
 
 
@@ -24,15 +25,21 @@ def pointer(tensor):
 
 
 def descriptor(tensor, rows):
-    return Descriptor(tensor.flatten(0, -2).float().numpy(), "float16", (rows, 64))
+    tensor = tensor.flatten(0, -2)
+    if tensor.dtype == INT8:
+        return Descriptor(tensor.numpy(), "int8", (rows, 128))
+    name, width = ("float16", 64) if tensor.dtype == HALF else (FP8_IN_PYTHON, 128)
+    return Descriptor(tensor.float().numpy(), name, (rows, width))
 
 
-def in_python(module, x, weight, bias, offsets, tile, outputs, stages, parts, gated, programs, more):
+def in_python(module, x, weight, bias, offsets, scales, tile, outputs, stages, parts, gated, programs, more):
     """Calls a module's kernel for programs in any order; results of rows that are no expert's stay NaN."""
     s, n = x.shape[0], weight.shape[1] // (2 if gated else 1)
     plan = schedule.plan_and_clear(torch.empty(s, 1), offsets, tile)
-    steps = cdiv(x.shape[1], 64)
+    step = 128 // x.element_size()
+    steps = cdiv(x.shape[1], step)
     part_steps = cdiv(steps, parts)
+    strides = (0, 0) if scales[1] is None else (weight.shape[1], 1) if scales[1].dim() == 2 else (1, 0)
     assert cdiv(steps, part_steps) == parts
     out = torch.full((parts, s, n), torch.nan)
     if parts == 1:
@@ -46,24 +53,35 @@ def in_python(module, x, weight, bias, offsets, tile, outputs, stages, parts, ga
             out,
             pointer(bias),
             pointer(plan),
-            *map(Number, (s, n, cdiv(n, outputs // 2 if gated else outputs), steps, part_steps)),
-            *(tile, outputs, 64, stages, parts, gated, *more),
+            *map(pointer, scales),
+            *map(Number, (s, n, *strides, cdiv(n, outputs // 2 if gated else outputs), steps, part_steps)),
+            *(tile, outputs, step, stages, parts, gated, *more),
         )
     return torch.from_numpy(out.memory).view(parts, s, n).sum(0).to(HALF)
 
 
-def case(counts, k, n, gated, bias):
-    """Rows of each expert, and some of none behind them."""
+def case(counts, k, n, gated, bias, operand):
+    """Rows of each expert, and some of none behind them; scales of operands of 8 bits."""
     experts, rows = len(counts), sum(counts) + 3
-    x = torch.randn(rows, k).to(HALF)
-    weight = (torch.randn(experts, n * (2 if gated else 1), k) / k**0.5).to(HALF)
+    outputs = n * (2 if gated else 1)
+    x, weight = torch.randn(rows, k), torch.randn(experts, outputs, k) / k**0.5
     offsets = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32)
-    return x, weight, torch.randn(experts, n) if bias else None, offsets
+    scales = None, None
+    if operand == HALF:
+        x, weight = x.to(HALF), weight.to(HALF)
+    else:
+        x, weight = (x * 30).round().clamp(-127, 127).to(operand), (weight * 90).clamp(-127, 127).to(operand)
+        scales = torch.rand(rows) / 30, torch.rand((experts, outputs) if random.random() < 0.5 else experts) / 60
+    return x, weight, torch.randn(experts, n) if bias else None, offsets, scales
 
 
-def check(out, x, weight, bias, offsets, gated):
+def check(out, x, weight, bias, offsets, scales, gated):
     end = int(offsets[-1])
     assert out[end:].isnan().all()  # they are not written
+    x, weight = x.double(), weight.double()
+    if scales[0] is not None:
+        x *= scales[0][:, None]
+        weight *= scales[1][:, :, None] if scales[1].dim() == 2 else scales[1][:, None, None]
 
     def products(dtype):
         y = reference._products(x.to(dtype), weight.to(dtype), offsets, bias)
@@ -79,6 +97,7 @@ def check(out, x, weight, bias, offsets, gated):
 COUNTS = ([5, 0, 16, 17, 0, 1], [0, 40], [33, 1, 2])
 
 
+@pytest.mark.parametrize("operand", [HALF, INT8, FP8], ids=str)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(
     ("counts", "k", "n", "tile", "stages", "parts", "bias"),
@@ -90,15 +109,17 @@ COUNTS = ([5, 0, 16, 17, 0, 1], [0, 40], [33, 1, 2])
         (COUNTS[2], 200, 300, 128, 2, 1, False),
     ],
 )
-def test_source_of_few(counts, k, n, tile, stages, parts, bias, gated):
+def test_source_of_few(counts, k, n, tile, stages, parts, bias, gated, operand):
     """Experts without rows and of several tiles, outputs and inputs that end within a tile, parts, an early start."""
     parts, bias = (1, False) if gated else (parts, bias)
-    args = case(counts, k, n, gated, bias)
-    more = random.random() < 0.5, 128, False
+    k = k if operand == HALF else 2 * k  # as many steps
+    args = case(counts, k, n, gated, bias, operand)
+    more = operand == FP8 and tile < 128, random.random() < 0.5, 128, False
     out = in_python("grouped_few", *args, tile, 128, stages, parts, gated, 3, more)
     check(out, *args, gated)
 
 
+@pytest.mark.parametrize("operand", [HALF, INT8, FP8], ids=str)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(
     ("counts", "k", "n", "outputs", "stages", "parts", "bias"),
@@ -109,9 +130,10 @@ def test_source_of_few(counts, k, n, tile, stages, parts, bias, gated):
         ([1100], 64, 72, 128, 2, 1, False),
     ],
 )
-def test_source_of_many(counts, k, n, outputs, stages, parts, bias, gated):
+def test_source_of_many(counts, k, n, outputs, stages, parts, bias, gated, operand):
     """The same, and tiles of which one warpgroup has no rows."""
     parts, bias = (1, False) if gated else (parts, bias)
-    args = case(counts, k, n, gated, bias)
+    k = k if operand == HALF else 2 * k  # as many steps
+    args = case(counts, k, n, gated, bias, operand)
     out = in_python("grouped_hopper", *args, 128, outputs, stages, parts, gated, 3, ())
     check(out, *args, gated)

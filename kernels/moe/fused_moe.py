@@ -3,7 +3,8 @@
     y[t] = Σⱼ weights[t, j] · w2[e] · (silu(w1[e][:I] · x[t]) · (w1[e][I:] · x[t])),    e = topk_ids[t, j]
 
 Five kernels: `sort_by_expert`, which has three where there are many pairs of a token and an expert; one that gathers
-rows and describes tiles; the products, gate and up in one; and the weighted sum. What an expert makes of a row is added
+rows and describes tiles; the products, gate and up in one; and the weighted sum. Weights of 8 bits take two more, which
+quantise tokens, and what lies between the products, by row. What an expert makes of a row is added
 up in the order of a token's experts, without atomics, so that results have the same bits each time.
 https://arxiv.org/abs/2401.04088 (Mixtral)
 """
@@ -12,6 +13,7 @@ import torch
 
 from octavo.kernels.checks import (
     FLOATS,
+    check_contiguous,
     check_device,
     check_dtype,
     check_last_dim_contiguous,
@@ -22,9 +24,11 @@ from octavo.kernels.launch import empty
 from octavo.kernels.moe.combine import combine
 from octavo.kernels.moe.grouped import grouped, may_copy
 from octavo.kernels.moe.grouped_linear import check_weight
-from octavo.kernels.moe.grouped_tiles import choose_tiles, rows_of
+from octavo.kernels.moe.grouped_tiles import Scales, choose_tiles, rows_of
 from octavo.kernels.moe.schedule import gather_and_plan
 from octavo.kernels.moe.sort import check_pairs, sort_by_expert
+from octavo.kernels.quant.quantize import _quantize_cuda
+from octavo.kernels.quant.rounding import check_supported
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
 from octavo.kernels.tiles import device_properties
@@ -38,6 +42,8 @@ def _fused_moe_cuda(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     expert_map: torch.Tensor | None,
+    w1_scale: torch.Tensor | None = None,
+    w2_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     (tokens, hidden), (experts, _, intermediate), top_k = x.shape, w2.shape, topk_ids.shape[1]
     out = empty((tokens, hidden), x.dtype, x.device)
@@ -47,17 +53,24 @@ def _fused_moe_cuda(
     properties = device_properties(x.device)
     copied = may_copy(properties, w1, w2)
     tile = rows_of(pairs, experts, copied=copied)
-    itemsize = x.element_size()
+    itemsize = w1.element_size()
     sizes = pairs, experts, 2 * intermediate, hidden, tile, properties
     first = choose_tiles(*sizes, gated=True, copied=copied, itemsize=itemsize)
     sizes = pairs, experts, hidden, intermediate, tile, properties
     second = choose_tiles(*sizes, gated=False, copied=copied, itemsize=itemsize)
+    x_scale = between_scale = None
+    if w1_scale is not None:
+        check_supported("w1", w1.dtype, x.device, "quantise to int8")
+        x, x_scale = _quantize_cuda(x, None, "token", hidden, w1.dtype)
     order, offsets, positions = sort_by_expert(topk_ids, experts, expert_map)
-    rows, plan = gather_and_plan(x, order, offsets, top_k, tile)
-    between = empty((pairs, intermediate), x.dtype, x.device)
-    grouped(between, rows, w1, None, plan, first, gated=True)
-    parts = empty((second.parts, pairs, hidden), second.parts_dtype(x.dtype), x.device)
-    grouped(parts, between, w2, None, plan, second, gated=False, planned_before=True)
+    rows, row_scales, plan = gather_and_plan(x, order, offsets, top_k, tile, x_scale)
+    between = empty((pairs, intermediate), out.dtype, x.device)
+    grouped(between, rows, w1, None, plan, first, gated=True, scales=Scales(row_scales, w1_scale))
+    if w2_scale is not None:
+        between, between_scale = _quantize_cuda(between, None, "token", intermediate, w2.dtype)
+    parts = empty((second.parts, pairs, hidden), second.parts_dtype(out.dtype), x.device)
+    scales = Scales(between_scale, w2_scale)
+    grouped(parts, between, w2, None, plan, second, gated=False, scales=scales, planned_before=True)
     combine(out, parts, positions, topk_weights)
     return out
 
@@ -69,12 +82,15 @@ def _fused_moe_fake(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     expert_map: torch.Tensor | None,
+    w1_scale: torch.Tensor | None = None,
+    w2_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
 _fused_moe = register(
-    "fused_moe(Tensor x, Tensor w1, Tensor w2, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map) -> Tensor",
+    "fused_moe(Tensor x, Tensor w1, Tensor w2, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, "
+    "Tensor? w1_scale=None, Tensor? w2_scale=None) -> Tensor",
     reference=reference.fused_moe,
     launcher=_fused_moe_cuda,
     fake=_fused_moe_fake,
@@ -89,6 +105,8 @@ def fused_moe(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     *,
+    w1_scale: torch.Tensor | None = None,
+    w2_scale: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Feed-forward layer of a mixture of experts: each token's weighted sum of what its experts make of it.
@@ -97,10 +115,14 @@ def fused_moe(
 
     Args:
         x: `[T, H]`, fp16, bf16 or fp32; last dimension contiguous.
-        w1: `[E, 2 · I, H]`, x's dtype, contiguous: of each expert the rows of gate, then those of up. E: 1 to 512.
-        w2: `[E, H, I]`, x's dtype, contiguous.
+        w1: `[E, 2 · I, H]`, x's dtype, int8 or float8_e4m3fn, contiguous: of each expert the rows of gate, then those
+            of up. E: 1 to 512.
+        w2: `[E, H, I]`, w1's dtype, contiguous.
         topk_weights: `[T, k]`, fp32, last dimension contiguous, as `octavo.moe_route` returns them.
         topk_ids: `[T, k]`, int32 or int64, last dimension contiguous. Ids out of range are left out.
+        w1_scale: beside int8 or float8_e4m3fn, and only there: `[E, 2 · I]`, a scale an output, or `[E]`, one an
+            expert; fp32, contiguous. Then x is quantised too, by token, and so is what lies between the products.
+        w2_scale: the same of w2: `[E, H]`, or `[E]`.
         expert_map: None, or `[all experts]`, int32, contiguous: the number on this device (of E) of each expert that
             topk_ids may name, or -1 for one that is elsewhere, whose share is left out (expert parallelism).
 
@@ -121,16 +143,28 @@ def fused_moe(
     hidden = x.shape[1]
     if hidden == 0:
         raise ValueError(f"x: shape {tuple(x.shape)}; expected at least one element a token")
-    check_weight("w2", w2, x, "[experts, hidden, intermediate]")
+    quantized = isinstance(w1, torch.Tensor) and w1.dtype in (torch.int8, torch.float8_e4m3fn)
+    check_weight("w2", w2, w1 if quantized else x, "[experts, hidden, intermediate]", "w1" if quantized else "x")
     experts, _, intermediate = w2.shape
     check_shape("w2", w2, (experts, hidden, intermediate), "[experts, hidden, intermediate], hidden as in x")
     if intermediate == 0:
         raise ValueError(f"w2: shape {tuple(w2.shape)}; expected at least one intermediate element")
-    check_weight("w1", w1, x, "[experts, gate and up, hidden]")
+    check_weight("w1", w1, w1 if quantized else x, "[experts, gate and up, hidden]", "x")
+    check_device("w1", w1, "x", x)
     check_shape("w1", w1, (experts, 2 * intermediate, hidden), "[experts, gate and up, hidden], as w2")
     check_pairs(topk_ids, x, experts, expert_map)
     check_dtype("topk_weights", topk_weights, (torch.float32,))
     check_shape("topk_weights", topk_weights, topk_ids.shape, "[tokens, top_k], as topk_ids")
     check_last_dim_contiguous("topk_weights", topk_weights)
     check_device("topk_weights", topk_weights, "x", x)
-    return _fused_moe(x, w1, w2, topk_weights, topk_ids, expert_map)
+    for name, scale, outputs in (("w1_scale", w1_scale, 2 * intermediate), ("w2_scale", w2_scale, hidden)):
+        if (scale is not None) != quantized:
+            given = "None beside int8 or float8_e4m3fn weights" if quantized else "given beside weights of x's dtype"
+            raise ValueError(f"{name}: {given}; expected scales where weights are quantised, and only there")
+        if scale is not None:
+            check_dtype(name, scale, (torch.float32,))
+            if scale.shape not in ((experts,), (experts, outputs)):
+                raise ValueError(f"{name}: shape {tuple(scale.shape)}; expected {(experts, outputs)} or {(experts,)}")
+            check_contiguous(name, scale)
+            check_device(name, scale, "x", x)
+    return _fused_moe(x, w1, w2, topk_weights, topk_ids, expert_map, w1_scale, w2_scale)

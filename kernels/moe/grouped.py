@@ -16,7 +16,7 @@ import triton.language as tl
 from octavo.kernels.launch import INTERPRET, launch
 from octavo.kernels.moe.grouped_few import grouped_few
 from octavo.kernels.moe.grouped_hopper import grouped_hopper
-from octavo.kernels.moe.grouped_tiles import Tiles
+from octavo.kernels.moe.grouped_tiles import Scales, Tiles
 from octavo.kernels.moe.schedule import most_tiles, unit_at
 from octavo.kernels.quant.epilogue import silu_times
 from octavo.kernels.tiles import (
@@ -28,6 +28,8 @@ from octavo.kernels.tiles import (
     wait_for_previous,
 )
 
+NONE = Scales()
+
 
 @triton.jit(do_not_specialize=["stride_x"])
 def _grouped_kernel(
@@ -37,10 +39,14 @@ def _grouped_kernel(
     weight_ptr,
     bias_ptr,
     plan_ptr,
+    x_scale_ptr,
+    weight_scale_ptr,
     N,
     K,
     n_tiles,
     stride_x,
+    stride_expert,
+    stride_output,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -49,6 +55,7 @@ def _grouped_kernel(
     CHAINED: tl.constexpr,
 ):
     COLS: tl.constexpr = OUTPUTS // 2 if GATED else OUTPUTS
+    SUM: tl.constexpr = tl.int32 if weight_ptr.dtype.element_ty == tl.int8 else tl.float32
     k = tl.arange(0, BLOCK_K)[None, :]
     wait_for_previous(CHAINED)
     let_next_start(CHAINED)
@@ -60,26 +67,33 @@ def _grouped_kernel(
         weight_row = tl.minimum(n, N - 1).to(tl.int64) + expert.to(tl.int64) * (2 * N if GATED else N)
         weight_ptrs = weight_ptr + weight_row[:, None] * K + k
         up_ptrs = weight_ptrs + tl.cast(N, tl.int64) * K
-        acc = tl.zeros([COLS, ROWS] if TURNED else [ROWS, COLS], tl.float32)
+        acc = tl.zeros([COLS, ROWS] if TURNED else [ROWS, COLS], SUM)
         up = acc
         for start in range(0, K, BLOCK_K):
             mask = k < K - start
             x = tl.load(x_ptrs + start, mask=mask, other=0.0)  # [ROWS, BLOCK_K]
             w = tl.load(weight_ptrs + start, mask=mask, other=0.0)  # [COLS, BLOCK_K]
             if TURNED:
-                acc = tl.dot(w, x.T, acc, input_precision="ieee")
+                acc = tl.dot(w, x.T, acc, input_precision="ieee", out_dtype=SUM)
             else:
-                acc = tl.dot(x, w.T, acc, input_precision="ieee")
+                acc = tl.dot(x, w.T, acc, input_precision="ieee", out_dtype=SUM)
             if GATED:
                 w = tl.load(up_ptrs + start, mask=mask, other=0.0)
                 if TURNED:
-                    up = tl.dot(w, x.T, up, input_precision="ieee")
+                    up = tl.dot(w, x.T, up, input_precision="ieee", out_dtype=SUM)
                 else:
-                    up = tl.dot(x, w.T, up, input_precision="ieee")
+                    up = tl.dot(x, w.T, up, input_precision="ieee", out_dtype=SUM)
         if TURNED:
             m, n = m[None, :], n[:, None]
         else:
             m, n = m[:, None], n[None, :]
+        acc, up = acc.to(tl.float32), up.to(tl.float32)
+        if weight_scale_ptr is not None:
+            x_scale = tl.load(x_scale_ptr + first_row + m, mask=m < rows, other=0.0)
+            scale_ptrs = weight_scale_ptr + expert * stride_expert + n * stride_output
+            acc *= x_scale * tl.load(scale_ptrs, mask=n < N, other=0.0)
+            if GATED:
+                up *= x_scale * tl.load(scale_ptrs + N * stride_output, mask=n < N, other=0.0)
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + expert.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)
         if GATED:
@@ -95,7 +109,8 @@ def may_copy(properties: DeviceProperties, *operands: torch.Tensor) -> bool:
         and torch.version.hip is None
         and not INTERPRET
         and all(
-            a.dtype != torch.float32 and a.stride(-2) % 8 == 0 and a.shape[-1] % 8 == 0 and a.data_ptr() % 16 == 0
+            a.dtype != torch.float32
+            and not (a.stride(-2) * a.element_size() | a.shape[-1] * a.element_size() | a.data_ptr()) % 16
             for a in operands
         )
     )
@@ -110,6 +125,7 @@ def grouped(
     tiles: Tiles,
     *,
     gated: bool,
+    scales: Scales = NONE,
     planned_before: bool = False,
 ) -> None:
     """Launches it.
@@ -121,6 +137,7 @@ def grouped(
         bias: None, or `[E, N]`, contiguous.
         plan: from `octavo.kernels.moe.schedule`, for tiles of as many rows.
         gated: whether the result is SiLU × gate.
+        scales: of quantised operands, int8 or e4m3: `y = sums · x_scale · weight_scale`.
         planned_before: whether another kernel ran between the one that made the plan and this.
     """
     experts, _, k = weight.shape
@@ -129,10 +146,10 @@ def grouped(
     units = most_tiles(s, experts, tiles.rows) * n_tiles * tiles.parts
     programs = min(device_properties(x.device).num_sms * tiles.programs_per_sm, units)
     if tiles.kernel == "few":
-        grouped_few(out, x, weight, bias, plan, tiles, n_tiles, programs, gated, planned_before)
+        grouped_few(out, x, weight, bias, scales, plan, tiles, n_tiles, programs, gated, planned_before)
         return
     if tiles.kernel == "many":
-        grouped_hopper(out, x, weight, bias, plan, tiles, n_tiles, programs, gated)
+        grouped_hopper(out, x, weight, bias, scales, plan, tiles, n_tiles, programs, gated)
         return
     launch(
         _grouped_kernel,
@@ -142,10 +159,13 @@ def grouped(
         weight,
         bias,
         plan,
+        scales.x,
+        scales.weight,
         n,
         k,
         n_tiles,
         x.stride(0),
+        *scales.strides,
         device=x.device,
         num_warps=tiles.num_warps,
         num_stages=tiles.stages,

@@ -17,8 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from octavo.kernels.launch import launch
-from octavo.kernels.moe.grouped_loads import described, load_rows, load_weights
-from octavo.kernels.moe.grouped_tiles import Tiles
+from octavo.kernels.moe.grouped_loads import described, load_rows, load_weights, scaled
+from octavo.kernels.moe.grouped_tiles import Scales, Tiles
 from octavo.kernels.moe.schedule import unit_at
 from octavo.kernels.quant.epilogue import halves, silu_times
 from octavo.kernels.quant.w8a8_parts import steps_of
@@ -32,8 +32,9 @@ REGISTERS = {1: 168, 2: 128}
 
 
 @gluon.jit
-def _write(y, out_ptr, bias_ptr, expert, part, first_row, rows, first_n, S, N):
+def _write(y, epilogue, bias_ptr, expert, part, first_row, rows, first_n):
     """Results of outputs, which are rows of y, by rows of x."""
+    out_ptr, S, N = epilogue[0], epilogue[6], epilogue[7]
     layout: gl.constexpr = y.type.layout
     n = first_n + gl.expand_dims(gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, layout)), 1)
     m = gl.expand_dims(gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, layout)), 0)
@@ -45,21 +46,26 @@ def _write(y, out_ptr, bias_ptr, expert, part, first_row, rows, first_n, S, N):
 
 
 @gluon.jit
-def _write_gated(acc, out_ptr, expert, first_row, rows, first_n, S, N):
+def _write_gated(acc, epilogue, expert, first_row, rows, first_n):
     """SiLU × gate, of sums of gate above those of up."""
+    N = epilogue[7]
     gate, up = acc.reshape([2, acc.shape[0] // 2, acc.shape[1]]).permute([1, 2, 0]).split()
-    _write(silu_times(gate, up), out_ptr, None, expert, 0, first_row, rows, first_n, S, N)
+    gate = scaled(gate, epilogue, expert, first_row, rows, first_n, N, 1)
+    up = scaled(up, epilogue, expert, first_row, rows, N + first_n, 2 * N, 1)
+    _write(silu_times(gate, up), epilogue, None, expert, 0, first_row, rows, first_n)
 
 
 @gluon.jit
 def _compute(
-    out_ptr, bias_ptr, plan_ptr, x, weight, full, empty, S, N, n_tiles, steps, part_steps, ROWS: gl.constexpr, OUTPUTS:
-    gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, CHAINED: gl.constexpr,
+    epilogue, plan_ptr, x, weight, full, empty, n_tiles, steps, part_steps, ROWS: gl.constexpr, OUTPUTS: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, PROMOTED: gl.constexpr,
+    CHAINED: gl.constexpr,
 ):
-    """What the warpgroup does."""
-    HALF: gl.constexpr = OUTPUTS // 2
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    acc = gl.zeros([OUTPUTS, ROWS], gl.float32, layout)
+    """What the warpgroup does. PROMOTED: sums, of which tensor cores keep 14 bits, are taken out at each step."""
+    SUM: gl.constexpr = gl.int32 if x.dtype == gl.int8 else gl.float32
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, BLOCK_K // 4])
+    zeros = gl.zeros([OUTPUTS, ROWS], SUM, layout)
+    acc = zeros
     wait_for_previous(CHAINED)
     work_end = gl.load(plan_ptr) * n_tiles * PARTS
     i = 0
@@ -67,32 +73,43 @@ def _compute(
         expert, first_row, rows, n = unit_at(plan_ptr, work // PARTS, n_tiles)
         part = work % PARTS
         first, end = steps_of(part, steps, part_steps)
+        if PROMOTED:
+            acc = zeros
         for step in range(first, end):
             stage = i % STAGES
             mbarrier.wait(full.index(stage), i // STAGES & 1)
             second = x.index(stage).permute((1, 0))
-            acc = warpgroup_mma(weight.index(stage), second, acc, use_acc=step > first, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=[acc])
-            mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=step > first)
+            if PROMOTED:
+                sums = warpgroup_mma(weight.index(stage), second, zeros, use_acc=False, is_async=True)
+                sums = warpgroup_mma_wait(0, deps=[sums])
+                mbarrier.arrive(empty.index(stage), count=1)
+                acc += sums
+            else:
+                acc = warpgroup_mma(weight.index(stage), second, acc, use_acc=step > first, is_async=True)
+                acc = warpgroup_mma_wait(1, deps=[acc])
+                mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=step > first)
             i += 1
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
+        if not PROMOTED:
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
         if GATED and ROWS == 128:  # one half after the other, so that nothing spills
             left, right = halves(acc)
-            _write_gated(left, out_ptr, expert, first_row, rows, n * HALF, S, N)
-            _write_gated(right, out_ptr, expert, first_row + ROWS // 2, rows - ROWS // 2, n * HALF, S, N)
+            _write_gated(left, epilogue, expert, first_row, rows, n * (OUTPUTS // 2))
+            _write_gated(right, epilogue, expert, first_row + ROWS // 2, rows - ROWS // 2, n * (OUTPUTS // 2))
         elif GATED:
-            _write_gated(acc, out_ptr, expert, first_row, rows, n * HALF, S, N)
+            _write_gated(acc, epilogue, expert, first_row, rows, n * (OUTPUTS // 2))
         else:
-            _write(acc, out_ptr, bias_ptr, expert, part, first_row, rows, n * OUTPUTS, S, N)
+            y = scaled(acc, epilogue, expert, first_row, rows, n * OUTPUTS, epilogue[7], 1)
+            _write(y, epilogue, epilogue[1], expert, part, first_row, rows, n * OUTPUTS)
 
 
 @gluon.jit(do_not_specialize=["S", "part_steps"])
 def _grouped_few_kernel(
     # Bound by reading the weights. One or two programs a multiprocessor.
-    x_desc, weight_desc, out_ptr, bias_ptr, plan_ptr, S, N, n_tiles, steps, part_steps, ROWS: gl.constexpr, OUTPUTS:
-    gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, EARLY:
-    gl.constexpr, REGISTERS: gl.constexpr, CHAINED: gl.constexpr,
+    x_desc, weight_desc, out_ptr, bias_ptr, plan_ptr, x_scale_ptr, weight_scale_ptr, S, N, stride_expert, stride_output,
+    n_tiles, steps, part_steps, ROWS: gl.constexpr, OUTPUTS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    PARTS: gl.constexpr, GATED: gl.constexpr, PROMOTED: gl.constexpr, EARLY: gl.constexpr, REGISTERS: gl.constexpr,
+    CHAINED: gl.constexpr,
 ):
     x = gl.allocate_shared_memory(x_desc.dtype, [STAGES, ROWS, BLOCK_K], x_desc.layout)
     weight = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, OUTPUTS, BLOCK_K], weight_desc.layout)
@@ -102,14 +119,14 @@ def _grouped_few_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
-    STAGE_BYTES: gl.constexpr = (ROWS + OUTPUTS) * BLOCK_K * 2
+    epilogue = (out_ptr, bias_ptr, x_scale_ptr, weight_scale_ptr, stride_expert, stride_output, S, N)
     gl.warp_specialize([
         (_compute, (
-            out_ptr, bias_ptr, plan_ptr, x, weight, full, empty, S, N, n_tiles, steps, part_steps, ROWS, OUTPUTS,
-            STAGES, PARTS, GATED, CHAINED)),
+            epilogue, plan_ptr, x, weight, full, empty, n_tiles, steps, part_steps, ROWS, OUTPUTS, BLOCK_K, STAGES,
+            PARTS, GATED, PROMOTED, CHAINED)),
         (load_weights, (
-            weight_desc, plan_ptr, weight, full, empty, N, n_tiles, steps, part_steps, STAGE_BYTES, OUTPUTS, BLOCK_K,
-            STAGES, PARTS, GATED, EARLY, CHAINED)),
+            weight_desc, plan_ptr, weight, full, empty, N, n_tiles, steps, part_steps, ROWS, OUTPUTS, BLOCK_K, STAGES,
+            PARTS, GATED, EARLY, CHAINED)),
         (load_rows, (
             x_desc, plan_ptr, x, full, empty, n_tiles, steps, part_steps, BLOCK_K, STAGES, PARTS, CHAINED)),
     ], [1, 1], [24, 24])
@@ -121,6 +138,7 @@ def grouped_few(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    scales: Scales,
     plan: torch.Tensor,
     tiles: Tiles,
     n_tiles: int,
@@ -139,8 +157,11 @@ def grouped_few(
         out,
         bias,
         plan,
+        scales.x,
+        scales.weight,
         s,
         n,
+        *scales.strides,
         n_tiles,
         steps,
         cdiv(steps, tiles.parts),
@@ -152,6 +173,7 @@ def grouped_few(
         STAGES=tiles.stages,
         PARTS=tiles.parts,
         GATED=gated,
+        PROMOTED=weight.dtype == torch.float8_e4m3fn and tiles.rows < 128,  # else there are no registers for it
         EARLY=planned_before,
         REGISTERS=REGISTERS[tiles.programs_per_sm],
         CHAINED=chains(x.device),

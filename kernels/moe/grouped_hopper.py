@@ -13,8 +13,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from octavo.kernels.gluon_layouts import wide_layout
 from octavo.kernels.launch import launch
-from octavo.kernels.moe.grouped_loads import described, load_rows, load_weights
-from octavo.kernels.moe.grouped_tiles import Tiles
+from octavo.kernels.moe.grouped_loads import described, load_rows, load_weights, scaled
+from octavo.kernels.moe.grouped_tiles import Scales, Tiles
 from octavo.kernels.moe.schedule import unit_at
 from octavo.kernels.quant.epilogue import halves, silu_times
 from octavo.kernels.quant.w8a8_loads import multiply
@@ -26,20 +26,26 @@ from octavo.kernels.tiles import cdiv
 
 
 @gluon.jit
-def _results(acc, bias_ptr, expert, part, first_n, N, GATED: gl.constexpr, DTYPE: gl.constexpr):
-    """What is made of a warpgroup's sums: the left and the right half of its outputs, or SiLU × gate and nothing."""
+def _results(acc, epilogue, expert, part, first_row, rows, first_n, GATED: gl.constexpr):
+    """What is made of a warpgroup's sums: the left and the right half of its outputs, or SiLU × gate twice."""
+    bias_ptr, N = epilogue[1], epilogue[7]
+    DTYPE: gl.constexpr = epilogue[0].dtype.element_ty
     HALF: gl.constexpr = acc.shape[1] // 2
     layout: gl.constexpr = wide_layout(acc.shape[0], HALF)
     left, right = halves(acc)
+    left = scaled(left, epilogue, expert, first_row, rows, first_n, N, 0)
     if GATED:
+        right = scaled(right, epilogue, expert, first_row, rows, N + first_n, 2 * N, 0)
         left = silu_times(left, right)
-    elif bias_ptr is not None:
-        n = first_n + gl.arange(0, HALF, layout=gl.SliceLayout(0, left.type.layout))
-        bias_ptrs = bias_ptr + expert.to(gl.int64) * N + n
-        left += gl.expand_dims(gl.load(bias_ptrs, mask=(n < N) & (part == 0), other=0.0).to(gl.float32), 0)
-        n += HALF
-        more = gl.load(bias_ptrs + HALF, mask=(n < N) & (part == 0), other=0.0)
-        right += gl.expand_dims(more.to(gl.float32), 0)
+    else:
+        right = scaled(right, epilogue, expert, first_row, rows, first_n + HALF, N, 0)
+        if bias_ptr is not None:
+            n = first_n + gl.arange(0, HALF, layout=gl.SliceLayout(0, left.type.layout))
+            bias_ptrs = bias_ptr + expert.to(gl.int64) * N + n
+            bias = gl.load(bias_ptrs, mask=(n < N) & (part == 0), other=0.0)
+            left += gl.expand_dims(bias.to(gl.float32), 0)
+            bias = gl.load(bias_ptrs + HALF, mask=(n < N - HALF) & (part == 0), other=0.0)
+            right += gl.expand_dims(bias.to(gl.float32), 0)
     left = gl.convert_layout(left.to(DTYPE), layout)
     if GATED:
         right = left
@@ -49,7 +55,8 @@ def _results(acc, bias_ptr, expert, part, first_n, N, GATED: gl.constexpr, DTYPE
 
 
 @gluon.jit
-def _write(y, out_ptr, part, first_row, rows, first_n, S, N):
+def _write(y, epilogue, part, first_row, rows, first_n):
+    out_ptr, S, N = epilogue[0], epilogue[6], epilogue[7]
     layout: gl.constexpr = y.type.layout
     m = gl.expand_dims(gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, layout)), 1)
     n = first_n + gl.expand_dims(gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, layout)), 0)
@@ -58,26 +65,29 @@ def _write(y, out_ptr, part, first_row, rows, first_n, S, N):
 
 
 @gluon.jit
-def _write_halves(left, right, out_ptr, part, first_row, rows, first_n, S, N, GATED: gl.constexpr):
-    _write(left, out_ptr, part, first_row, rows, first_n, S, N)
+def _write_halves(left, right, epilogue, part, first_row, rows, first_n, GATED: gl.constexpr):
+    _write(left, epilogue, part, first_row, rows, first_n)
     if not GATED:
-        _write(right, out_ptr, part, first_row, rows, first_n + left.shape[1], S, N)
+        _write(right, epilogue, part, first_row, rows, first_n + left.shape[1])
 
 
 @gluon.jit
 def _compute(
-    group: gl.constexpr, out_ptr, bias_ptr, plan_ptr, x, weight, full, empty, S, N, n_tiles, steps, part_steps, ROWS:
-    gl.constexpr, OUTPUTS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr,
+    group: gl.constexpr, epilogue, plan_ptr, x, weight, full, empty, n_tiles, steps, part_steps, ROWS: gl.constexpr,
+    OUTPUTS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr,
 ):
     """What warpgroup number `group` does."""
     HALF_ROWS: gl.constexpr = ROWS // 2
     COLS: gl.constexpr = OUTPUTS // 2 if GATED else OUTPUTS
-    DTYPE: gl.constexpr = out_ptr.dtype.element_ty
+    DTYPE: gl.constexpr = epilogue[0].dtype.element_ty
     LATE: gl.constexpr = DTYPE.primitive_bitwidth == 16
-    acc = gl.zeros([HALF_ROWS, OUTPUTS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OUTPUTS, 16]))
+    SUM: gl.constexpr = gl.int32 if x.dtype == gl.int8 else gl.float32
+    WIDTH: gl.constexpr = 128 if x.dtype == gl.int8 else OUTPUTS  # of an instruction: Triton has no wider one for int8
+    acc = gl.zeros([HALF_ROWS, OUTPUTS], SUM, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, BLOCK_K // 4]))
     last_row, last_rows, last_n, last_part = 0, 0, 0, 0  # no results are there yet
     if LATE:
-        left, right = _results(acc, None, 0, 0, 0, N, GATED, DTYPE)
+        left = gl.zeros([HALF_ROWS, OUTPUTS // 2], DTYPE, wide_layout(HALF_ROWS, OUTPUTS // 2))
+        right = left
     work_end = gl.load(plan_ptr) * n_tiles * PARTS
     i = 0
     for work in range(gl.program_id(0), work_end, gl.num_programs(0)):
@@ -89,7 +99,7 @@ def _compute(
         if rows > 0:
             acc = multiply(x, weight, full, acc, i, group, HALF_ROWS, STAGES, True)
             if LATE:
-                _write_halves(left, right, out_ptr, last_part, last_row, last_rows, last_n, S, N, GATED)
+                _write_halves(left, right, epilogue, last_part, last_row, last_rows, last_n, GATED)
             acc = warpgroup_mma_wait(1, deps=[acc])
             i += 1
             for _ in range(first + 1, end):
@@ -100,25 +110,26 @@ def _compute(
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
             if LATE:
-                left, right = _results(acc, bias_ptr, expert, part, n * COLS, N, GATED, DTYPE)
+                left, right = _results(acc, epilogue, expert, part, first_row, rows, n * COLS, GATED)
                 last_row, last_rows, last_n, last_part = first_row, rows, n * COLS, part
             else:
-                now_left, now_right = _results(acc, bias_ptr, expert, part, n * COLS, N, GATED, DTYPE)
-                _write_halves(now_left, now_right, out_ptr, part, first_row, rows, n * COLS, S, N, GATED)
+                now_left, now_right = _results(acc, epilogue, expert, part, first_row, rows, n * COLS, GATED)
+                _write_halves(now_left, now_right, epilogue, part, first_row, rows, n * COLS, GATED)
         else:
             for _ in range(first, end):
                 mbarrier.wait(full.index(i % STAGES), i // STAGES & 1)
                 mbarrier.arrive(empty.index(i % STAGES), count=1)
                 i += 1
     if LATE:
-        _write_halves(left, right, out_ptr, last_part, last_row, last_rows, last_n, S, N, GATED)
+        _write_halves(left, right, epilogue, last_part, last_row, last_rows, last_n, GATED)
 
 
 @gluon.jit(do_not_specialize=["S", "part_steps"])
 def _grouped_hopper_kernel(
     # Bound by the tensor cores. One program a multiprocessor.
-    x_desc, weight_desc, out_ptr, bias_ptr, plan_ptr, S, N, n_tiles, steps, part_steps, ROWS: gl.constexpr, OUTPUTS:
-    gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr,
+    x_desc, weight_desc, out_ptr, bias_ptr, plan_ptr, x_scale_ptr, weight_scale_ptr, S, N, stride_expert, stride_output,
+    n_tiles, steps, part_steps, ROWS: gl.constexpr, OUTPUTS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    PARTS: gl.constexpr, GATED: gl.constexpr,
 ):
     x = gl.allocate_shared_memory(x_desc.dtype, [STAGES, ROWS, BLOCK_K], x_desc.layout)
     weight = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, OUTPUTS, BLOCK_K], weight_desc.layout)
@@ -128,17 +139,17 @@ def _grouped_hopper_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    STAGE_BYTES: gl.constexpr = (ROWS + OUTPUTS) * BLOCK_K * 2
+    epilogue = (out_ptr, bias_ptr, x_scale_ptr, weight_scale_ptr, stride_expert, stride_output, S, N)
     gl.warp_specialize([
         (_compute, (
-            0, out_ptr, bias_ptr, plan_ptr, x, weight, full, empty, S, N, n_tiles, steps, part_steps, ROWS, OUTPUTS,
-            STAGES, PARTS, GATED)),
+            0, epilogue, plan_ptr, x, weight, full, empty, n_tiles, steps, part_steps, ROWS, OUTPUTS, BLOCK_K, STAGES,
+            PARTS, GATED)),
         (_compute, (
-            1, out_ptr, bias_ptr, plan_ptr, x, weight, full, empty, S, N, n_tiles, steps, part_steps, ROWS, OUTPUTS,
-            STAGES, PARTS, GATED)),
+            1, epilogue, plan_ptr, x, weight, full, empty, n_tiles, steps, part_steps, ROWS, OUTPUTS, BLOCK_K, STAGES,
+            PARTS, GATED)),
         (load_weights, (
-            weight_desc, plan_ptr, weight, full, empty, N, n_tiles, steps, part_steps, STAGE_BYTES, OUTPUTS, BLOCK_K,
-            STAGES, PARTS, GATED, False, False)),
+            weight_desc, plan_ptr, weight, full, empty, N, n_tiles, steps, part_steps, ROWS, OUTPUTS, BLOCK_K, STAGES,
+            PARTS, GATED, False, False)),
         (load_rows, (
             x_desc, plan_ptr, x, full, empty, n_tiles, steps, part_steps, BLOCK_K, STAGES, PARTS, False)),
     ], [4, 1, 1], [240, 24, 24])
@@ -150,6 +161,7 @@ def grouped_hopper(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    scales: Scales,
     plan: torch.Tensor,
     tiles: Tiles,
     n_tiles: int,
@@ -167,8 +179,11 @@ def grouped_hopper(
         out,
         bias,
         plan,
+        scales.x,
+        scales.weight,
         s,
         n,
+        *scales.strides,
         n_tiles,
         steps,
         cdiv(steps, tiles.parts),

@@ -64,12 +64,12 @@ _grouped_linear = register(
 )
 
 
-def check_weight(name: str, weight: torch.Tensor, x: torch.Tensor, layout: str) -> None:
+def check_weight(name: str, weight: torch.Tensor, x: torch.Tensor, layout: str, x_name: str = "x") -> None:
     """Raises TypeError or ValueError unless `weight` has three dimensions, lies whole and goes with x."""
-    check_same_dtype(name, weight, "x", x)
+    check_same_dtype(name, weight, x_name, x)
     check_ndim(name, weight, 3, layout)
     check_contiguous(name, weight)
-    check_device(name, weight, "x", x)
+    check_device(name, weight, x_name, x)
     if weight.shape[0] == 0:
         raise ValueError(f"{name}: shape {tuple(weight.shape)}; expected at least one expert: {layout}")
 

@@ -10,8 +10,8 @@ from octavo.kernels.moe.schedule import unit_at
 from octavo.kernels.quant.w8a8_parts import steps_of
 from octavo.kernels.tiles import let_next_start, wait_for_previous
 
-BLOCK_K = 64
-"""Inputs of a step: as many bytes as the copy engine's widest swizzle takes."""
+STEP_BYTES = 128
+"""Of a row that a step takes: the copy engine's widest swizzle."""
 
 # Lists of arguments, one a line, would be longer than the code between them.
 # fmt: off
@@ -19,9 +19,9 @@ BLOCK_K = 64
 
 @gluon.jit
 def load_weights(
-    desc, plan_ptr, weight, full, empty, N, n_tiles, steps, part_steps, STAGE_BYTES: gl.constexpr, OUTPUTS:
-    gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, EARLY:
-    gl.constexpr, CHAINED: gl.constexpr,
+    desc, plan_ptr, weight, full, empty, N, n_tiles, steps, part_steps, ROWS: gl.constexpr, OUTPUTS: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, EARLY: gl.constexpr,
+    CHAINED: gl.constexpr,
 ):
     """What the warp does that loads weights, two halves of a tile: of gate and of up, or one below the other.
 
@@ -40,7 +40,7 @@ def load_weights(
         for step in range(first, end):
             stage = i % STAGES
             mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(stage), STAGE_BYTES)
+            mbarrier.expect(full.index(stage), (ROWS + OUTPUTS) * 128)
             to = weight.index(stage)
             at = step * BLOCK_K
             tma.async_copy_global_to_shared(desc, [left, at], full.index(stage), to.slice(0, HALF))
@@ -66,12 +66,34 @@ def load_rows(
             mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
             tma.async_copy_global_to_shared(desc, [first_row, step * BLOCK_K], full.index(stage), x.index(stage))
             i += 1
+
+
+@gluon.jit
+def scaled(
+    acc, epilogue, expert, first_row, rows, first_n, end_n, ROW_DIM: gl.constexpr,
+):
+    """Sums as fp32, times the scales of their rows and of the outputs from `first_n` to `end_n`, where there are any.
+
+    ROW_DIM: which dimension is that of the rows of x.
+    """
+    x_scale_ptr, weight_scale_ptr, stride_expert, stride_output = epilogue[2:6]
+    y = acc.to(gl.float32)
+    if weight_scale_ptr is not None:
+        OUTPUT_DIM: gl.constexpr = 1 - ROW_DIM
+        m = gl.arange(0, y.shape[ROW_DIM], layout=gl.SliceLayout(OUTPUT_DIM, y.type.layout))
+        n = first_n + gl.arange(0, y.shape[OUTPUT_DIM], layout=gl.SliceLayout(ROW_DIM, y.type.layout))
+        x_scale = gl.load(x_scale_ptr + first_row + m, mask=m < rows, other=0.0)
+        y *= gl.expand_dims(x_scale, OUTPUT_DIM)
+        scale_ptrs = weight_scale_ptr + expert * stride_expert + n * stride_output
+        y *= gl.expand_dims(gl.load(scale_ptrs, mask=n < end_n, other=0.0), ROW_DIM)
+    return y
 # fmt: on
 
 
 def described(x: torch.Tensor, rows: int) -> TensorDescriptor:
     """`x`, whose leading dimensions are one after the other, as a matrix for copies of `rows` rows."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    bits = 8 * x.element_size()
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)
     count, width = x.numel() // x.shape[-1], x.shape[-1]
     stride = x.stride(-2) if count > 1 else width
-    return TensorDescriptor(x, [count, width], [stride, 1], [rows, BLOCK_K], layout)
+    return TensorDescriptor(x, [count, width], [stride, 1], [rows, STEP_BYTES * 8 // bits], layout)

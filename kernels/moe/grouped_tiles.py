@@ -8,10 +8,27 @@ from octavo.kernels.tiles import DeviceProperties, cdiv, next_power_of_2
 
 MOST_FEW = 128
 """Rows of a tile whose first operand is the weights."""
-_STAGE_K = 64
-"""Inputs of a step on Hopper: as many bytes of 16-bit numbers as the copy engine's widest swizzle takes."""
+_STEP_BYTES = 128
+"""Of a row that a step takes on Hopper: the copy engine's widest swizzle."""
 _OTHER_BYTES = 2048
 """Of shared memory: barriers, and what the GPU keeps for itself."""
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Of quantised operands; those of 16 bits have none."""
+
+    x: torch.Tensor | None = None
+    """`[S]`, or `[S, 1]`: one a row."""
+    weight: torch.Tensor | None = None
+    """`[E, outputs]` (gate's, then up's), or `[E]`."""
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """From one expert's to the next's, and from one output's to the next's."""
+        if self.weight is None:
+            return 0, 0
+        return (self.weight.stride(0), 1) if self.weight.dim() == 2 else (1, 0)
 
 
 @dataclass(frozen=True)
@@ -48,7 +65,7 @@ def rows_of(rows: int, experts: int, *, copied: bool) -> int:
     return min(max(next_power_of_2(int(1.5 * mean)), 16), 64) if mean <= 64 else 128
 
 
-def _parts(tiles: float, inputs: int, slots: int, bytes_of_tile: int) -> int:
+def _parts(tiles: int, inputs: int, slots: int, bytes_of_tile: int, block_k: int) -> int:
     """Programs a tile, so that as few multiprocessors as possible have nothing to do in the end.
 
     A part has 256 KB to read, at least. Parts are written and read once more: each one more has to save 2 %.
@@ -60,7 +77,7 @@ def _parts(tiles: float, inputs: int, slots: int, bytes_of_tile: int) -> int:
         return cdiv(int(waves * 1000), 1000) / waves * (1 + 0.02 * parts)
 
     parts = min(range(1, most + 1), key=cost)
-    steps = cdiv(inputs, _STAGE_K)
+    steps = cdiv(inputs, block_k)
     return cdiv(steps, cdiv(steps, parts))
 
 
@@ -85,16 +102,17 @@ def choose_tiles(
     """
     mean = rows / max(min(experts, rows), 1)
     active = min(experts, rows)
+    step = _STEP_BYTES // itemsize
     if copied and mean <= 64:
-        stage = (tile + 128) * _STAGE_K * itemsize
+        stage = (tile + 128) * _STEP_BYTES
         programs = 1 if tile == 128 else 2
         stages = (properties.shared_memory // programs - _OTHER_BYTES) // stage
         tiles = active * cdiv(outputs, 128)
         slots = properties.num_sms * programs
-        parts = _parts(tiles, inputs, slots, 128 * inputs * itemsize) if not gated else 1
-        return Tiles("few", tile, 128, _STAGE_K, 4, stages, programs, parts)
+        parts = _parts(tiles, inputs, slots, 128 * inputs * itemsize, step) if not gated else 1
+        return Tiles("few", tile, 128, step, 4, stages, programs, parts)
     if copied:
-        return Tiles("many", tile, 256, _STAGE_K, 4, 4, 1)
+        return Tiles("many", tile, 256, step, 4, 4, 1)
     # More than so many numbers a step spill where rows are not aligned, so that loads go through registers.
-    block_k = 64 if itemsize == 2 and tile <= 32 else 32
+    block_k = 64 if itemsize <= 2 and tile <= 32 else 32
     return Tiles("triton", tile, 128, block_k, 8, 3, 1)

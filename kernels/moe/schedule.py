@@ -76,6 +76,8 @@ def _schedule_kernel(
     rows_ptr,
     x_ptr,
     order_ptr,
+    row_scales_ptr,
+    x_scale_ptr,
     S,
     E,
     max_tiles,
@@ -97,6 +99,8 @@ def _schedule_kernel(
         _describe(plan_ptr, offsets_ptr, row + chunks, S, E, max_tiles, ROWS, GROUP, EXPERTS, CHUNK)
     elif x_ptr is not None:
         token = tl.load(order_ptr + row) // top_k
+        if x_scale_ptr is not None:
+            tl.store(row_scales_ptr + row, tl.load(x_scale_ptr + token))
         for first in range(0, width, BLOCK):
             cols = first + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + token.to(tl.int64) * stride_x + cols, mask=cols < width)
@@ -114,13 +118,19 @@ def most_tiles(rows: int, experts: int, tile: int) -> int:
 
 
 def _plan(
-    rows: torch.Tensor, x: torch.Tensor | None, offsets: torch.Tensor, order: torch.Tensor | None, top_k: int, tile: int
+    rows: torch.Tensor,
+    offsets: torch.Tensor,
+    tile: int,
+    x: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+    top_k: int = 1,
+    row_scales: torch.Tensor | None = None,
+    x_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     (count, width), experts = rows.shape, offsets.shape[0] - 1
     tiles = most_tiles(count, experts, tile)
     chunks = cdiv(tiles, CHUNK)
     plan = empty((8 * (1 + tiles),), torch.int32, rows.device)
-    block = min(next_power_of_2(width), 4096)
     launch(
         _schedule_kernel,
         (chunks + count,),
@@ -129,6 +139,8 @@ def _plan(
         rows,
         x,
         order,
+        row_scales,
+        x_scale,
         count,
         experts,
         tiles,
@@ -142,20 +154,26 @@ def _plan(
         GROUP=GROUP,
         EXPERTS=next_power_of_2(experts),
         CHUNK=CHUNK,
-        BLOCK=block,
+        BLOCK=min(next_power_of_2(width), 4096),
         CHAINED=chains(rows.device),
     )
     return plan
 
 
 def gather_and_plan(
-    x: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor, top_k: int, tile: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of x sorted by expert, `[T · k, H]`, and the plan of their tiles."""
+    x: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    top_k: int,
+    tile: int,
+    x_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Rows of x sorted by expert, `[T · k, H]`, with their scales if x has some, and the plan of their tiles."""
     rows = empty((order.shape[0], x.shape[1]), x.dtype, x.device)
-    return rows, _plan(rows, x, offsets, order, top_k, tile)
+    row_scales = None if x_scale is None else empty((order.shape[0],), torch.float32, x.device)
+    return rows, row_scales, _plan(rows, offsets, tile, x, order, top_k, row_scales, x_scale)
 
 
 def plan_and_clear(out: torch.Tensor, offsets: torch.Tensor, tile: int) -> torch.Tensor:
     """The plan of the tiles of a result `[S, N]`; those of its rows that are no expert's are set to 0."""
-    return _plan(out, None, offsets, None, 1, tile)
+    return _plan(out, offsets, tile)
