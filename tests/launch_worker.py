@@ -428,7 +428,7 @@ def check_token_counts() -> None:
     variants |= {"int4_int8_linear": 4, "int4_int8_linear with minimum": 3}
     variants |= {f"paged_attention {kind}": 3 for kind in ("of float8", "of int8", "with alibi")}
     variants |= {"paged_attention batch-invariant": 1, "paged_attention of chunks": 2}
-    variants |= {"moe_permute": 2, "moe_permute of many pairs": 4}
+    variants |= {"moe_permute": 3, "moe_permute of many pairs": 4}
     for name in cases(1):
         launching._ready.clear()
         before = octavo.compile_count()

@@ -348,11 +348,13 @@ def launches(dtype):
         (9, 2, 8, torch.int32, False),
         (9, 8, 128, torch.int64, True),
         (4999, 1, 1, torch.int32, False),
+        (300, 2, 8, torch.int32, False),
+        (100, 8, 128, torch.int64, True),
         (4096, 2, 8, torch.int32, False),
         (4096, 6, 60, torch.int32, True),
         (4096, 8, 512, torch.int64, False),
     ):
-        ids = torch.empty(tokens, top_k, device="meta", dtype=ids_dtype)
+        ids = torch.empty(tokens, top_k + mapped, device="meta", dtype=ids_dtype)[:, :top_k]
         expert_map = torch.empty(2 * experts, device="meta", dtype=torch.int32) if mapped else None
         for width in (71, 4096):
             x = torch.empty(tokens, width, device="meta", dtype=dtype)
