@@ -33,7 +33,7 @@ from octavo.kernels.quant.quantize import _quantize_cuda
 from octavo.kernels.quant.rounding import check_supported
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
-from octavo.kernels.tiles import device_properties
+from octavo.kernels.tiles import device_properties, next_power_of_2
 from octavo.reference import moe as reference
 
 BYTES = (torch.int8, torch.float8_e4m3fn)
@@ -87,7 +87,8 @@ def _fused_moe_cuda(
     if pairs == 0:
         return out
     intermediate = _intermediate(w2, w1_scale)
-    tile, first, second = _choose(x, w1, w2, pairs, intermediate, w1_scale, w2_scale)
+    likely = next_power_of_2(tokens) * top_k  # choices change at powers of two tokens, so that a warm-up meets all
+    tile, first, second = _choose(x, w1, w2, likely, intermediate, w1_scale, w2_scale)
     x_scale = between_scale = None
     if w1.dtype in BYTES:
         check_supported("w1", w1.dtype, x.device, "quantise to int8")
