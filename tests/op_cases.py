@@ -234,6 +234,38 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
             dict(x=new(tokens, 512), scale=None),
             dict(granularity="tensor", dtype=torch.float8_e5m2),
         ),
+        "moe_route": (octavo.moe_route, dict(router_logits=new(tokens, 60)), dict(top_k=4)),
+        "moe_route in groups": (
+            octavo.moe_route,
+            dict(router_logits=new(tokens, 64), correction_bias=ones(64)),
+            dict(
+                top_k=6,
+                scoring_func="sigmoid",
+                num_expert_group=8,
+                topk_group=3,
+                routed_scaling_factor=2.5,
+                num_shared_experts=1,
+            ),
+        ),
+        "moe_permute": (
+            octavo.moe_permute,
+            dict(x=new(tokens, 512), topk_ids=new(tokens, 2, dtype=torch.int32)),
+            dict(num_experts=8),
+        ),
+        "moe_permute of many pairs": (
+            octavo.moe_permute,
+            dict(
+                x=new(tokens, 64),
+                topk_ids=new(tokens, 5000, dtype=torch.int64),
+                expert_map=new(60, dtype=torch.int32),
+            ),
+            dict(num_experts=8),
+        ),
+        "moe_unpermute": (
+            octavo.moe_unpermute,
+            dict(y=new(2 * tokens, 512), positions=new(tokens, 2, dtype=torch.int32), topk_weights=ones(tokens, 2)),
+            {},
+        ),
         "grouped_linear": (octavo.grouped_linear, grouped, {}),
         "grouped_linear with bias": (octavo.grouped_linear, grouped | dict(bias=new(4, 80)), {}),
         "fused_moe": (octavo.fused_moe, moe, {}),

@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given
@@ -5,7 +7,9 @@ from hypothesis import strategies as st
 
 import octavo
 from octavo import reference
+from octavo.kernels.launch import record_launches
 from octavo.kernels.moe import permute, sort
+from octavo.kernels.tiles import KNOWN_DEVICES, device_properties
 from octavo.testing import assert_accurate, check_op, poisoned_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -329,16 +333,28 @@ def test_errors_of_unpermute(change, error, message):
         octavo.moe_unpermute(**args | change)
 
 
+def test_e4m3_needs_a_gpu_that_has_it():
+    x, ids = torch.empty(2, 8, device="meta", dtype=torch.float8_e4m3fn), torch.empty(2, 2, device="meta").int()
+    for capability, properties in KNOWN_DEVICES.items():
+        old = capability == 80
+        message = r"x: float8_e4m3fn on A100 \(compute capability 8.0\); expected .* permute x.view\(torch.int8\)"
+        with record_launches(properties), pytest.raises(ValueError, match=message) if old else nullcontext():
+            permute._moe_permute_cuda(x, ids, 5, None)
+
+
 def launches(dtype):
     """Every tile choice that ships, on meta tensors: tests/test_compile.py compiles them."""
     for tokens, top_k, experts, ids_dtype, mapped in (
         (9, 2, 8, torch.int32, False),
         (9, 8, 128, torch.int64, True),
+        (4999, 1, 1, torch.int32, False),
+        (300, 2, 8, torch.int32, False),
+        (100, 8, 128, torch.int64, True),
         (4096, 2, 8, torch.int32, False),
         (4096, 6, 60, torch.int32, True),
         (4096, 8, 512, torch.int64, False),
     ):
-        ids = torch.empty(tokens, top_k, device="meta", dtype=ids_dtype)
+        ids = torch.empty(tokens, top_k + mapped, device="meta", dtype=ids_dtype)[:, :top_k]
         expert_map = torch.empty(2 * experts, device="meta", dtype=torch.int32) if mapped else None
         for width in (71, 4096):
             x = torch.empty(tokens, width, device="meta", dtype=dtype)
@@ -348,4 +364,6 @@ def launches(dtype):
             permute._moe_unpermute_cuda(y, positions, torch.empty(tokens, top_k, device="meta"))
     ids = torch.empty(9, 2, device="meta", dtype=torch.int32)
     for moved in (torch.float32, torch.int8, torch.float8_e4m3fn):
+        if moved == torch.float8_e4m3fn and device_properties(ids.device).capability < (8, 9):
+            continue
         permute._moe_permute_cuda(torch.empty(9, 512, device="meta", dtype=moved), ids, 8, None)

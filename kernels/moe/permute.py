@@ -20,6 +20,7 @@ from octavo.kernels.checks import (
 )
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.moe.sort import check_pairs, sort_by_expert
+from octavo.kernels.quant.rounding import check_supported
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
 from octavo.kernels.tiles import cdiv, chains, let_next_start, next_power_of_2, wait_for_previous
@@ -110,6 +111,7 @@ def _unpermute_kernel(
 def _moe_permute_cuda(
     x: torch.Tensor, topk_ids: torch.Tensor, num_experts: int, expert_map: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_supported("x", x.dtype, x.device, "permute x.view(torch.int8)")
     _, offsets, positions = sort_by_expert(topk_ids, num_experts, expert_map)
     tokens, width = x.shape
     top_k = topk_ids.shape[1]
@@ -196,7 +198,8 @@ def moe_permute(
     `permuted[positions[t, j]] = x[t]`, where rows `offsets[e]` to `offsets[e + 1]` are those of expert e
 
     Args:
-        x: `[tokens, hidden]`, fp16, bf16, fp32, int8 or fp8 (e4m3); last dimension contiguous, rows of any stride.
+        x: `[tokens, hidden]`, fp16, bf16, fp32, int8 or float8_e4m3fn (sm_89 or later); last dimension contiguous,
+            rows of any stride.
         topk_ids: `[tokens, top_k]` int32 or int64, the experts of each token; last dimension contiguous.
         num_experts: how many there are on this device, up to 512.
         expert_map: `[all experts]` int32, contiguous, where the experts are on several devices: the number here of
@@ -209,9 +212,9 @@ def moe_permute(
 
     Raises:
         TypeError: a dtype that is not accepted.
-        ValueError: a shape, stride or device that does not fit.
+        ValueError: a shape, stride or device that does not fit, or float8_e4m3fn on a GPU that has it not.
 
-    Safe in a CUDA graph, with any routing; the same bits each time.
+    Two kernels, with more than 4096 pairs four. Safe in a CUDA graph, with any routing; the same bits each time.
     """
     check_dtype("x", x, MOVED)
     check_ndim("x", x, 2, "[tokens, hidden]")
