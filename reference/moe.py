@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import torch
 
+from octavo.reference.quant import dequantize_int4
 from octavo.reference.quantize import quantize_rows
 
 
@@ -132,6 +133,10 @@ def fused_moe(
     def products(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         if scale is None:
             return _products(rows, weight, offsets)
+        if weight.dtype == torch.int16:
+            size = rows.shape[1] // scale.shape[1]
+            pairs = zip(weight, scale, strict=True)
+            return _products(rows, torch.stack([dequantize_int4(w, s, None, size) for w, s in pairs]), offsets)
         return _quantized_products(rows, weight, scale, offsets)
 
     gate, up = products(rows, w1, w1_scale).chunk(2, -1)

@@ -4,6 +4,7 @@ import torch
 
 import octavo
 from octavo.kernels.attention import plan_attention
+from octavo.kernels.quant.packing import packed_shape
 
 
 def cases(tokens: int, dtype=torch.bfloat16) -> dict:
@@ -69,6 +70,13 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
     offsets, ids = torch.zeros(5, dtype=torch.int32), new(tokens, 2, dtype=torch.int32)
     grouped = dict(x=new(tokens, 128), weight=new(4, 80, 128), offsets=offsets)
     moe = dict(x=new(tokens, 128), w1=new(4, 160, 128), w2=new(4, 128, 80), topk_weights=ones(tokens, 2), topk_ids=ids)
+    int4_moe = dict(
+        w1=new(4, *packed_shape(128, 128), dtype=torch.int16),
+        w2=new(4, *packed_shape(128, 64), dtype=torch.int16),
+        w1_scale=new(4, 1, 128),
+        w2_scale=new(4, 1, 128),
+    )
+    int8_moe = dict(w1=new(4, 160, 128, dtype=torch.int8), w2=new(4, 128, 80, dtype=torch.int8))
     return {
         "rms_norm": (octavo.rms_norm, dict(x=new(tokens, 512), weight=new(512)), dict(eps=1e-5)),
         "rms_norm of heads": (octavo.rms_norm, dict(x=k, weight=new(d)), {}),
@@ -262,6 +270,8 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
         "grouped_linear with bias": (octavo.grouped_linear, grouped | dict(bias=new(4, 80)), {}),
         "fused_moe": (octavo.fused_moe, moe, {}),
         "fused_moe of some experts": (octavo.fused_moe, moe | dict(expert_map=offsets), {}),
+        "fused_moe of int8": (octavo.fused_moe, moe | int8_moe | dict(w1_scale=ones(4, 160), w2_scale=ones(4)), {}),
+        "fused_moe of int4": (octavo.fused_moe, moe | int4_moe, {}),
         "sample greedily": (octavo.sample, dict(logits=new(tokens, vocab)), {}),
         "sample": (octavo.sample, dict(logits=new(tokens, vocab), **drawing), {}),
         "sample with everything": (

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 import octavo
 from octavo import reference
 from octavo.kernels.moe import combine, fused_moe, schedule
+from octavo.kernels.quant.packing import packed_shape
 from octavo.kernels.tiles import device_properties
 from octavo.reference.quantize import LIMITS, quantize_rows
 from octavo.testing import assert_accurate, check_op
@@ -105,6 +106,29 @@ def test_quantized(device, of_weights, by_expert, tokens, experts, top_k, hidden
     assert_accurate(out, quantized_layer(*args, torch.float64), plain)
     expected = reference.moe.fused_moe(*args[:5], None, *args[5:])
     assert_accurate(expected, quantized_layer(*args, torch.float64), plain)
+
+
+def int4(experts, n, k, groups, device):
+    """Packed weights, their scales, and the weights themselves."""
+    q = torch.randint(0, 16, (experts, n, k), dtype=torch.uint8, device=device)
+    scale = ((torch.rand(experts, groups, n, device=device) + 0.5) / (5 * k**0.5)).half()
+    w = (q.double() - 8) * scale.double().transpose(1, 2).repeat_interleave(k // groups, 2)
+    return torch.stack([octavo.int4_pack(q[e]) for e in range(experts)]), scale, w
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "hidden", "intermediate", "groups"),
+    [(1, 8, 2, 128, 128, (1, 1)), (9, 4, 2, 160, 96, (5, 1)), (70, 2, 2, 256, 32, (2, 1)), (3, 3, 1, 64, 320, (1, 10))],
+)
+def test_int4(device, dtype, tokens, experts, top_k, hidden, intermediate, groups):
+    x, _, _, weights, ids = case(tokens, experts, top_k, hidden, intermediate, dtype, device)
+    w1, w1_scale, exact_w1 = int4(experts, 2 * intermediate, hidden, groups[0], device)
+    w2, w2_scale, exact_w2 = int4(experts, hidden, intermediate, groups[1], device)
+    out = octavo.fused_moe(x, w1, w2, weights, ids, w1_scale=w1_scale, w2_scale=w2_scale)
+    args = x, exact_w1, exact_w2, weights, ids
+    exact, plain = layer(*args, torch.float64), layer(*args, dtype)
+    assert_accurate(out, exact, plain)
+    assert_accurate(reference.moe.fused_moe(x, w1, w2, weights, ids, None, w1_scale, w2_scale), exact, plain)
 
 
 @pytest.mark.parametrize("expert", [0, 3])
@@ -250,7 +274,7 @@ BYTES |= dict(w1_scale=torch.zeros(3, 12), w2_scale=torch.zeros(3))
         (dict(topk_weights=torch.zeros(4, 2, device="meta")), ValueError, "topk_weights: on meta, but x is on cpu"),
         (dict(w1_scale=torch.zeros(3, 12)), ValueError, "w1_scale: given beside weights of x's dtype"),
         (dict(w1=torch.zeros(3, 12, 8).char()), TypeError, "w2: dtype float32 is not accepted; expected int8"),
-        (BYTES | dict(w2_scale=None), ValueError, "w2_scale: None beside int8 or float8_e4m3fn weights"),
+        (BYTES | dict(w2_scale=None), ValueError, "w2_scale: None beside quantised weights"),
         (
             BYTES | dict(w1_scale=torch.zeros(3, 6)),
             ValueError,
@@ -278,10 +302,16 @@ def launches(dtype):
             ids, weights = new(tokens, top_k, dtype=torch.int32), new(tokens, top_k, dtype=torch.float32)
             w1, w2 = new(experts, 2 * intermediate, hidden), new(experts, hidden, intermediate)
             fused_moe._fused_moe_cuda(new(tokens, hidden), w1, w2, weights, ids, None)
+            for group in (128, 64, 32) if tokens in (16, 64, 256) and hidden > 161 else ():
+                w1 = new(experts, *packed_shape(2 * intermediate, hidden), dtype=torch.int16)
+                w2 = new(experts, *packed_shape(hidden, intermediate), dtype=torch.int16)
+                scales = new(experts, hidden // group, 2 * intermediate), new(experts, intermediate // group, hidden)
+                fused_moe._fused_moe_cuda(new(tokens, hidden), w1, w2, weights, ids, None, *scales)
             if tokens % 3 == 1:  # of each kernel's tiles one or two
                 for of_weights in _bytes_here():
                     scales = new(experts, 2 * intermediate, dtype=torch.float32), new(experts, dtype=torch.float32)
-                    w1, w2 = (new(*w.shape, dtype=of_weights) for w in (w1, w2))
+                    w1 = new(experts, 2 * intermediate, hidden, dtype=of_weights)
+                    w2 = new(experts, hidden, intermediate, dtype=of_weights)
                     fused_moe._fused_moe_cuda(new(tokens, hidden), w1, w2, weights, ids, None, *scales)
 
 

@@ -9,6 +9,8 @@ from gluon_in_python import FP8 as FP8_IN_PYTHON
 from gluon_in_python import Descriptor, Number, Pointer, namespace
 
 from octavo.kernels.moe import schedule
+from octavo.kernels.quant.int4_hopper import groups_of_step
+from octavo.kernels.quant.packing import int4_pack
 from octavo.kernels.tiles import cdiv
 from octavo.reference import moe as reference
 from octavo.testing import assert_accurate
@@ -137,3 +139,65 @@ def test_source_of_many(counts, k, n, outputs, stages, parts, bias, gated, opera
     args = case(counts, k, n, gated, bias, operand)
     out = in_python("grouped_hopper", *args, 128, outputs, stages, parts, gated, 3, ())
     check(out, *args, gated)
+
+
+INT4 = "shares", "loads", "unpack", "compute"
+
+
+def int4_in_python(x, packed, scale, offsets, tile, stages, parts, gated, programs, early):
+    """As `grouped_int4.grouped_int4` launches it."""
+    s, (_, groups, outputs) = x.shape[0], scale.shape
+    n, k_tiles = outputs // 2 if gated else outputs, packed.shape[2]
+    group, part_steps = x.shape[1] // groups, cdiv(k_tiles, parts)
+    assert cdiv(k_tiles, part_steps) == parts
+    plan = schedule.plan_and_clear(torch.empty(s, 1), offsets, tile)
+    out = torch.full((parts, s, n), torch.nan)
+    out = pointer(out if parts > 1 else out.half())
+    modules = [f"quant/int4_{name}" for name in INT4]
+    modules = [*MODULES[:1], *modules, *MODULES[2:], "moe/grouped_few", "moe/grouped_int4"]
+    per_step = groups_of_step(group)
+    for program in random.sample(range(programs), programs):
+        namespace([f"{name}.py" for name in modules], (program,), programs)["_grouped_int4_kernel"](
+            Descriptor(packed.view(-1, 64).numpy(), "int16", (32, 64)),
+            descriptor(x, tile),
+            out,
+            pointer(plan),
+            pointer(scale),
+            *map(Number, (s, n, packed.shape[1], cdiv(n, 128 if gated else 256), k_tiles, part_steps, groups - 1)),
+            *map(Number, (group // 32, *scale.stride()[:2])),
+            *(per_step, per_step == 1 or per_step * group == 128, group % 128 == 0 and tile <= 32),
+            *(tile, stages, parts, gated, early, False),
+        )
+    return torch.from_numpy(out.memory).view(parts, s, n).sum(0).to(HALF)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("counts", "k", "n", "groups", "tile", "stages", "parts"),
+    [
+        (COUNTS[0], 256, 192, 2, 16, 3, 1),
+        (COUNTS[0], 512, 320, 2, 16, 2, 2),
+        (COUNTS[1], 320, 64, 5, 32, 4, 3),
+        (COUNTS[1], 480, 128, 15, 32, 2, 1),
+        (COUNTS[2], 384, 256, 1, 64, 2, 1),
+    ],
+)
+def test_source_of_int4(counts, k, n, groups, tile, stages, parts, gated):
+    """Groups of a step, of several and of all, outputs and inputs that end within a tile, parts, an early start."""
+    parts = 1 if gated else parts
+    experts, outputs = len(counts), n * (2 if gated else 1)
+    offsets = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32)
+    x = torch.randn(sum(counts) + 3, k).to(HALF)
+    q = torch.randint(0, 16, (experts, outputs, k), dtype=torch.uint8)
+    scale = ((torch.rand(experts, groups, outputs) + 0.5) / (5 * k**0.5)).to(HALF)
+    packed = torch.stack([int4_pack(of_expert) for of_expert in q])
+    args = x, packed, scale, offsets, tile, stages, parts, gated, 3, random.random() < 0.5
+    weight = (q.double() - 8) * scale.double().transpose(1, 2).repeat_interleave(k // groups, 2)
+    out, end = int4_in_python(*args), int(offsets[-1])
+    assert out[end:].isnan().all()
+
+    def products(weight):
+        y = reference._products(x, weight, offsets)[:end]
+        return torch.nn.functional.silu(y[:, :n]) * y[:, n:] if gated else y
+
+    assert_accurate(out[:end], products(weight).double(), products(weight.to(HALF)).to(HALF))

@@ -60,7 +60,7 @@ def _launch(
     offsets: torch.Tensor | None,
 ) -> None:
     (rows, n), (count, s, _) = out.shape, parts.shape
-    block = min(next_power_of_2(n), 256 if rows < 64 else 1024)
+    block = min(next_power_of_2(n), 256 if rows <= 64 else 1024)
     blocks = cdiv(n, block)
     launch(
         _combine_kernel,

@@ -16,6 +16,8 @@ import triton.language as tl
 from octavo.kernels.launch import INTERPRET, launch
 from octavo.kernels.moe.grouped_few import grouped_few
 from octavo.kernels.moe.grouped_hopper import grouped_hopper
+from octavo.kernels.moe.grouped_int4 import grouped_int4
+from octavo.kernels.moe.grouped_int4_plain import grouped_int4_plain
 from octavo.kernels.moe.grouped_tiles import Scales, Tiles
 from octavo.kernels.moe.schedule import most_tiles, unit_at
 from octavo.kernels.quant.epilogue import silu_times
@@ -133,18 +135,24 @@ def grouped(
     Args:
         out: `[parts, S, N]`, where there are parts in fp32; rows that are no expert's are not written.
         x: `[S, K]`.
-        weight: `[E, N, K]`, or `[E, 2 · N, K]` if gated, contiguous.
+        weight: `[E, N, K]`, or `[E, 2 · N, K]` if gated, contiguous; int4 as `octavo.int4_pack` packs each expert's.
         bias: None, or `[E, N]`, contiguous.
         plan: from `octavo.kernels.moe.schedule`, for tiles of as many rows.
         gated: whether the result is SiLU × gate.
-        scales: of quantised operands, int8 or e4m3: `y = sums · x_scale · weight_scale`.
+        scales: of quantised operands, int8 or e4m3: `y = sums · x_scale · weight_scale`; of int4 weights in groups.
         planned_before: whether another kernel ran between the one that made the plan and this.
     """
-    experts, _, k = weight.shape
+    experts, k = weight.shape[0], x.shape[1]
     s, n = out.shape[-2:]
     n_tiles = cdiv(n, tiles.outputs // 2 if gated else tiles.outputs)
     units = most_tiles(s, experts, tiles.rows) * n_tiles * tiles.parts
     programs = min(device_properties(x.device).num_sms * tiles.programs_per_sm, units)
+    if tiles.kernel == "int4":
+        grouped_int4(out, x, weight, scales.weight, plan, tiles, programs, gated, planned_before)
+        return
+    if tiles.kernel == "int4_plain":
+        grouped_int4_plain(out, x, weight, scales.weight, plan, tiles, programs, gated)
+        return
     if tiles.kernel == "few":
         grouped_few(out, x, weight, bias, scales, plan, tiles, n_tiles, programs, gated, planned_before)
         return

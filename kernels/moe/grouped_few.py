@@ -32,7 +32,7 @@ REGISTERS = {1: 168, 2: 128}
 
 
 @gluon.jit
-def _write(y, epilogue, bias_ptr, expert, part, first_row, rows, first_n):
+def write_turned(y, epilogue, bias_ptr, expert, part, first_row, rows, first_n):
     """Results of outputs, which are rows of y, by rows of x."""
     out_ptr, S, N = epilogue[0], epilogue[6], epilogue[7]
     layout: gl.constexpr = y.type.layout
@@ -52,7 +52,7 @@ def _write_gated(acc, epilogue, expert, first_row, rows, first_n):
     gate, up = acc.reshape([2, acc.shape[0] // 2, acc.shape[1]]).permute([1, 2, 0]).split()
     gate = scaled(gate, epilogue, expert, first_row, rows, first_n, N, 1)
     up = scaled(up, epilogue, expert, first_row, rows, N + first_n, 2 * N, 1)
-    _write(silu_times(gate, up), epilogue, None, expert, 0, first_row, rows, first_n)
+    write_turned(silu_times(gate, up), epilogue, None, expert, 0, first_row, rows, first_n)
 
 
 @gluon.jit
@@ -100,7 +100,7 @@ def _compute(
             _write_gated(acc, epilogue, expert, first_row, rows, n * (OUTPUTS // 2))
         else:
             y = scaled(acc, epilogue, expert, first_row, rows, n * OUTPUTS, epilogue[7], 1)
-            _write(y, epilogue, epilogue[1], expert, part, first_row, rows, n * OUTPUTS)
+            write_turned(y, epilogue, epilogue[1], expert, part, first_row, rows, n * OUTPUTS)
 
 
 @gluon.jit(do_not_specialize=["S", "part_steps"])

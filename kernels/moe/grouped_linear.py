@@ -24,7 +24,7 @@ from octavo.kernels.moe.grouped_tiles import choose_tiles, rows_of
 from octavo.kernels.moe.schedule import plan_and_clear
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
-from octavo.kernels.tiles import device_properties
+from octavo.kernels.tiles import device_properties, next_power_of_2
 from octavo.reference import moe as reference
 
 
@@ -37,8 +37,9 @@ def _grouped_linear_cuda(
         return out
     properties = device_properties(x.device)
     copied = may_copy(properties, x, weight)
-    tile = rows_of(s, experts, copied=copied)
-    sizes = s, experts, n, k, tile, properties
+    likely = next_power_of_2(s)  # choices change at powers of two, so that a warm-up meets all
+    tile = rows_of(likely, experts, copied=copied)
+    sizes = likely, experts, n, k, tile, properties
     tiles = choose_tiles(*sizes, gated=False, copied=copied, itemsize=x.element_size())
     plan = plan_and_clear(out, offsets, tile)
     if tiles.parts == 1:

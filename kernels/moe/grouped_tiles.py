@@ -36,8 +36,8 @@ class Tiles:
     """Rows of x and outputs of a tile, inputs of a step, and the schedule of programs."""
 
     kernel: str
-    """"few" (`octavo.kernels.moe.grouped_few`), "many" (`octavo.kernels.moe.grouped_hopper`) or "triton"
-    (`octavo.kernels.moe.grouped`)."""
+    """"few", "many" (`octavo.kernels.moe.grouped_few`, `grouped_hopper`) or "triton" (`grouped`); with int4 weights
+    "int4" (`grouped_int4`) or "int4_plain" (`grouped_int4_plain`)."""
     rows: int
     outputs: int
     """With SiLU and gate those of gate and of up together."""
@@ -50,19 +50,20 @@ class Tiles:
 
     def parts_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Of results that are added up afterwards: where there are few, they are not rounded before."""
-        return torch.float32 if self.kernel == "few" or self.parts > 1 else dtype
+        return torch.float32 if self.kernel in ("few", "int4") or self.parts > 1 else dtype
 
 
-def rows_of(rows: int, experts: int, *, copied: bool) -> int:
+def rows_of(rows: int, experts: int, *, copied: bool, most: int = 128) -> int:
     """Rows of a tile, for that many rows of which nobody knows yet how they are spread over the experts.
 
     Half as many again as an expert has on average, if each that can have rows has some: then most experts have one
     tile, and their weights are read once.
     """
     mean = rows / max(min(experts, rows), 1)
-    if copied:
-        return min(max(next_power_of_2(int(1.5 * mean)), 16), 128)
-    return min(max(next_power_of_2(int(1.5 * mean)), 16), 64) if mean <= 64 else 128
+    few = max(next_power_of_2(int(1.5 * mean)), 16)
+    if not copied:
+        few = min(few, 64) if mean <= 64 else 128
+    return min(few, most)
 
 
 def _parts(tiles: int, inputs: int, slots: int, bytes_of_tile: int, block_k: int) -> int:
@@ -116,3 +117,25 @@ def choose_tiles(
     # More than so many numbers a step spill where rows are not aligned, so that loads go through registers.
     block_k = 64 if itemsize <= 2 and tile <= 32 else 32
     return Tiles("triton", tile, 128, block_k, 8, 3, 1)
+
+
+def choose_int4(
+    rows: int,
+    experts: int,
+    outputs: int,
+    inputs: int,
+    tile: int,
+    properties: DeviceProperties,
+    *,
+    gated: bool,
+    copied: bool,
+) -> Tiles:
+    """The same for int4 weights; `outputs` are those of gate and of up."""
+    if not copied:
+        return Tiles("int4_plain", tile, 128, 128, 8, 2, 1)
+    handed = 2 * 64 * tile * 4 if gated else 0
+    stage = 4 * 4096 + tile * 256
+    stages = min((properties.shared_memory - handed - 5 * _OTHER_BYTES) // stage, 8)
+    count = min(experts, rows) * cdiv(outputs, 256)
+    parts = 1 if gated else _parts(count, inputs, properties.num_sms, 128 * inputs, 128)
+    return Tiles("int4", tile, 256, 128, 4, stages, 1, parts)
