@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import released, save_tiny_mixtral, save_tokenizer, tiny_mixtral
 
 from octavo.engine import LLM, SamplingParams
+from octavo.engine import experts as experts_of_models
 from octavo.engine.checkpoint import Activations, Fp8Weight, Int4Weight, Int8Weight, open_checkpoint
 from octavo.engine.config import ModelConfig
 from octavo.engine.convert import convert
@@ -201,7 +202,7 @@ CONFIG = ModelConfig.from_hf(
         architectures=["MixtralForCausalLM"],
         vocab_size=8,
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=128,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -213,6 +214,16 @@ CONFIG = ModelConfig.from_hf(
 def int4(n, k):
     q, scale = torch.randint(0, 16, (n, k), dtype=torch.uint8), torch.rand(n, k // 32) * 0.02
     return Int4Weight(q, scale, None)
+
+
+def q4_0(n, k):
+    weight = int4(n, k)
+    return replace(weight, minimum=-8 * weight.scale)
+
+
+def int4_with_zeros(n, k):
+    weight = int4(n, k)
+    return replace(weight, minimum=-torch.randint(0, 16, weight.scale.shape) * weight.scale)
 
 
 def int8(n, k):
@@ -250,7 +261,11 @@ WHERE = [("cpu", F32), *(pytest.param(("cuda", d), marks=pytest.mark.gpu) for d 
     [
         (dict(w1=dense, w2=dense, w3=dense), StackedExperts),
         (dict(w1=fp8, w2=fp8, w3=fp8), StackedExperts),
-        (dict(w1=int4, w2=int4, w3=int4), ExpertLoop),
+        (dict(w1=int4, w2=int4, w3=int4), StackedExperts),
+        (dict(w1=q4_0, w2=q4_0, w3=q4_0), StackedExperts),
+        (dict(w1=int4_with_zeros, w2=int4_with_zeros, w3=int4_with_zeros), ExpertLoop),
+        (dict(w1=int4, w2=int4, w3=int4_with_zeros), ExpertLoop),
+        (dict(w1=int4, w2=int4_with_zeros, w3=int4), ExpertLoop),
         (dict(w1=int8, w2=int8, w3=int8), ExpertLoop),
         (dict(w1=w8a8, w2=w8a8, w3=w8a8), StackedExperts),
         (dict(w1=w8a8_fp8, w2=w8a8_fp8, w3=w8a8_fp8), StackedExperts),
@@ -265,11 +280,12 @@ WHERE = [("cpu", F32), *(pytest.param(("cuda", d), marks=pytest.mark.gpu) for d 
     ids=lambda value: " ".join(make.__name__ for make in value.values()) if isinstance(value, dict) else value.__name__,
 )
 @pytest.mark.parametrize("where", WHERE, ids=str)
-def test_experts_of_any_format_compute_what_each_would(makers, kind, where):
+def test_experts_of_any_format_compute_what_each_would(makers, kind, where, monkeypatch):
     """Whatever order their weights come in, and also where an expert gets no token."""
     device, dtype = torch.device(where[0]), where[1]
+    monkeypatch.setattr(experts_of_models, "_fuses_int4", lambda device: True)
     torch.manual_seed(0)
-    weights = {(e, w): make(*((64, 96) if w == "w2" else (96, 64))) for e in range(3) for w, make in makers.items()}
+    weights = {(e, w): make(*((64, 128) if w == "w2" else (128, 64))) for e in range(3) for w, make in makers.items()}
     loader = ExpertLoader(CONFIG, device, dtype)
     for i in torch.randperm(len(weights)).tolist():
         e, w = list(weights)[i]
