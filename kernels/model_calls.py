@@ -58,7 +58,8 @@ def model_calls(
         dtype: of activations, cache and norm weights.
         weights: "dense" (the GEMMs are torch's), "int4" (scales without a minimum and with one), "int8"; or with
             activations quantised by token, "int8_int8" and "fp8", and in groups of 128, "fp8_blocks". Experts of
-            "int4", "int8" and "fp8_blocks" are linear layers, called for the tokens of one expert after another.
+            "int8" and "fp8_blocks", and of "int4" with minima, are linear layers, called for the tokens of one expert
+            after another.
         group_size: of int4 and int8 weights.
         page_size: tokens a page of the KV cache.
         max_num_batched_tokens: tokens in one step at most.
@@ -107,7 +108,7 @@ def model_calls(
         ]
         if experts:
             routing = experts, _get(config, "num_experts_per_tok"), _get(config, "norm_topk_prob", True)
-            calls.append(partial(_experts, tokens, hidden, intermediate, *routing, dtype, weights))
+            calls.append(partial(_experts, tokens, hidden, intermediate, *routing, dtype, weights, group_size))
         for max_seqlen_q in token_counts(tokens):
             sizes = tokens, max_seqlen_q, heads, kv_heads, head_dim, page_size
             calls.append(partial(_attention, *sizes, _get(config, "sliding_window", None), dtype))
@@ -213,20 +214,26 @@ def _experts(
     renormalize: bool,
     dtype: torch.dtype,
     weights: str,
+    group_size: int,
 ) -> None:
     x, logits = _empty(tokens, hidden, dtype=dtype), _empty(tokens, experts, dtype=dtype)
     topk_weights, topk_ids = moe_route(logits, top_k, renormalize=renormalize)
-    kept = {"dense": dtype, "int8_int8": torch.int8, "fp8": torch.float8_e4m3fn}
-    if weights in kept:
-        w1 = _empty(experts, 2 * intermediate, hidden, dtype=kept[weights])
-        w2 = _empty(experts, hidden, intermediate, dtype=kept[weights])
-        w1_scale, w2_scale = (
-            None if weights == "dense" else _empty(*w.shape[:2], dtype=torch.float32) for w in (w1, w2)
-        )
-        fused_moe(x, w1, w2, topk_weights, topk_ids, w1_scale=w1_scale, w2_scale=w2_scale)
-    else:
+    if weights in ("int4", "int8", "fp8_blocks"):  # of int4 those with minima
         rows, _, positions = moe_permute(x, topk_ids, experts)
         moe_unpermute(rows, positions, topk_weights)
+    kept = {"dense": dtype, "int8_int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.int16}
+    if weights not in kept:
+        return
+    both: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    for n, k in ((2 * intermediate, hidden), (hidden, intermediate)):
+        if weights == "int4":
+            scale = _empty(experts, k // group_size, n, dtype=dtype)
+            both.append((_empty(experts, *packed_shape(n, k), dtype=torch.int16), scale))
+            continue
+        scales = None if weights == "dense" else _empty(experts, n, dtype=torch.float32)
+        both.append((_empty(experts, n, k, dtype=kept[weights]), scales))
+    (w1, w1_scale), (w2, w2_scale) = both
+    fused_moe(x, w1, w2, topk_weights, topk_ids, w1_scale=w1_scale, w2_scale=w2_scale)
 
 
 def _int4(tokens: int, n: int, k: int, group_size: int, dtype: torch.dtype, activation: str | None) -> None:

@@ -90,7 +90,7 @@ def test_w8a8_layers_are_covered_by_model_calls():
 EXPERTS = """
 import sys, torch, octavo
 from dataclasses import replace
-from octavo.engine import LLM
+from octavo.engine import LLM, experts
 from octavo.engine.experts import ExpertLoop
 from octavo.engine.warmup import _meta, _step, step_calls
 from octavo.kernels.tiles import KNOWN_DEVICES
@@ -108,18 +108,23 @@ def around(x, topk_weights, topk_ids):  # what is done beside the experts' layer
     return octavo.moe_unpermute(rows, positions, topk_weights)
 
 folder, weights = sys.argv[1:]
-llm = LLM(folder, device="cpu", dtype=torch.bfloat16, cache_tokens=4096)
+fused = weights == "int4 fused"
+weights, dtype = weights.split()[0], torch.float16 if fused else torch.bfloat16  # that of the scales
+if fused:
+    experts._fuses_int4 = lambda device: True  # as on a GPU
+llm = LLM(folder, device="cpu", dtype=dtype, cache_tokens=4096)
 warm = keys(step_calls(llm.model, llm.runner.kv_cache, 256, 64))
 whole, cache = _meta(llm.model), llm.runner.kv_cache.to("meta")
 for tokens, sequences in ((1, 1), (7, 7), (64, 64), (250, 1), (40, 4)):
     missing = keys([lambda: _step(whole, cache, tokens, sequences)]) - warm
     assert not missing, (tokens, sequences, missing)
-listed = keys(octavo.model_calls(llm.config, weights=weights, group_size=32, max_num_batched_tokens=256))
+options = dict(weights=weights, group_size=32, max_num_batched_tokens=256)
+listed = keys(octavo.model_calls(llm.config, dtype=dtype, **options))
 mixture, hidden = whole.layers[0].mlp, llm.config.hidden_size
 alone = isinstance(mixture.experts, ExpertLoop)
-assert alone == (weights == "int4")
+assert alone == (weights == "int4" and not fused)
 for tokens in (1, 7, 50, 250):
-    x = torch.empty(tokens, hidden, dtype=torch.bfloat16, device="meta")
+    x = torch.empty(tokens, hidden, dtype=dtype, device="meta")
     assert keys([lambda: mixture(x)]) <= warm, tokens
     called = keys([lambda: (replace(mixture, experts=around) if alone else mixture)(x)])
     assert len(called) > 2 and called <= listed, (tokens, called - listed)
@@ -132,10 +137,10 @@ print("covered")
 """
 
 
-QUANTISED = {"int4": "gptq asymmetric", "int8_int8": "integers", "fp8": "float8 channels"}
+QUANTISED = {"int4": "gptq asymmetric", "int4 fused": "gptq", "int8_int8": "integers", "fp8": "float8 channels"}
 
 
-@pytest.mark.parametrize("weights", ["dense", "int4", "int8_int8", "fp8"])
+@pytest.mark.parametrize("weights", ["dense", "int4", "int4 fused", "int8_int8", "fp8"])
 def test_experts_are_covered(tmp_path, weights):
     if weights == "dense":
         save_tiny_mixtral(tmp_path, torch.bfloat16)
@@ -143,7 +148,7 @@ def test_experts_are_covered(tmp_path, weights):
         save_quantised(tmp_path, QUANTISED[weights], config=MIXTRAL)
         inputs = dict(num_bits=8, type="float" if weights == "fp8" else "int", dynamic=True, strategy="token")
         config = json.loads((tmp_path / "config.json").read_text())
-        if weights != "int4":
+        if not weights.startswith("int4"):
             config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = inputs
         (tmp_path / "config.json").write_text(json.dumps(config))
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
