@@ -429,6 +429,8 @@ def check_token_counts() -> None:
     variants |= {f"paged_attention {kind}": 3 for kind in ("of float8", "of int8", "with alibi")}
     variants |= {"paged_attention batch-invariant": 1, "paged_attention of chunks": 2}
     variants |= {"moe_permute": 3, "moe_permute of many pairs": 4}
+    # Four plans; three products of few rows and one of many, twice; sorting and adding up in two ways; quantising.
+    variants |= {"grouped_linear": 8, "fused_moe": 16, "fused_moe of int8": 18, "fused_moe of int4": 12}
     for name in cases(1):
         launching._ready.clear()
         before = octavo.compile_count()

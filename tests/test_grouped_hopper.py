@@ -34,11 +34,13 @@ def descriptor(tensor, rows):
     return Descriptor(tensor.float().numpy(), name, (rows, width))
 
 
-def in_python(module, x, weight, bias, offsets, scales, tile, outputs, stages, parts, gated, programs, more):
+def in_python(
+    module, x, weight, bias, offsets, scales, tile, outputs, stages, parts, gated, programs, more, chunks=None
+):
     """Calls a module's kernel for programs in any order; results of rows that are no expert's stay NaN."""
     s, n = x.shape[0], weight.shape[1] // (2 if gated else 1)
     plan = schedule.plan_and_clear(torch.empty(s, 1), offsets, tile)
-    step = 128 // x.element_size()
+    step = 128 // x.element_size() * (chunks or 1)
     steps = cdiv(x.shape[1], step)
     part_steps = cdiv(steps, parts)
     strides = (0, 0) if scales[1] is None else (weight.shape[1], 1) if scales[1].dim() == 2 else (1, 0)
@@ -57,7 +59,7 @@ def in_python(module, x, weight, bias, offsets, scales, tile, outputs, stages, p
             pointer(plan),
             *map(pointer, scales),
             *map(Number, (s, n, *strides, cdiv(n, outputs // 2 if gated else outputs), steps, part_steps)),
-            *(tile, outputs, step, stages, parts, gated, *more),
+            *(tile, outputs, step, *([chunks] if chunks else []), stages, parts, gated, *more),
         )
     return torch.from_numpy(out.memory).view(parts, s, n).sum(0).to(HALF)
 
@@ -102,22 +104,23 @@ COUNTS = ([5, 0, 16, 17, 0, 1], [0, 40], [33, 1, 2])
 @pytest.mark.parametrize("operand", [HALF, INT8, FP8], ids=str)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(
-    ("counts", "k", "n", "tile", "stages", "parts", "bias"),
+    ("counts", "k", "n", "tile", "chunks", "stages", "parts", "bias"),
     [
-        (COUNTS[0], 136, 72, 16, 3, 1, False),
-        (COUNTS[0], 320, 200, 16, 2, 2, True),
-        (COUNTS[1], 256, 128, 32, 4, 4, True),
-        (COUNTS[2], 64, 140, 64, 3, 1, True),
-        (COUNTS[2], 200, 300, 128, 2, 1, False),
+        (COUNTS[0], 136, 72, 16, 1, 3, 1, False),
+        (COUNTS[0], 320, 200, 16, 2, 2, 2, True),
+        (COUNTS[1], 256, 128, 32, 1, 4, 4, True),
+        (COUNTS[1], 520, 128, 32, 4, 2, 3, True),
+        (COUNTS[2], 64, 140, 64, 2, 3, 1, True),
+        (COUNTS[2], 200, 300, 128, 1, 2, 1, False),
     ],
 )
-def test_source_of_few(counts, k, n, tile, stages, parts, bias, gated, operand):
+def test_source_of_few(counts, k, n, tile, chunks, stages, parts, bias, gated, operand):
     """Experts without rows and of several tiles, outputs and inputs that end within a tile, parts, an early start."""
     parts, bias = (1, False) if gated else (parts, bias)
     k = k if operand == HALF else 2 * k  # as many steps
     args = case(counts, k, n, gated, bias, operand)
     more = operand == FP8 and tile < 128, random.random() < 0.5, 128, False
-    out = in_python("grouped_few", *args, tile, 128, stages, parts, gated, 3, more)
+    out = in_python("grouped_few", *args, tile, 128, stages, parts, gated, 3, more, chunks)
     check(out, *args, gated)
 
 

@@ -124,10 +124,11 @@ def test_tiles(experts, n, k):
                 assert tiles.rows == tile and 16 <= tile <= 128
                 assert (tiles.kernel == "triton") == (not copied)
                 if copied:
-                    per_sm = tiles.programs_per_sm * (tiles.stages * (tile + tiles.outputs) * 128 + 1024)
-                    assert per_sm < H100.shared_memory and tiles.stages >= 3
-                assert tiles.parts == 1 or not gated
-                assert cdiv(cdiv(k, 64), cdiv(cdiv(k, 64), tiles.parts)) == tiles.parts
+                    stage = (tile + tiles.outputs) * tiles.block_k * 2
+                    assert tiles.stages * stage + 1024 < H100.shared_memory and tiles.stages >= 3
+                steps = cdiv(k, tiles.block_k)
+                assert tiles.parts == 1 or (copied and not gated)
+                assert cdiv(steps, cdiv(steps, tiles.parts)) == tiles.parts  # none is without a step
         assert tile >= before
         before = tile
 

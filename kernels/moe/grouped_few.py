@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from octavo.kernels.launch import launch
 from octavo.kernels.moe.grouped_loads import described, load_rows, load_weights, scaled
-from octavo.kernels.moe.grouped_tiles import Scales, Tiles
+from octavo.kernels.moe.grouped_tiles import COPIED_BYTES, Scales, Tiles
 from octavo.kernels.moe.schedule import unit_at
 from octavo.kernels.quant.epilogue import halves, silu_times
 from octavo.kernels.quant.w8a8_parts import steps_of
@@ -58,12 +58,12 @@ def _write_gated(acc, epilogue, expert, first_row, rows, first_n):
 @gluon.jit
 def _compute(
     epilogue, plan_ptr, x, weight, full, empty, n_tiles, steps, part_steps, ROWS: gl.constexpr, OUTPUTS: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, PROMOTED: gl.constexpr,
-    CHAINED: gl.constexpr,
+    BLOCK_K: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr,
+    PROMOTED: gl.constexpr, CHAINED: gl.constexpr,
 ):
     """What the warpgroup does. PROMOTED: sums, of which tensor cores keep 14 bits, are taken out at each step."""
     SUM: gl.constexpr = gl.int32 if x.dtype == gl.int8 else gl.float32
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, BLOCK_K // 4])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, BLOCK_K // CHUNKS // 4])
     zeros = gl.zeros([OUTPUTS, ROWS], SUM, layout)
     acc = zeros
     wait_for_previous(CHAINED)
@@ -78,15 +78,21 @@ def _compute(
         for step in range(first, end):
             stage = i % STAGES
             mbarrier.wait(full.index(stage), i // STAGES & 1)
-            second = x.index(stage).permute((1, 0))
             if PROMOTED:
-                sums = warpgroup_mma(weight.index(stage), second, zeros, use_acc=False, is_async=True)
+                sums = zeros
+                for j in gl.static_range(CHUNKS):
+                    second = x.index(stage * CHUNKS + j).permute((1, 0))
+                    first_operand = weight.index(stage * CHUNKS + j)
+                    sums = warpgroup_mma(first_operand, second, sums, use_acc=j > 0, is_async=True)
                 sums = warpgroup_mma_wait(0, deps=[sums])
                 mbarrier.arrive(empty.index(stage), count=1)
                 acc += sums
             else:
-                acc = warpgroup_mma(weight.index(stage), second, acc, use_acc=step > first, is_async=True)
-                acc = warpgroup_mma_wait(1, deps=[acc])
+                for j in gl.static_range(CHUNKS):
+                    second = x.index(stage * CHUNKS + j).permute((1, 0))
+                    add = True if j > 0 else step > first
+                    acc = warpgroup_mma(weight.index(stage * CHUNKS + j), second, acc, use_acc=add, is_async=True)
+                acc = warpgroup_mma_wait(CHUNKS, deps=[acc])
                 mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=step > first)
             i += 1
         if not PROMOTED:
@@ -107,12 +113,13 @@ def _compute(
 def _grouped_few_kernel(
     # Bound by reading the weights. One or two programs a multiprocessor.
     x_desc, weight_desc, out_ptr, bias_ptr, plan_ptr, x_scale_ptr, weight_scale_ptr, S, N, stride_expert, stride_output,
-    n_tiles, steps, part_steps, ROWS: gl.constexpr, OUTPUTS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    PARTS: gl.constexpr, GATED: gl.constexpr, PROMOTED: gl.constexpr, EARLY: gl.constexpr, REGISTERS: gl.constexpr,
-    CHAINED: gl.constexpr,
+    n_tiles, steps, part_steps, ROWS: gl.constexpr, OUTPUTS: gl.constexpr, BLOCK_K: gl.constexpr, CHUNKS: gl.constexpr,
+    STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, PROMOTED: gl.constexpr, EARLY: gl.constexpr,
+    REGISTERS: gl.constexpr, CHAINED: gl.constexpr,
 ):
-    x = gl.allocate_shared_memory(x_desc.dtype, [STAGES, ROWS, BLOCK_K], x_desc.layout)
-    weight = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, OUTPUTS, BLOCK_K], weight_desc.layout)
+    WIDTH: gl.constexpr = BLOCK_K // CHUNKS
+    x = gl.allocate_shared_memory(x_desc.dtype, [STAGES * CHUNKS, ROWS, WIDTH], x_desc.layout)
+    weight = gl.allocate_shared_memory(weight_desc.dtype, [STAGES * CHUNKS, OUTPUTS, WIDTH], weight_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -122,13 +129,13 @@ def _grouped_few_kernel(
     epilogue = (out_ptr, bias_ptr, x_scale_ptr, weight_scale_ptr, stride_expert, stride_output, S, N)
     gl.warp_specialize([
         (_compute, (
-            epilogue, plan_ptr, x, weight, full, empty, n_tiles, steps, part_steps, ROWS, OUTPUTS, BLOCK_K, STAGES,
-            PARTS, GATED, PROMOTED, CHAINED)),
+            epilogue, plan_ptr, x, weight, full, empty, n_tiles, steps, part_steps, ROWS, OUTPUTS, BLOCK_K, CHUNKS,
+            STAGES, PARTS, GATED, PROMOTED, CHAINED)),
         (load_weights, (
-            weight_desc, plan_ptr, weight, full, empty, N, n_tiles, steps, part_steps, ROWS, OUTPUTS, BLOCK_K, STAGES,
-            PARTS, GATED, EARLY, CHAINED)),
+            weight_desc, plan_ptr, weight, full, empty, N, n_tiles, steps, part_steps, ROWS, OUTPUTS, BLOCK_K, CHUNKS,
+            STAGES, PARTS, GATED, EARLY, CHAINED)),
         (load_rows, (
-            x_desc, plan_ptr, x, full, empty, n_tiles, steps, part_steps, BLOCK_K, STAGES, PARTS, CHAINED)),
+            x_desc, plan_ptr, x, full, empty, n_tiles, steps, part_steps, BLOCK_K, CHUNKS, STAGES, PARTS, CHAINED)),
     ], [1, 1], [24, 24])
 # fmt: on
 
@@ -170,6 +177,7 @@ def grouped_few(
         ROWS=tiles.rows,
         OUTPUTS=tiles.outputs,
         BLOCK_K=tiles.block_k,
+        CHUNKS=tiles.block_k * weight.element_size() // COPIED_BYTES,
         STAGES=tiles.stages,
         PARTS=tiles.parts,
         GATED=gated,

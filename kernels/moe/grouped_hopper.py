@@ -148,10 +148,10 @@ def _grouped_hopper_kernel(
             1, epilogue, plan_ptr, x, weight, full, empty, n_tiles, steps, part_steps, ROWS, OUTPUTS, BLOCK_K, STAGES,
             PARTS, GATED)),
         (load_weights, (
-            weight_desc, plan_ptr, weight, full, empty, N, n_tiles, steps, part_steps, ROWS, OUTPUTS, BLOCK_K, STAGES,
-            PARTS, GATED, False, False)),
+            weight_desc, plan_ptr, weight, full, empty, N, n_tiles, steps, part_steps, ROWS, OUTPUTS, BLOCK_K, 1,
+            STAGES, PARTS, GATED, False, False)),
         (load_rows, (
-            x_desc, plan_ptr, x, full, empty, n_tiles, steps, part_steps, BLOCK_K, STAGES, PARTS, False)),
+            x_desc, plan_ptr, x, full, empty, n_tiles, steps, part_steps, BLOCK_K, 1, STAGES, PARTS, False)),
     ], [4, 1, 1], [240, 24, 24])
 # fmt: on
 

@@ -6,12 +6,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from octavo.kernels.moe.grouped_tiles import COPIED_BYTES
 from octavo.kernels.moe.schedule import unit_at
 from octavo.kernels.quant.w8a8_parts import steps_of
 from octavo.kernels.tiles import let_next_start, wait_for_previous
-
-STEP_BYTES = 128
-"""Of a row that a step takes: the copy engine's widest swizzle."""
 
 # Lists of arguments, one a line, would be longer than the code between them.
 # fmt: off
@@ -20,8 +18,8 @@ STEP_BYTES = 128
 @gluon.jit
 def load_weights(
     desc, plan_ptr, weight, full, empty, N, n_tiles, steps, part_steps, ROWS: gl.constexpr, OUTPUTS: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, EARLY: gl.constexpr,
-    CHAINED: gl.constexpr,
+    BLOCK_K: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, EARLY:
+    gl.constexpr, CHAINED: gl.constexpr,
 ):
     """What the warp does that loads weights, two halves of a tile: of gate and of up, or one below the other.
 
@@ -40,18 +38,19 @@ def load_weights(
         for step in range(first, end):
             stage = i % STAGES
             mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(stage), (ROWS + OUTPUTS) * 128)
-            to = weight.index(stage)
-            at = step * BLOCK_K
-            tma.async_copy_global_to_shared(desc, [left, at], full.index(stage), to.slice(0, HALF))
-            tma.async_copy_global_to_shared(desc, [right, at], full.index(stage), to.slice(HALF, HALF))
+            mbarrier.expect(full.index(stage), (ROWS + OUTPUTS) * 128 * CHUNKS)
+            for j in gl.static_range(CHUNKS):
+                at = step * BLOCK_K + j * (BLOCK_K // CHUNKS)
+                to = weight.index(stage * CHUNKS + j)
+                tma.async_copy_global_to_shared(desc, [left, at], full.index(stage), to.slice(0, HALF))
+                tma.async_copy_global_to_shared(desc, [right, at], full.index(stage), to.slice(HALF, HALF))
             i += 1
 
 
 @gluon.jit
 def load_rows(
-    desc, plan_ptr, x, full, empty, n_tiles, steps, part_steps, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS:
-    gl.constexpr, CHAINED: gl.constexpr,
+    desc, plan_ptr, x, full, empty, n_tiles, steps, part_steps, BLOCK_K: gl.constexpr, CHUNKS: gl.constexpr, STAGES:
+    gl.constexpr, PARTS: gl.constexpr, CHAINED: gl.constexpr,
 ):
     """What the warp does that loads rows of x: those past an expert's last are loaded too, and not written."""
     wait_for_previous(CHAINED)
@@ -64,7 +63,9 @@ def load_rows(
         for step in range(first, end):
             stage = i % STAGES
             mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
-            tma.async_copy_global_to_shared(desc, [first_row, step * BLOCK_K], full.index(stage), x.index(stage))
+            for j in gl.static_range(CHUNKS):
+                at = [first_row, step * BLOCK_K + j * (BLOCK_K // CHUNKS)]
+                tma.async_copy_global_to_shared(desc, at, full.index(stage), x.index(stage * CHUNKS + j))
             i += 1
 
 
@@ -96,4 +97,4 @@ def described(x: torch.Tensor, rows: int) -> TensorDescriptor:
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)
     count, width = x.numel() // x.shape[-1], x.shape[-1]
     stride = x.stride(-2) if count > 1 else width
-    return TensorDescriptor(x, [count, width], [stride, 1], [rows, STEP_BYTES * 8 // bits], layout)
+    return TensorDescriptor(x, [count, width], [stride, 1], [rows, COPIED_BYTES * 8 // bits], layout)
