@@ -95,8 +95,13 @@ def planning(inputs: Inputs) -> Callable[[], torch.Tensor]:
     return lambda: octavo.plan_attention(*given, **options)
 
 
-BORROWED = {"plan_attention": ("paged_attention", planning)}
-"""Ops without a benchmark: whose inputs they are given, and how they are called with them."""
+def routed(inputs: Inputs) -> Callable[[], torch.Tensor]:
+    """`fused_moe` alone, which octavo's provider calls after the router."""
+    return load("fused_moe").PROVIDERS["octavo, routed"].make(inputs)
+
+
+BORROWED = {"plan_attention": ("paged_attention", planning), "fused_moe": ("fused_moe", routed)}
+"""Ops that no provider calls alone: whose inputs they are given, and how they are called with them."""
 
 
 def op(name: str, device: torch.device, kind: str = "", change: Shape | None = None) -> Subject:

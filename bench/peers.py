@@ -27,6 +27,7 @@ ENVIRONMENT: dict[str, dict[str, str]] = {
         "VLLM_USE_DEEP_GEMM": "0",
         "CUDA_CACHE_PATH": str(_CACHE / "cuda"),  # Marlin's PTX is compiled by the driver at first use
         "CUDA_CACHE_MAXSIZE": str(2**32),
+        "VLLM_TUNED_CONFIG_FOLDER": str(_CACHE / "vllm-moe"),  # bench_fused_moe puts there what an H100 lacks
     },
     "flashinfer": {"FLASHINFER_WORKSPACE_BASE": str(_CACHE / "flashinfer"), "MAX_JOBS": str(os.cpu_count() or 1)},
     "triton-peers": {"TRITON_CACHE_DIR": str(_CACHE / "triton")},

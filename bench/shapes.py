@@ -49,14 +49,21 @@ FALCON_40B = Model("Falcon-40B", 8192, 32768, 60, 128, 8, 64, 65024, gated=False
 LLAMA_3_2_1B = Model("Llama-3.2-1B", 2048, 8192, 16, 32, 8, 64, 128256, tied=True)
 PHI_3_MINI = Model("Phi-3-mini", 3072, 8192, 32, 32, 32, 96, 32064)
 GEMMA_2_9B = Model("Gemma-2-9B", 3584, 14336, 42, 16, 8, 256, 256000, tied=True)
+# Of mixtures of experts, the intermediate size is an expert's.
+DEEPSEEK_V2_LITE = Model("DeepSeek-V2-Lite", 2048, 1408, 27, 16, 16, 192, 102400, experts=64, experts_per_token=6)
+QWEN3_30B_A3B = Model("Qwen3-30B-A3B", 2048, 768, 48, 32, 4, 128, 151936, experts=128, experts_per_token=8)
+DEEPSEEK_V3 = Model("DeepSeek-V3", 7168, 2048, 61, 128, 128, 192, 129280, experts=256, experts_per_token=8)
 MODELS = (LLAMA_3_8B, LLAMA_2_70B, MISTRAL_7B, MIXTRAL_8X7B, FALCON_7B)
 # Of these the attention alone is measured: other heads.
 ATTENTION_ONLY = (FALCON_40B, LLAMA_3_2_1B, PHI_3_MINI, GEMMA_2_9B)
+# And of these the experts.
+EXPERTS_ONLY = (DEEPSEEK_V2_LITE, QWEN3_30B_A3B, DEEPSEEK_V3)
 
 # One decode step of 1 to 1024 sequences, and a prefill; the GEMMs' largest is what a server's token budget allows.
 TOKENS = (1, 16, 64, 256, 1024, 8192)
 GEMM_TOKENS = (1, 16, 64, 256, 1024, 4096)
-# Between those, of two layers: whether a choice of tiles makes a cliff.
+MOE_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+# Between the GEMMs', of two layers: whether a choice of tiles makes a cliff.
 BETWEEN_TOKENS = (2, 3, 8, 32, 48, 96, 128, 192, 512)
 
 
@@ -138,7 +145,7 @@ def models_of(shape: Mapping[str, int]) -> list[str]:
 
     Token counts, contexts and page sizes belong to no model; a window of 0 fits every model.
     """
-    return [model.name for model in (*MODELS, *ATTENTION_ONLY) if _fits(model, shape)]
+    return [model.name for model in (*MODELS, *ATTENTION_ONLY, *EXPERTS_ONLY) if _fits(model, shape)]
 
 
 def _fits(model: Model, shape: Mapping[str, int]) -> bool:
@@ -149,6 +156,8 @@ def _fits(model: Model, shape: Mapping[str, int]) -> bool:
         "kv_heads": model.kv_heads,
         "D": model.head_dim,
         "vocab": model.vocab,
+        "E": model.experts,
+        "top_k": model.experts_per_token,
     }
     known = facts.keys() & shape.keys()
     if "N" in shape and "K" in shape:

@@ -1,4 +1,4 @@
-"""A minimal engine for Llama and Mistral models, composed of octavo's public ops.
+"""A minimal engine for Llama, Mistral and Mixtral models, composed of octavo's public ops.
 
 Reading order: config and checkpoint (what a model is), model (the forward pass), sequence, block_manager and scheduler
 (who runs next), runner (one step on the device), llm (the front door), cli. Apart from those: transformers_attention,

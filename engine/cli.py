@@ -26,7 +26,9 @@ from octavo.engine.quantize.command import quantize_command
 from octavo.engine.sequence import SamplingParams
 
 app = typer.Typer(
-    help="Run Llama and Mistral models on octavo's kernels.", no_args_is_help=True, pretty_exceptions_enable=False
+    help="Run Llama, Mistral and Mixtral models on octavo's kernels.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
 )
 console = Console(stderr=True, highlight=False)  # progress and figures; stdout carries the model's text alone
 

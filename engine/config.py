@@ -13,7 +13,28 @@ import torch
 
 import octavo
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+# Of each architecture, what transformers takes where config.json says nothing; a sliding window is Mistral's.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": dict(max_position_embeddings=2048),
+    "MistralForCausalLM": dict(max_position_embeddings=131072, num_key_value_heads=8, sliding_window=4096),
+    "MixtralForCausalLM": dict(
+        max_position_embeddings=131072,
+        num_key_value_heads=8,
+        sliding_window=None,
+        rope_theta=1e6,
+        rms_norm_eps=1e-5,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+    ),
+    "Qwen3MoeForCausalLM": dict(
+        max_position_embeddings=32768,
+        num_key_value_heads=4,
+        sliding_window=4096,
+        moe_intermediate_size=768,
+        num_local_experts=128,
+        num_experts_per_tok=8,
+    ),
+}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # A GGUF names one end-of-sequence token, but a chat model's turn may end with any of these.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>")
@@ -22,11 +43,13 @@ _REQUIRED = object()
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Llama or Mistral decoder.
+    """A Llama, Mistral, Mixtral or Qwen3-MoE decoder.
 
     `rope_scaling` is None or a dictionary as `octavo.rotary_cos_sin_cache` takes it, with `rope_type`; `sliding_window`
     is None where every token sees all before it; `eos_token_ids` are the tokens that end a completion; `dtype` is the
-    one that unquantised weights are stored in.
+    one that unquantised weights are stored in. A mixture's layers have `num_local_experts` MLPs of
+    `intermediate_size`, and each token takes `num_experts_per_tok` of them, whose weights add up to 1 with
+    `norm_topk_prob`; both numbers are 0 where a layer has one MLP. `qk_norm`: heads of queries and keys are normalised.
 
     Raises:
         ValueError: numbers that contradict each other.
@@ -52,8 +75,17 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
+    num_local_experts: int = 0
+    num_experts_per_tok: int = 0
+    norm_topk_prob: bool = True
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
+        if self.num_experts_per_tok > self.num_local_experts:
+            raise ValueError(
+                f"num_experts_per_tok: {self.num_experts_per_tok}; expected at most the number of experts "
+                f"({self.num_local_experts})"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads: {self.num_key_value_heads} does not divide num_attention_heads "
@@ -92,20 +124,21 @@ class ModelConfig:
         heads = _integer(config, "num_attention_heads")
         hidden = _integer(config, "hidden_size")
         vocab_size = _integer(config, "vocab_size")
-        rope_theta, rope_scaling = _hf_rope(config)
-        mistral = architectures[0] == "MistralForCausalLM"
-        window = config.get("sliding_window", 4096) if mistral else None
+        default = ARCHITECTURES[architectures[0]]
+        rope_theta, rope_scaling = _hf_rope(config, default.get("rope_theta", 10000.0))
+        window = config.get("sliding_window", default["sliding_window"]) if "sliding_window" in default else None
+        if architectures[0] == "Qwen3MoeForCausalLM" and not _flag(config, "use_sliding_window"):
+            window = None
         return cls(
             architecture=architectures[0],
             vocab_size=vocab_size,
             hidden_size=hidden,
-            intermediate_size=_integer(config, "intermediate_size"),
             num_hidden_layers=_integer(config, "num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=_integer(config, "num_key_value_heads", 8 if mistral else heads),
+            num_key_value_heads=_integer(config, "num_key_value_heads", default.get("num_key_value_heads", heads)),
             head_dim=_integer(config, "head_dim", 0) or _divide(hidden, heads, "hidden_size", "num_attention_heads"),
-            rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
-            max_position_embeddings=_integer(config, "max_position_embeddings", 131072 if mistral else 2048),
+            rms_norm_eps=_number(config, "rms_norm_eps", default.get("rms_norm_eps", 1e-6)),
+            max_position_embeddings=_integer(config, "max_position_embeddings", default["max_position_embeddings"]),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             sliding_window=None if window is None else _integer({"sliding_window": window}, "sliding_window"),
@@ -118,6 +151,7 @@ class ModelConfig:
                 _token_ids(config, "eos_token_id"), _token_ids(generation_config or {}, "eos_token_id")
             ),
             dtype=_hf_dtype(config),
+            **_hf_mixture(config, architectures[0]),
         )
 
     @classmethod
@@ -127,7 +161,7 @@ class ModelConfig:
         tensor_types: Mapping[str, str],
         rope_factors: torch.Tensor | None = None,
     ) -> "ModelConfig":
-        """Reads the metadata of a GGUF whose architecture is "llama": Llama, Mistral, SmolLM2, TinyLlama, CodeLlama.
+        """Reads the metadata of a GGUF of architecture "llama": Llama, Mistral, Mixtral, SmolLM2, TinyLlama, CodeLlama.
 
         Args:
             metadata: keys and values as they stand in the file.
@@ -142,10 +176,9 @@ class ModelConfig:
         if metadata.get("general.architecture") != "llama":
             raise ValueError(
                 f"general.architecture: {metadata.get('general.architecture')!r}; supported: 'llama', which Llama, "
-                "Mistral, SmolLM2, TinyLlama and CodeLlama are stored as"
+                "Mistral, Mixtral, SmolLM2, TinyLlama and CodeLlama are stored as"
             )
-        if metadata.get("llama.expert_count"):
-            raise ValueError(f"llama.expert_count: {metadata['llama.expert_count']}; supported: dense models")
+        experts = _integer(metadata, "llama.expert_count", 0, minimum=0)
         heads = _integer(metadata, "llama.attention.head_count")
         hidden = _integer(metadata, "llama.embedding_length")
         head_dim = _integer(metadata, "llama.attention.key_length", 0) or _divide(
@@ -165,7 +198,7 @@ class ModelConfig:
             rope_scaling = _llama3_scaling(rope_factors, head_dim, rope_theta)
         types = set(tensor_types.values())
         return cls(
-            architecture="LlamaForCausalLM",
+            architecture="MixtralForCausalLM" if experts else "LlamaForCausalLM",
             vocab_size=_integer(metadata, "llama.vocab_size", len(tokens) or _REQUIRED),
             hidden_size=hidden,
             intermediate_size=_integer(metadata, "llama.feed_forward_length"),
@@ -188,14 +221,18 @@ class ModelConfig:
                 tuple(i for i, token in enumerate(tokens) if token in END_OF_TURN),
             ),
             dtype=torch.bfloat16 if "BF16" in types else torch.float32 if types == {"F32"} else torch.float16,
+            num_local_experts=experts,
+            num_experts_per_tok=_integer(metadata, "llama.expert_used_count") if experts else 0,
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """A config.json that says the same to transformers and vLLM, of either generation."""
-        mistral = self.architecture == "MistralForCausalLM" or self.sliding_window is not None
+        """A config.json that says the same of a model from a GGUF to transformers and vLLM, of either generation."""
+        mixtral = self.num_local_experts > 0
+        mistral = not mixtral and (self.architecture == "MistralForCausalLM" or self.sliding_window is not None)
+        kind = "mixtral" if mixtral else "mistral" if mistral else "llama"
         config: dict[str, Any] = dict(
-            architectures=["MistralForCausalLM" if mistral else "LlamaForCausalLM"],
-            model_type="mistral" if mistral else "llama",
+            architectures=[f"{kind.title()}ForCausalLM"],
+            model_type=kind,
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
@@ -215,7 +252,9 @@ class ModelConfig:
             mlp_bias=self.mlp_bias,
             torch_dtype=str(self.dtype).removeprefix("torch."),
         )
-        return config | (dict(sliding_window=self.sliding_window) if mistral else {})
+        if mixtral:
+            config |= dict(num_local_experts=self.num_local_experts, num_experts_per_tok=self.num_experts_per_tok)
+        return config | (dict(sliding_window=self.sliding_window) if mistral or mixtral else {})
 
 
 def _integer(config: Mapping[str, Any], key: str, default: Any = _REQUIRED, minimum: int = 1) -> int:
@@ -264,6 +303,29 @@ def _unique(*groups: Sequence[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for group in groups for i in group))
 
 
+def _hf_mixture(config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """The fields of a ModelConfig that mixtures of experts have; `intermediate_size` of any model."""
+    default = ARCHITECTURES[architecture]
+    if "num_local_experts" not in default:
+        return dict(intermediate_size=_integer(config, "intermediate_size"))
+    fields: dict[str, Any] = dict(
+        num_local_experts=_integer(
+            config, "num_experts" if "num_experts" in config else "num_local_experts", default["num_local_experts"]
+        ),
+        num_experts_per_tok=_integer(config, "num_experts_per_tok", default["num_experts_per_tok"]),
+    )
+    if architecture == "MixtralForCausalLM":
+        return fields | dict(intermediate_size=_integer(config, "intermediate_size"))
+    for name, supported in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
+        if (config.get(name) or supported) != supported:
+            raise ValueError(f"{name}: {config[name]!r}; supported: {supported}, experts in every layer")
+    return fields | dict(
+        intermediate_size=_integer(config, "moe_intermediate_size", default["moe_intermediate_size"]),
+        norm_topk_prob=_flag(config, "norm_topk_prob"),
+        qk_norm=True,
+    )
+
+
 def _hf_dtype(config: Mapping[str, Any]) -> torch.dtype:
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in DTYPES:
@@ -271,14 +333,14 @@ def _hf_dtype(config: Mapping[str, Any]) -> torch.dtype:
     return DTYPES[name]
 
 
-def _hf_rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """The base and the scaling, None where there is none, of either generation of config.json."""
+def _hf_rope(config: Mapping[str, Any], base: float) -> tuple[float, dict[str, Any] | None]:
+    """The base, `base` by default, and the scaling, None where there is none, of either generation of config.json."""
     name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     parameters = config.get(name) or {}
     if not isinstance(parameters, dict):
         raise ValueError(f"{name}: {parameters!r}; expected a dictionary")
     scaling = dict(parameters)
-    theta = _number(scaling if "rope_theta" in scaling else config, "rope_theta", 10000.0)
+    theta = _number(scaling if "rope_theta" in scaling else config, "rope_theta", base)
     scaling.pop("rope_theta", None)
     kind = scaling.pop("type", "default")
     scaling.setdefault("rope_type", kind)

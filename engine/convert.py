@@ -2,7 +2,7 @@
 
 | GGUF | safetensors |
 | --- | --- |
-| F32, F16, BF16 | the same dtype; vectors, which a GGUF has in F32, in the model's where that holds them |
+| F32, F16, BF16 | the same dtype; vectors and routers, which a GGUF has in F32, in the model's where that holds them |
 | Q4_0 | compressed-tensors "pack-quantized", 4 bits, symmetric, groups of 32 |
 | Q8_0 | compressed-tensors "int-quantized", 8 bits, groups of 32 |
 | Q4_1 | (to GGUF only) 4 bits with zero points whose product with the scale fp16 holds |
@@ -148,7 +148,7 @@ def write_folder(checkpoint: Checkpoint, folder: Path, progress: Callable[[int, 
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     shards, done = _Shards(folder, {}, {}), [0]
     for name, weight in checkpoint.tensors(progress=_counting(done, progress, checkpoint.num_bytes)):
-        for suffix, part in _parts(weight, checkpoint.config.dtype):
+        for suffix, part in _parts(name, weight, checkpoint.config.dtype):
             shards.add(f"{name.removesuffix('weight')}{suffix}" if name.endswith(".weight") else name, part)
     shards.finish()
     checkpoint.tokenizer().save(folder)
@@ -179,7 +179,7 @@ def _quantization_config(kind: str) -> dict[str, Any]:
     )
 
 
-def _parts(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def _parts(name: str, weight: Weight, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a weight by suffix."""
     if isinstance(weight, Int4Weight):
         yield "weight_packed", pack_int4(weight.q)
@@ -191,7 +191,8 @@ def _parts(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tens
     else:
         assert isinstance(weight, torch.Tensor)
         narrow = weight.to(dtype)
-        exact = weight.dim() == 1 and torch.equal(narrow.to(weight.dtype), weight)
+        wide = weight.dim() == 1 or name.endswith(".gate.weight")
+        exact = wide and torch.equal(narrow.to(weight.dtype), weight)
         yield "weight", narrow if exact else weight
 
 

@@ -4,6 +4,8 @@
 
 Numbers are little-endian, strings are a length (u64) and UTF-8. Blocks of 32 weights along a row, as Q4_0, Q4_1 and
 Q8_0 have them, stay quantised; byte i of a 4-bit block holds elements i (low nibble) and i + 16 (high nibble).
+The matrices of a layer's experts lie in one tensor, `ffn_gate_exps`, or, in files of 2023, one each, `ffn_gate.0`; they
+are read as the latter.
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 The header is parsed here because the gguf package's reader makes an object of every string, which takes seconds for a
@@ -17,7 +19,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +57,9 @@ NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "block_sparse_moe.gate",
 }
+EXPERT_NAMES = {"ffn_gate": "w1", "ffn_up": "w3", "ffn_down": "w2"}
 ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -98,13 +102,14 @@ class GgufCheckpoint:
             self.config = ModelConfig.from_gguf(
                 self.metadata, {t.name: t.type.name for t in self.table.values()}, self._rope_factors()
             )
+            self.notes = _notes(self.table)
+            self.table = {t.name: t for tensor in self.table.values() for t in _by_expert(tensor)}
             self.index = {_hugging_face_name(t.name): Entry(path, t.shape) for t in self.table.values()}
             for tensor in self.table.values():
                 _check_type(tensor)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         self.num_bytes = sum(t.num_bytes for t in self.table.values())
-        self.notes = _notes(self.table)
 
     def tensors(
         self,
@@ -193,12 +198,28 @@ def _blocks(raw: torch.Tensor, kind: str) -> Int4Weight | Int8Weight:
     return Int4Weight(q.view(raw.shape[0], -1).view(torch.uint8), scale, minimum)
 
 
+def _by_expert(tensor: GgufTensor) -> Iterator[GgufTensor]:
+    """The matrices of a tensor of several experts; any other as it is."""
+    match = re.fullmatch(r"(blk\.\d+\.ffn_(?:gate|up|down))_exps\.weight", tensor.name)
+    if match is None:
+        yield tensor
+        return
+    if len(tensor.shape) != 3:
+        raise ValueError(f"{tensor.name}: shape {tensor.shape}; expected three dimensions, the first of experts")
+    size = tensor.num_bytes // tensor.shape[0]
+    for i in range(tensor.shape[0]):
+        name, start = f"{match[1]}.{i}.weight", tensor.start + i * size
+        yield replace(tensor, name=name, shape=tensor.shape[1:], start=start, num_bytes=size)
+
+
 def _hugging_face_name(name: str) -> str:
-    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-    if match is None or match[2] not in NAMES:
-        raise ValueError(f"{name}: a tensor that Llama and Mistral models do not have")
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)(?:\.(\d+))?\.(weight|bias)", name)
+    if match is None or match[2] not in (NAMES if match[3] is None else EXPERT_NAMES):
+        raise ValueError(f"{name}: a tensor that Llama, Mistral and Mixtral models do not have")
     layer = "" if match[1] is None else f"model.layers.{match[1]}."
-    return f"{layer}{NAMES[match[2]]}.{match[3]}"
+    if match[3] is not None:
+        return f"{layer}block_sparse_moe.experts.{match[3]}.{EXPERT_NAMES[match[2]]}.{match[4]}"
+    return f"{layer}{NAMES[match[2]]}.{match[4]}"
 
 
 def _check_type(tensor: GgufTensor) -> None:

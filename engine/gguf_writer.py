@@ -1,10 +1,11 @@
 """A GGUF of a Hugging Face folder, as llama.cpp's convert_hf_to_gguf.py lays it out: the other way of gguf_file.py.
 
-Weights are read twice, so that none but the current one is in memory: first to see of which type each is, and whether
-that type holds it exactly, then to write it.
+Weights are read twice, so that none but the current one is in memory, or one matrix of a layer's experts, which a GGUF
+has in one tensor: first to see of which type each is, and whether that type holds it exactly, then to write it.
 """
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from gguf.constants import GGMLQuantizationType
 
 from octavo.engine.checkpoint import Checkpoint, Int4Weight, Int8Weight, Weight
 from octavo.engine.config import ModelConfig
-from octavo.engine.gguf_file import NAMES, ROPE_FACTORS
+from octavo.engine.gguf_file import EXPERT_NAMES, NAMES, ROPE_FACTORS
 from octavo.engine.gguf_tokenizer import tokenizer_metadata
 
 BLOCK = 32
 GGUF_NAMES = {theirs: short for short, theirs in NAMES.items()}
+EXPERT_GGUF_NAMES = {theirs: short for short, theirs in EXPERT_NAMES.items()}
 TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -40,6 +42,9 @@ def write_gguf(checkpoint: Checkpoint, path: Path, progress: Callable[[int, int]
             progress(done, 2 * checkpoint.num_bytes)
 
     config = checkpoint.config
+    if config.qk_norm:
+        raise ValueError(f"{checkpoint.path}: architectures: {config.architecture}; convertible to a GGUF: Llama's kin")
+    tensors = _tensors(checkpoint)
     writer = GGUFWriter(path, "llama")
     try:
         for key, value in (_metadata(config) | tokenizer_metadata(checkpoint.tokenizer(), config)).items():
@@ -53,26 +58,58 @@ def write_gguf(checkpoint: Checkpoint, path: Path, progress: Callable[[int, int]
         factors = _rope_factors(config)
         if factors is not None:
             writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
+        kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
         for name, weight in checkpoint.tensors(progress=count):
             try:
                 kind_name, rows = encode(name, weight, config)
             except ValueError as error:
                 raise ValueError(f"{checkpoint.index[name].path}: {name}: {error}") from None
-            kind_of = GGMLQuantizationType[kind_name]
-            shape = rows.shape if weight_is_matrix(weight) else rows.shape[:1]
-            dtype = np.dtype(np.uint8) if weight_is_matrix(weight) else np.dtype(np.float32)
-            writer.add_tensor_info(gguf_name(name), shape, dtype, rows.nbytes, kind_of)
+            kinds[name] = kind_name, rows.shape if weight_is_matrix(weight) else rows.shape[:1]
+        for name, parts in tensors.items():
+            kind_name, shape = kinds[parts[0]]
+            for part in parts[1:]:
+                if kinds[part][0] != kind_name:
+                    raise ValueError(
+                        f"{parts[0]} becomes {kind_name}, {part} {kinds[part][0]}: convertible are experts of one type"
+                    )
+            dtype = np.dtype(np.float32) if len(shape) == 1 else np.dtype(np.uint8)
+            shape = shape if len(parts) == 1 else (len(parts), *shape)
+            num_bytes = math.prod(shape) * dtype.itemsize
+            writer.add_tensor_info(name, shape, dtype, num_bytes, GGMLQuantizationType[kind_name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         if factors is not None:
             writer.write_tensor_data(factors)
-        for name, weight in checkpoint.tensors(progress=count):
-            writer.write_tensor_data(encode(name, weight, config)[1])
+        for parts in tensors.values():
+            written = (_read(checkpoint, part, config, count) for part in parts)
+            writer.write_tensor_data(next(written) if len(parts) == 1 else np.concatenate(list(written)))
     except ValueError as error:
         raise ValueError(str(error) if str(checkpoint.path) in str(error) else f"{checkpoint.path}: {error}") from None
     finally:
         writer.close()
+
+
+def _tensors(checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """The tensors of the GGUF: of most one of the checkpoint, of `ffn_gate_exps` and its like those of all experts."""
+    tensors: dict[str, list[str]] = {}
+    for name in checkpoint.index:
+        match = re.fullmatch(r"model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight", name)
+        if match is None:
+            tensors[gguf_name(name)] = [name]
+            continue
+        parts = tensors.setdefault(f"blk.{match[1]}.{EXPERT_GGUF_NAMES[match[3]]}_exps.weight", [])
+        parts += [name]
+        parts.sort(key=lambda part: int(part.split(".")[5]))
+    return tensors
+
+
+def _read(checkpoint: Checkpoint, name: str, config: ModelConfig, count: Callable[[int], None]) -> np.ndarray:
+    """The rows of one tensor, as bytes."""
+    for found, weight in checkpoint.tensors(progress=count, prefix=name.removesuffix("weight")):
+        if found == name:
+            return encode(name, weight, config)[1]
+    raise AssertionError(name)
 
 
 def weight_is_matrix(weight: Weight) -> bool:
@@ -98,7 +135,7 @@ def encode(name: str, weight: Weight, config: ModelConfig) -> tuple[str, np.ndar
         ValueError: no type holds it exactly.
     """
     if isinstance(weight, torch.Tensor):
-        if weight.dim() == 1:
+        if weight.dim() == 1 or name.endswith(".gate.weight"):  # a router, which llama.cpp wants in fp32 too
             weight = weight.float()
         if weight.dtype not in TYPES:
             raise ValueError(f"{weight.dtype} has no equal in a GGUF; convertible without loss: fp32, fp16, bf16")
@@ -176,6 +213,11 @@ def _metadata(config: ModelConfig) -> dict[str, Any]:
     }
     if config.sliding_window is not None:
         keys["llama.attention.sliding_window"] = config.sliding_window
+    if config.num_local_experts:
+        keys |= {
+            "llama.expert_count": config.num_local_experts,
+            "llama.expert_used_count": config.num_experts_per_tok,
+        }
     scaling = config.rope_scaling
     if scaling is not None and scaling["rope_type"] == "linear":
         keys |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": float(scaling["factor"])}

@@ -100,6 +100,15 @@ class GatedLinear:
         return octavo.silu_and_mul(self.gate_up(x))
 
 
+@dataclass(frozen=True)
+class Mlp:
+    gate_up: Linear  # silu(gate) · up
+    down: Linear
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.gate_up(x))
+
+
 def weight_shape(weight: Weight) -> tuple[int, ...]:
     """`(out_features, in_features)` of a weight in any format; a vector's own shape."""
     return tuple(weight.shape if isinstance(weight, torch.Tensor) else weight.q.shape)
@@ -116,9 +125,7 @@ def make_linear(
 
     `gated`: they are gate and up, and the layer's result is silu(gate) · up.
     """
-    weights = [
-        dequantize(w, device).to(dtype) if isinstance(w, Fp8Weight) and not _fp8_runs(w, device) else w for w in weights
-    ]
+    weights = [supported(w, device, dtype) for w in weights]
     cut = any(isinstance(w, Fp8Weight) and w.block == (BLOCK, BLOCK) and w.q.shape[0] % BLOCK for w in weights[:-1])
     apart = cut or len({_kind(w) for w in weights}) > 1 or len({b is None for b in biases}) > 1
     if gated and (apart or not _interleaves(weights[0])):
@@ -140,7 +147,7 @@ def make_linear(
         scale = scale.t().contiguous()
         return Int4Linear(octavo.int4_pack(q), scale, minimum, bias, group_size, order, activation)
     if isinstance(first, Int8Weight | Fp8Weight) and first.activations is not None:
-        scale = torch.cat([_output_scales(w) for w in weights if isinstance(w, Int8Weight | Fp8Weight)]).to(device)
+        scale = torch.cat([output_scales(w) for w in weights if isinstance(w, Int8Weight | Fp8Weight)]).to(device)
         activations = first.activations
         if activations.scale is not None:
             activations = Activations(activations.granularity, activations.scale.to(device))
@@ -167,6 +174,13 @@ def _in_order(x: torch.Tensor, gated: bool) -> torch.Tensor:
     return octavo.interleave_gate_up(x) if gated else x
 
 
+def supported(weight: Weight, device: torch.device, dtype: torch.dtype) -> Weight:
+    """The weight as it is, or dense where no op computes with its format there."""
+    if isinstance(weight, Fp8Weight) and not _fp8_runs(weight, device):
+        return dequantize(weight, device).to(dtype)
+    return weight
+
+
 def _fp8_runs(weight: Fp8Weight, device: torch.device) -> bool:
     """Whether `fp8_linear` can compute this layer: its activations are to be fp8, and GPU and shape allow it."""
     if weight.activations is None:
@@ -176,7 +190,7 @@ def _fp8_runs(weight: Fp8Weight, device: torch.device) -> bool:
     return weight.q.shape[1] % (BLOCK if weight.activations.granularity == "group" else 16) == 0
 
 
-def _output_scales(weight: Int8Weight | Fp8Weight) -> torch.Tensor:
+def output_scales(weight: Int8Weight | Fp8Weight) -> torch.Tensor:
     """fp32: one a row of the weight, or those of its blocks."""
     scale = weight.scale.float()
     if isinstance(weight, Int8Weight):

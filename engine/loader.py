@@ -1,18 +1,20 @@
 """From a checkpoint's stream of tensors to a Decoder on the device.
 
 What the files hold is compared with what the configuration wants before any of it is read. Tensors are read straight to
-the device; those that are stacked into one layer wait there for their siblings. So a GPU's model takes two buffers of
+the device; those that are stacked into one layer wait there for their siblings, experts excepted, which go to their
+places as they come. So a GPU's model takes two buffers of
 64 MiB of the host's memory, and on the device, while it loads, once more its largest layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 
 import octavo
 from octavo.engine.checkpoint import Checkpoint
 from octavo.engine.config import ModelConfig
-from octavo.engine.layers import Linear, Weight, make_linear, weight_shape
+from octavo.engine.experts import ExpertLoader, Layout, MixtureOfExperts, layer_of
+from octavo.engine.layers import Linear, Mlp, Weight, make_linear, weight_shape
 from octavo.engine.model import Decoder, Layer
 
 
@@ -37,7 +39,7 @@ def load_model(
     """
     config = checkpoint.config
     check_index(checkpoint)
-    collector = _Collector(config, device, dtype)
+    collector = _Collector(config, checkpoint.index, device, dtype)
     for name, weight in checkpoint.tensors(device, dtype, progress):
         if not _is_ignored(name, config):
             _check_shape(checkpoint, name, weight_shape(weight), collector.expected[name])
@@ -72,7 +74,7 @@ def check_index(checkpoint: Checkpoint) -> None:
     Raises:
         ValueError: a tensor that is missing, unexpected or of another shape; names it and its file.
     """
-    expected = _expected_shapes(checkpoint.config)
+    expected = _expected_shapes(checkpoint.config, checkpoint.index)
     index = {name: at for name, at in checkpoint.index.items() if not _is_ignored(name, checkpoint.config)}
     for name, at in index.items():
         if name not in expected:
@@ -92,19 +94,25 @@ def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], expe
 
 
 class _Collector:
-    """Takes tensors in any order; stacks groups as soon as they are complete."""
+    """Takes tensors in any order, of these names; stacks groups as soon as they are complete."""
 
-    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
-        self.expected = _expected_shapes(config)
-        self.groups = _groups(config)
+    def __init__(self, config: ModelConfig, names: Collection[str], device: torch.device, dtype: torch.dtype) -> None:
+        self.config, self.device, self.dtype = config, device, dtype
+        self.expected = _expected_shapes(config, names)
+        self.groups = _groups(config, names)
         self.group_of = {member: group for group, members in self.groups.items() for member in members}
         self.pending: dict[str, Weight] = {}
         self.vectors: dict[str, torch.Tensor] = {}
         self.linears: dict[str, Linear] = {}
+        self.experts: dict[int, ExpertLoader] = {}
 
     def add(self, name: str, weight: Weight) -> None:
-        module = name.rpartition(".")[0]
+        layer, module = layer_of(name), name.rpartition(".")[0]
+        if layer is not None:
+            if layer not in self.experts:
+                self.experts[layer] = ExpertLoader(self.config, self.device, self.dtype)
+            self.experts[layer].add(name, weight)
+            return
         if module not in self.group_of:
             assert isinstance(weight, torch.Tensor)
             self.vectors[name] = weight.to(self.device, self.dtype)
@@ -129,29 +137,41 @@ class _Collector:
             qkv=self.linears[f"{at}.qkv"],
             o=self.linears[f"{at}.self_attn.o_proj"],
             post_attention_norm=self.vectors[f"{at}.post_attention_layernorm.weight"],
-            gate_up=self.linears[f"{at}.gate_up"],
-            down=self.linears[f"{at}.mlp.down_proj"],
+            mlp=self._mlp(index),
+            q_norm=self.vectors.get(f"{at}.self_attn.q_norm.weight"),
+            k_norm=self.vectors.get(f"{at}.self_attn.k_norm.weight"),
         )
 
+    def _mlp(self, index: int) -> Mlp | MixtureOfExperts:
+        at = f"model.layers.{index}"
+        if self.config.num_local_experts:
+            experts = self.experts.pop(index).finish()
+            c = self.config
+            return MixtureOfExperts(self.linears[f"{at}.router"], experts, c.num_experts_per_tok, c.norm_topk_prob)
+        return Mlp(self.linears[f"{at}.gate_up"], self.linears[f"{at}.mlp.down_proj"])
 
-def _groups(config: ModelConfig) -> dict[str, list[str]]:
-    """Which modules are stacked into which layer."""
-    groups = {"model.embed_tokens": ["model.embed_tokens"]}
+
+def _groups(config: ModelConfig, names: Collection[str]) -> dict[str, list[str]]:
+    """Which modules are stacked into which layer, of a checkpoint that has tensors of these names; without experts."""
+    groups, layout = {"model.embed_tokens": ["model.embed_tokens"]}, Layout.of(config, names)
     if not config.tie_word_embeddings:
         groups["lm_head"] = ["lm_head"]
     for i in range(config.num_hidden_layers):
         at = f"model.layers.{i}"
         groups[f"{at}.qkv"] = [f"{at}.self_attn.{p}_proj" for p in "qkv"]
-        groups[f"{at}.gate_up"] = [f"{at}.mlp.{p}_proj" for p in ("gate", "up")]
-        for module in ("self_attn.o_proj", "mlp.down_proj"):
-            groups[f"{at}.{module}"] = [f"{at}.{module}"]
+        groups[f"{at}.self_attn.o_proj"] = [f"{at}.self_attn.o_proj"]
+        if config.num_local_experts:
+            groups[f"{at}.router"] = [layout.router(i)]
+        else:
+            groups[f"{at}.gate_up"] = [f"{at}.mlp.{p}_proj" for p in ("gate", "up")]
+            groups[f"{at}.mlp.down_proj"] = [f"{at}.mlp.down_proj"]
     return groups
 
 
-def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model and its shape, by Hugging Face's names."""
+def _expected_shapes(config: ModelConfig, names: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model and its shape, by Hugging Face's names: of several for experts those among `names`."""
     c = config
-    hidden, inner = c.hidden_size, c.intermediate_size
+    hidden, inner, layout = c.hidden_size, c.intermediate_size, Layout.of(c, names)
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (c.vocab_size, hidden),
@@ -164,10 +184,10 @@ def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj": (kv, hidden, c.attention_bias),
         "self_attn.v_proj": (kv, hidden, c.attention_bias),
         "self_attn.o_proj": (hidden, q, c.attention_bias),
-        "mlp.gate_proj": (inner, hidden, c.mlp_bias),
-        "mlp.up_proj": (inner, hidden, c.mlp_bias),
-        "mlp.down_proj": (hidden, inner, c.mlp_bias),
     }
+    if not c.num_local_experts:
+        matrices |= {f"mlp.{p}_proj": (inner, hidden, c.mlp_bias) for p in ("gate", "up")}
+        matrices["mlp.down_proj"] = (hidden, inner, c.mlp_bias)
     for i in range(c.num_hidden_layers):
         at = f"model.layers.{i}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -176,4 +196,8 @@ def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{at}.{name}.weight"] = (out_features, in_features)
             if bias:
                 shapes[f"{at}.{name}.bias"] = (out_features,)
+        if c.num_local_experts:
+            shapes |= layout.shapes(c, i)
+        if c.qk_norm:
+            shapes |= {f"{at}.self_attn.{p}_norm.weight": (c.head_dim,) for p in "qk"}
     return shapes

@@ -1,11 +1,13 @@
-"""The decoder that serves Llama 2 and 3, CodeLlama, TinyLlama, SmolLM2 and Mistral.
+"""The decoder that serves Llama 2 and 3, CodeLlama, TinyLlama, SmolLM2, Mistral, Mixtral and Qwen3's mixtures.
 
     h = embed(tokens)
-    for each layer:  h += attention(rms_norm(h));  h += down(silu(gate(x)) * up(x)) with x = rms_norm(h)
+    for each layer:  h += attention(rms_norm(h));  h += mlp(rms_norm(h)),  mlp(x) = down(silu(gate(x)) * up(x))
     logits = head(rms_norm(h))
 
-The residual stream `h` is updated by `add_rms_norm` in place, one norm behind. Nothing is global: where tokens go and
-what they attend to comes in as `AttentionMetadata`. Shape letters: T tokens, Hq and Hkv heads, D head size.
+Mixtral and Qwen3 have many MLPs in a layer, of which each token takes some (experts.py); Qwen3 normalises the heads of
+queries and keys. The residual stream `h` is updated by
+`add_rms_norm` in place, one norm behind. Nothing is global: where tokens go and what they attend to comes in as
+`AttentionMetadata`. Shape letters: T tokens, Hq and Hkv heads, D head size.
 """
 
 from dataclasses import dataclass
@@ -14,7 +16,8 @@ import torch
 
 import octavo
 from octavo.engine.config import ModelConfig
-from octavo.engine.layers import Linear, embed
+from octavo.engine.experts import MixtureOfExperts
+from octavo.engine.layers import Linear, Mlp, embed
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,9 @@ class Layer:
     qkv: Linear
     o: Linear
     post_attention_norm: torch.Tensor
-    gate_up: Linear  # silu(gate) · up
-    down: Linear
+    mlp: Mlp | MixtureOfExperts
+    q_norm: torch.Tensor | None = None  # [D], of each head
+    k_norm: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Decoder:
         for index, layer in enumerate(self.layers):
             x = self._attention(layer, x, kv_cache[index], metadata, plan)
             x = octavo.add_rms_norm(x, residual, layer.post_attention_norm, eps)
-            x = layer.down(layer.gate_up(x))
+            x = layer.mlp(x)
             following = self.layers[index + 1].input_norm if index + 1 < len(self.layers) else self.norm
             x = octavo.add_rms_norm(x, residual, following, eps)
         return x
@@ -95,7 +99,10 @@ class Decoder:
         qkv = layer.qkv(x).view(-1, heads, c.head_dim)  # [T, Hq + 2 Hkv, D]
         q, k, v = qkv.split([c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads], dim=1)
         octavo.rotary_embedding_write_kv(
-            q, k, v, metadata.positions, self.cos_sin_cache, key_cache, value_cache, metadata.slot_mapping
+            *(q, k, v, metadata.positions, self.cos_sin_cache, key_cache, value_cache, metadata.slot_mapping),
+            q_norm_weight=layer.q_norm,
+            k_norm_weight=layer.k_norm,
+            eps=c.rms_norm_eps,
         )
         out = octavo.paged_attention(
             q,

@@ -9,6 +9,7 @@ import torch
 
 import octavo
 from octavo.engine.config import ModelConfig
+from octavo.engine.experts import ExpertLoop, MixtureOfExperts
 from octavo.engine.model import AttentionMetadata, Decoder
 
 
@@ -17,7 +18,7 @@ def step_calls(
 ) -> list[Callable[[], Any]]:
     """Functions that each do one step of a meta twin of `model`: decodes, and chunks of prompts, of many sizes.
 
-    Layers whose tensors look the same are done once.
+    Layers whose tensors look the same are done once, and so are experts.
     """
     model = _distinct_layers(_meta(model))
     shape = (len(model.layers), *kv_cache.shape[1:])
@@ -87,4 +88,14 @@ def _look(value: Any) -> Any:
 
 
 def _distinct_layers(model: Decoder) -> Decoder:
-    return replace(model, layers=tuple({_look(layer): layer for layer in model.layers}.values()))
+    layers = {_look(layer): layer for layer in model.layers}.values()
+    return replace(model, layers=tuple(replace(layer, mlp=_distinct_experts(layer.mlp)) for layer in layers))
+
+
+def _distinct_experts(mlp: Any) -> Any:
+    """Of experts that are computed one by one, each kind once, and with all tokens: smaller numbers are other steps."""
+    if isinstance(mlp, MixtureOfExperts) and isinstance(mlp.experts, ExpertLoop):
+        loop = mlp.experts
+        experts = tuple({_look(expert): expert for expert in loop.experts}.values())
+        return replace(mlp, experts=replace(loop, experts=experts))
+    return mlp

@@ -16,6 +16,9 @@ from octavo.kernels.attention.plan_attention import plan_attention
 from octavo.kernels.attention.rope_write_kv import rotary_embedding_write_kv
 from octavo.kernels.attention.write_kv import write_kv
 from octavo.kernels.checks import FLOATS
+from octavo.kernels.moe.fused_moe import fused_moe
+from octavo.kernels.moe.permute import moe_permute, moe_unpermute
+from octavo.kernels.moe.route import moe_route
 from octavo.kernels.norm import add_rms_norm, rms_norm
 from octavo.kernels.quant.int4 import int4_linear
 from octavo.kernels.quant.int8 import int8_linear
@@ -43,17 +46,20 @@ def model_calls(
     max_num_batched_tokens: int = 8192,
     index_dtype: torch.dtype = torch.int64,
 ) -> list[Call]:
-    """Lists the calls of octavo's ops that a Llama, Mistral or Mixtral model makes, for `warmup`.
+    """Lists the calls of octavo's ops that a Llama, Mistral, Mixtral or Qwen3-MoE model makes, for `warmup`.
 
     `octavo.warmup(octavo.model_calls(transformers.AutoConfig.from_pretrained("mistralai/Mistral-7B-v0.1")))`
 
     Args:
         config: a Hugging Face configuration, octavo.engine's `ModelConfig`, or a dictionary with the same names:
             hidden_size, intermediate_size, num_attention_heads; optional num_key_value_heads, head_dim, hidden_act,
-            sliding_window.
+            sliding_window; of a mixture of experts num_local_experts or num_experts, num_experts_per_tok,
+            norm_topk_prob, and moe_intermediate_size where experts have another size than intermediate_size.
         dtype: of activations, cache and norm weights.
         weights: "dense" (the GEMMs are torch's), "int4" (scales without a minimum and with one), "int8"; or with
-            activations quantised by token, "int8_int8" and "fp8", and in groups of 128, "fp8_blocks".
+            activations quantised by token, "int8_int8" and "fp8", and in groups of 128, "fp8_blocks". Experts of
+            "int8" and "fp8_blocks", and of "int4" with minima, are linear layers, called for the tokens of one expert
+            after another.
         group_size: of int4 and int8 weights.
         page_size: tokens a page of the KV cache.
         max_num_batched_tokens: tokens in one step at most.
@@ -78,6 +84,11 @@ def model_calls(
     hidden, intermediate, heads = (
         _get(config, key) for key in ("hidden_size", "intermediate_size", "num_attention_heads")
     )
+    experts = _get(config, "num_local_experts", 0) or _get(config, "num_experts", 0)
+    if experts:
+        if activation != "silu":
+            raise ValueError(f"hidden_act: {activation!r}; expected silu, which is that of octavo's experts")
+        intermediate = _get(config, "moe_intermediate_size", intermediate)
     kv_heads = _get(config, "num_key_value_heads", heads)
     head_dim = _get(config, "head_dim", hidden // heads)
     # Gate and up are one layer, which ends with SiLU × gate wherever outputs can be interleaved.
@@ -95,6 +106,9 @@ def model_calls(
             partial(_activation, ACTIVATIONS[activation], tokens, intermediate, dtype),
             partial(_rope_and_cache, tokens, heads, kv_heads, head_dim, page_size, dtype, index_dtype),
         ]
+        if experts:
+            routing = experts, _get(config, "num_experts_per_tok"), _get(config, "norm_topk_prob", True)
+            calls.append(partial(_experts, tokens, hidden, intermediate, *routing, dtype, weights, group_size))
         for max_seqlen_q in token_counts(tokens):
             sizes = tokens, max_seqlen_q, heads, kv_heads, head_dim, page_size
             calls.append(partial(_attention, *sizes, _get(config, "sliding_window", None), dtype))
@@ -189,6 +203,37 @@ def _attention(
         plan = plan_attention(query, cache, table, seq_lens, cu_seqlens, **lengths)
         for used in (None, plan):
             paged_attention(query, cache, other, table, seq_lens, cu_seqlens, **lengths, plan=used)
+
+
+def _experts(
+    tokens: int,
+    hidden: int,
+    intermediate: int,
+    experts: int,
+    top_k: int,
+    renormalize: bool,
+    dtype: torch.dtype,
+    weights: str,
+    group_size: int,
+) -> None:
+    x, logits = _empty(tokens, hidden, dtype=dtype), _empty(tokens, experts, dtype=dtype)
+    topk_weights, topk_ids = moe_route(logits, top_k, renormalize=renormalize)
+    if weights in ("int4", "int8", "fp8_blocks"):  # of int4 those with minima
+        rows, _, positions = moe_permute(x, topk_ids, experts)
+        moe_unpermute(rows, positions, topk_weights)
+    kept = {"dense": dtype, "int8_int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.int16}
+    if weights not in kept:
+        return
+    both: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    for n, k in ((2 * intermediate, hidden), (hidden, intermediate)):
+        if weights == "int4":
+            scale = _empty(experts, k // group_size, n, dtype=dtype)
+            both.append((_empty(experts, *packed_shape(n, k), dtype=torch.int16), scale))
+            continue
+        scales = None if weights == "dense" else _empty(experts, n, dtype=torch.float32)
+        both.append((_empty(experts, n, k, dtype=kept[weights]), scales))
+    (w1, w1_scale), (w2, w2_scale) = both
+    fused_moe(x, w1, w2, topk_weights, topk_ids, w1_scale=w1_scale, w2_scale=w2_scale)
 
 
 def _int4(tokens: int, n: int, k: int, group_size: int, dtype: torch.dtype, activation: str | None) -> None:

@@ -26,6 +26,10 @@ from octavo.kernels.quant.w4a8_linear import int4_int8_linear
 from octavo.kernels.quant.quantize import quantize_fp8, quantize_int8
 from octavo.kernels.norm_quantize import add_rms_norm_quantize, rms_norm_quantize
 from octavo.kernels.activation_quantize import gelu_and_mul_quantize, silu_and_mul_quantize
+from octavo.kernels.moe.route import moe_route
+from octavo.kernels.moe.permute import moe_permute, moe_unpermute
+from octavo.kernels.moe.grouped_linear import grouped_linear
+from octavo.kernels.moe.fused_moe import fused_moe
 from octavo.kernels.sampling.sample import sample
 from octavo.kernels.registry import backends
 from octavo.kernels.warmup import WarmupReport, warmup
@@ -66,6 +70,11 @@ __all__ = [
     "add_rms_norm_quantize",
     "silu_and_mul_quantize",
     "gelu_and_mul_quantize",
+    "moe_route",
+    "moe_permute",
+    "moe_unpermute",
+    "grouped_linear",
+    "fused_moe",
     "sample",
     "backends",
     "warmup",

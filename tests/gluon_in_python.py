@@ -266,7 +266,7 @@ def _allocate(dtype, shape, layout):
         barriers[:] = [_Barrier() for _ in range(shape[0])]
         return Shared(barriers, dtype)
     if dtype in HALVES:
-        return Shared(np.full(shape, np.nan, np.float32), dtype, half_by_half=True)
+        return Shared(np.full(shape, np.nan, np.float32), dtype, half_by_half=shape[-1] == 128)
     if dtype == FP8:
         return Shared(np.full(shape, np.nan, np.float32), dtype)
     return Shared(np.full(shape, np.nan if dtype == "float32" else -1, NUMPY[dtype]), dtype)
@@ -276,6 +276,8 @@ def _load(pointer, mask=None, other=0, cache_modifier=None):
     offset, mask = pointer.where(mask)
     out = np.full(mask.shape, other, pointer.memory.dtype)
     out[mask] = pointer.memory[offset]
+    if not mask.shape and out.dtype.kind == "i":
+        return Number(out)
     return Tensor(out, pointer.dtype.element_ty)
 
 
@@ -327,7 +329,7 @@ def _language(place, programs):
         where=_where,
         static_range=builtins.range,
         arange=lambda start, end, layout: Tensor(np.arange(start, end), "int64"),
-        zeros=lambda shape, dtype, layout: Tensor(np.zeros(shape, NUMPY[dtype]), dtype),
+        zeros=lambda shape, dtype, layout: Tensor(np.zeros(shape, NUMPY.get(dtype, np.float32)), dtype),
         cdiv=lambda a, b: Number(-(-a // b)),
         zeros_like=lambda x: Tensor(np.zeros_like(x.values), x.dtype),
         expand_dims=lambda x, dim: Tensor(np.expand_dims(x.values, dim), x.dtype),
@@ -367,6 +369,7 @@ def namespace(modules, place, programs):
             constexpr=lambda value: value,
             debug_barrier=lambda: None,
             exp2=lambda x: Tensor(np.exp2(x.values), x.dtype),
+            load=_load,
             minimum=_extremum(np.minimum),
         ),
         torch=torch,

@@ -4,6 +4,7 @@ import torch
 
 import octavo
 from octavo.kernels.attention import plan_attention
+from octavo.kernels.quant.packing import packed_shape
 
 
 def cases(tokens: int, dtype=torch.bfloat16) -> dict:
@@ -66,6 +67,16 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
     asymmetric = dict(x_zero=new(tokens, 1, dtype=torch.int32), weight_sum=new(80, dtype=torch.int32))
     int4_int8 = int4 | dict(scale=new(2, 80), x=new(tokens, 128, dtype=torch.int8), x_scale=ones(tokens, 1))
     int8 = dict(x=new(tokens, 128), weight=new(80, 128, dtype=torch.int8), scale=new(1, 80))
+    offsets, ids = torch.zeros(5, dtype=torch.int32), new(tokens, 2, dtype=torch.int32)
+    grouped = dict(x=new(tokens, 128), weight=new(4, 80, 128), offsets=offsets)
+    moe = dict(x=new(tokens, 128), w1=new(4, 160, 128), w2=new(4, 128, 80), topk_weights=ones(tokens, 2), topk_ids=ids)
+    int4_moe = dict(
+        w1=new(4, *packed_shape(128, 128), dtype=torch.int16),
+        w2=new(4, *packed_shape(128, 64), dtype=torch.int16),
+        w1_scale=new(4, 1, 128),
+        w2_scale=new(4, 1, 128),
+    )
+    int8_moe = dict(w1=new(4, 160, 128, dtype=torch.int8), w2=new(4, 128, 80, dtype=torch.int8))
     return {
         "rms_norm": (octavo.rms_norm, dict(x=new(tokens, 512), weight=new(512)), dict(eps=1e-5)),
         "rms_norm of heads": (octavo.rms_norm, dict(x=k, weight=new(d)), {}),
@@ -223,6 +234,44 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
             dict(x=new(tokens, 512), scale=None),
             dict(granularity="tensor", dtype=torch.float8_e5m2),
         ),
+        "moe_route": (octavo.moe_route, dict(router_logits=new(tokens, 60)), dict(top_k=4)),
+        "moe_route in groups": (
+            octavo.moe_route,
+            dict(router_logits=new(tokens, 64), correction_bias=ones(64)),
+            dict(
+                top_k=6,
+                scoring_func="sigmoid",
+                num_expert_group=8,
+                topk_group=3,
+                routed_scaling_factor=2.5,
+                num_shared_experts=1,
+            ),
+        ),
+        "moe_permute": (
+            octavo.moe_permute,
+            dict(x=new(tokens, 512), topk_ids=new(tokens, 2, dtype=torch.int32)),
+            dict(num_experts=8),
+        ),
+        "moe_permute of many pairs": (
+            octavo.moe_permute,
+            dict(
+                x=new(tokens, 64),
+                topk_ids=new(tokens, 5000, dtype=torch.int64),
+                expert_map=new(60, dtype=torch.int32),
+            ),
+            dict(num_experts=8),
+        ),
+        "moe_unpermute": (
+            octavo.moe_unpermute,
+            dict(y=new(2 * tokens, 512), positions=new(tokens, 2, dtype=torch.int32), topk_weights=ones(tokens, 2)),
+            {},
+        ),
+        "grouped_linear": (octavo.grouped_linear, grouped, {}),
+        "grouped_linear with bias": (octavo.grouped_linear, grouped | dict(bias=new(4, 80)), {}),
+        "fused_moe": (octavo.fused_moe, moe, {}),
+        "fused_moe of some experts": (octavo.fused_moe, moe | dict(expert_map=offsets), {}),
+        "fused_moe of int8": (octavo.fused_moe, moe | int8_moe | dict(w1_scale=ones(4, 160), w2_scale=ones(4)), {}),
+        "fused_moe of int4": (octavo.fused_moe, moe | int4_moe, {}),
         "sample greedily": (octavo.sample, dict(logits=new(tokens, vocab)), {}),
         "sample": (octavo.sample, dict(logits=new(tokens, vocab), **drawing), {}),
         "sample with everything": (

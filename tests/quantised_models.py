@@ -13,7 +13,7 @@ import transformers
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 from safetensors.torch import save_file
-from tiny_models import save_tokenizer
+from tiny_models import from_config, released, save_tokenizer
 
 VOCABULARY = 272
 CONFIG = transformers.LlamaConfig(
@@ -26,6 +26,10 @@ CONFIG = transformers.LlamaConfig(
     max_position_embeddings=128,
     initializer_range=0.2,
     eos_token_id=None,
+)
+MIXTRAL = transformers.MixtralConfig(
+    **{k: v for k, v in CONFIG.to_diff_dict().items() if k not in ("model_type", "transformers_version")}
+    | dict(num_local_experts=4, num_experts_per_tok=2)
 )
 COMPRESSED = dict(num_bits=4, type="int", symmetric=True, strategy="group", group_size=32)
 
@@ -184,30 +188,31 @@ def written_nf4(name, n, k, generator):
     return parts, torch.from_numpy(weight).view(n, k)
 
 
-def save_quantised(folder, name, head=False):
+def save_quantised(folder, name, head=False, config=CONFIG):
     """Saves a model of that format in two files, layers across them; returns the same model in fp32.
 
     With `head` the head is quantised as the layers are.
     """
     torch.manual_seed(3)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIG, attn_implementation="eager").eval()
+    model = from_config(config)
     generator = torch.Generator().manual_seed(4)
-    tensors, quantised = {}, set()
-    for module_name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear) or (module_name == "lm_head" and not head):
+    tensors = {}
+    for key, value in released(model).items():
+        module_name, _, kind = key.rpartition(".")
+        linear = module_name.endswith(("_proj", ".w1", ".w2", ".w3")) or (module_name == "lm_head" and head)
+        if kind != "weight" or not linear:
+            tensors[key] = value.contiguous()
             continue
-        parts, weight = written(name, *module.weight.shape, generator)
-        module.weight.data.copy_(weight)
-        quantised.add(f"{module_name}.weight")
+        parts, weight = written(name, *value.shape, generator)
+        value.copy_(weight)
         tensors |= {f"{module_name}.{suffix}": part for suffix, part in parts.items()}
         if name == "float8":
             tensors[f"{module_name.rpartition('.')[0]}.k_scale"] = torch.ones(1)  # of a KV cache
         if name == "gptq":
-            tensors[f"{module_name}.bias"] = torch.zeros(module.out_features)
-    tensors |= {key: value.contiguous() for key, value in model.state_dict().items() if key not in quantised}
+            tensors[f"{module_name}.bias"] = torch.zeros(len(value))
     save_shards(folder, tensors)
-    content = CONFIG.to_dict() | dict(
-        architectures=["LlamaForCausalLM"], dtype="float32", quantization_config=FORMATS[name][0]
+    content = config.to_dict() | dict(
+        architectures=[type(model).__name__], dtype="float32", quantization_config=FORMATS[name][0]
     )
     (folder / "config.json").write_text(json.dumps(content))
     save_tokenizer(folder, VOCABULARY)
@@ -227,14 +232,18 @@ SUPER = 256
 GGUF_CONFIG = transformers.LlamaConfig(
     **CONFIG.to_diff_dict() | dict(hidden_size=SUPER, intermediate_size=SUPER, head_dim=32, rms_norm_eps=1e-5)
 )
+GGUF_MIXTRAL = transformers.MixtralConfig(
+    **MIXTRAL.to_diff_dict() | dict(hidden_size=SUPER, intermediate_size=SUPER, head_dim=32, rms_norm_eps=1e-5)
+)
 GGUF_KINDS = [Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q8_0, Type.Q5_0, Type.Q5_1]
 GGUF_KINDS += [Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.IQ4_NL, Type.IQ4_XS]
 # Where in a block the fp16 scales are, of formats that the gguf package can't write; all else in it may be anything.
 GGUF_SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 GGUF_SCALES |= {"IQ4_NL": (0,), "IQ4_XS": (0,)}
 GGUF_MODULES = dict(attn_q="self_attn.q_proj", attn_k="self_attn.k_proj", attn_v="self_attn.v_proj")
-GGUF_MODULES |= dict(attn_output="self_attn.o_proj", ffn_gate="mlp.gate_proj", ffn_up="mlp.up_proj")
-GGUF_MODULES |= dict(ffn_down="mlp.down_proj", attn_norm="input_layernorm", ffn_norm="post_attention_layernorm")
+GGUF_MODULES |= dict(attn_output="self_attn.o_proj", attn_norm="input_layernorm", ffn_norm="post_attention_layernorm")
+GGUF_MLP = dict(ffn_gate="mlp.gate_proj", ffn_up="mlp.up_proj", ffn_down="mlp.down_proj")
+GGUF_EXPERTS = dict(ffn_gate="w1", ffn_up="w3", ffn_down="w2")
 
 
 def gguf_data(shape, kind, rng):
@@ -257,10 +266,13 @@ def permuted(rows, heads):
     return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def save_gguf(path, kind):
-    """Writes a model of that type, embedding and head too; returns the same model in fp32."""
-    c, rng = GGUF_CONFIG, np.random.default_rng(0)
-    model = transformers.AutoModelForCausalLM.from_config(c, attn_implementation="eager").eval()
+def save_gguf(path, kind, config=GGUF_CONFIG, stacked=True):
+    """Writes a model of that type, embedding and head too; returns the same model in fp32.
+
+    Of a Mixtral the matrices of a layer's experts are one tensor, or several where not `stacked`.
+    """
+    c, rng = config, np.random.default_rng(0)
+    model = from_config(c)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(c.num_hidden_layers)
     writer.add_context_length(c.max_position_embeddings)
@@ -275,17 +287,35 @@ def save_gguf(path, kind):
     writer.add_token_scores([0.0] * c.vocab_size)
     writer.add_token_types([1] * c.vocab_size)
     names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    experts = getattr(c, "num_local_experts", 0)
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(c.num_experts_per_tok)
     for i in range(c.num_hidden_layers):
         names |= {f"blk.{i}.{short}": f"model.layers.{i}.{long}" for short, long in GGUF_MODULES.items()}
-    weights = model.state_dict()
+        at = f"model.layers.{i}.block_sparse_moe"
+        if not experts:
+            names |= {f"blk.{i}.{short}": f"model.layers.{i}.{long}" for short, long in GGUF_MLP.items()}
+            continue
+        names[f"blk.{i}.ffn_gate_inp"] = f"{at}.gate"
+        for short, matrix in GGUF_EXPERTS.items():
+            names |= {f"blk.{i}.{short}.{e}": f"{at}.experts.{e}.{matrix}" for e in range(experts)}
+    weights, of_experts = released(model), {}
     for short, long in names.items():
         weight = weights[f"{long}.weight"]
-        its_kind = kind if weight.dim() == 2 else Type.F32
-        raw = gguf_data(tuple(weight.shape), its_kind, rng) if weight.dim() == 2 else weight.numpy()
-        weight.copy_(torch.from_numpy(np.array(dequantize(raw, its_kind))))
+        as_it_is = weight.dim() == 1 or long.endswith("block_sparse_moe.gate")
+        its_kind = Type.F32 if as_it_is else kind
+        raw = weight.numpy() if as_it_is else gguf_data(tuple(weight.shape), its_kind, rng)
+        if not as_it_is:
+            weight.copy_(torch.from_numpy(np.array(dequantize(raw, its_kind))))
         heads = {"attn_q": c.num_attention_heads, "attn_k": c.num_key_value_heads}.get(short.rpartition(".")[2])
         stored = raw if heads is None else permuted(raw, heads)
+        if ".experts." in long and stacked:
+            of_experts.setdefault(short.rpartition(".")[0], []).append(stored)
+            continue
         writer.add_tensor(f"{short}.weight", np.ascontiguousarray(stored), raw_dtype=its_kind)
+    for short, matrices in of_experts.items():
+        writer.add_tensor(f"{short}_exps.weight", np.stack(matrices), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

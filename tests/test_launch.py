@@ -101,6 +101,9 @@ def test_workers_that_die_or_print(trick, expected):
     assert expected in run.stdout + run.stderr, run.stderr[-3000:]
 
 
+EXPERTS = dict(hidden_size=64, intermediate_size=64, num_attention_heads=1, num_local_experts=4)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -116,6 +119,12 @@ def test_workers_that_die_or_print(trick, expected):
             dict(config=dict(hidden_size=64, intermediate_size=64, num_attention_heads=1, hidden_act="tanh")),
             ValueError,
             "hidden_act: 'tanh'; expected one of silu",
+        ),
+        (dict(config=EXPERTS), ValueError, "config: num_experts_per_tok is missing"),
+        (
+            dict(config=EXPERTS | dict(num_experts_per_tok=2, hidden_act="gelu")),
+            ValueError,
+            "hidden_act: 'gelu'; expected silu, which is that of octavo's experts",
         ),
     ],
 )

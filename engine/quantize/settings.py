@@ -114,8 +114,13 @@ class Settings:
 
         Raises:
             ValueError: a shape that the scheme does not fit; it names the tensor, and what would fit. Or a part of
-                `keep` or `weights_only` that no layer has.
+                `keep` or `weights_only` that no layer has, or a model of experts.
         """
+        if config.num_local_experts:
+            raise ValueError(
+                f"num_local_experts: {config.num_local_experts}; octavo quantize takes dense models: quantise a "
+                "mixture of experts with llm-compressor or GPTQModel, whose checkpoints octavo loads"
+            )
         for name in ("keep", "weights_only"):
             for part in getattr(self, name):
                 if not _named((part,), config):

@@ -48,7 +48,7 @@ def _bits_of_step(
 
 
 @gluon.jit
-def _sum(
+def sum_steps(
     acc, words, x, full, empty, scale_ptr, minimum_ptr, rows, side: gl.constexpr, stage, phase, k, end, last_group,
     group_planes, stride_scale_group, stride_minimum_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, SCALE_SUMS:
     gl.constexpr, BLOCKS: gl.constexpr, SIDES: gl.constexpr, TURNS: gl.constexpr, STAGES: gl.constexpr,
@@ -172,7 +172,7 @@ def compute(
         ahead = (turn + TURNS - i % TURNS) % TURNS
         if TURNS == 1 or k + ahead < end:
             stage, phase = stage_of(i + ahead, STAGES)
-            acc = _sum(
+            acc = sum_steps(
                 acc, words, x, full, empty, scale_ptr, minimum_ptr, rows, side, stage, phase, k + ahead, end,
                 last_group, group_planes, stride_scale_group, stride_minimum_group, GROUPS, EVEN, SCALE_SUMS, BLOCKS,
                 SIDES, TURNS, STAGES,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import octavo
-from octavo.bench import bench_write_kv, paged_inputs, providers, shapes, weight_only
+from octavo.bench import bench_write_kv, experts, paged_inputs, providers, shapes, weight_only
 from octavo.bench.check import difference, tensors
 from octavo.bench.harness import LeftOut, Provider, Unsupported, benchmarks, label, load, parse_label
 from octavo.testing import OPS, without_interpreter
@@ -70,6 +70,14 @@ TINY = {
     "int8_int8_linear": [{"M": 3, "N": 40, "K": 256}],
     "int4_int8_linear": [{"M": 3, "N": 40, "K": 256, "group": 128}],
     "fp8_linear": [{"M": 3, "N": 140, "K": 256, "block": block} for block in (0, 128)],
+    "moe_route": [{"T": 5, "E": 12, "top_k": 3, "groups": 0}, {"T": 5, "E": 24, "top_k": 3, "groups": 4}],
+    "moe_permute": [{"T": 7, "E": 5, "top_k": 2, "hidden": 12}],
+    "moe_unpermute": [{"T": 7, "E": 5, "top_k": 3, "hidden": 13}],
+    "grouped_linear": [{"T": 7, "E": 5, "busy": 5, "top_k": 2, "hidden": 32, "intermediate": 24}],
+    "fused_moe": [
+        {"T": t, "E": 5, "busy": busy, "top_k": 2, "hidden": 32, "intermediate": 24}
+        for t, busy in ((7, 5), (7, 2), (3, 4))
+    ],
     "sample": [
         {"B": 3, "vocab": 100, "k": k, "p": p, "flat": flat}
         for k, p, flat in ((5, 90, 0), (0, 50, 1), (7, 100, 1), (0, 100, 0))
@@ -118,6 +126,23 @@ BY_HAND = {
     ),
     # A nibble a weight; 32 groups of 4096 inputs.
     "int4_linear": ("M=1,N=6144,K=4096,group=128", 50331648, 12582912 + 2 * (4096 + 32 * 6144 + 6144)),
+    # 16 bytes of logits a token, and 16 of weights and ids.
+    "moe_route": ("T=64,E=8,top_k=2,groups=0", 64 * 8 * 2, 64 * (16 + 16)),
+    # A row in, two out; an id and a position a pair, nine offsets.
+    "moe_permute": ("T=16,E=8,top_k=2,hidden=4096", 32, 2 * 16 * 3 * 4096 + 4 * (32 + 32 + 9)),
+    "moe_unpermute": ("T=16,E=8,top_k=2,hidden=4096", 4 * 65536, 2 * 16 * 3 * 4096 + 8 * 32),
+    # A token goes to 2 of 8 experts, each with 117,440,512 weights of gate and up; 2 rows in and out, nine offsets.
+    "grouped_linear": (
+        "T=1,E=8,busy=8,top_k=2,hidden=4096,intermediate=14336",
+        2 * 2 * 117440512,
+        2 * (2 * 117440512 + 2 * (4096 + 28672)) + 4 * 9,
+    ),
+    # 16 tokens that all have the same 2 of 8 experts, each with 176,160,768 weights; tokens in and out, 8 logits each.
+    "fused_moe": (
+        "T=16,E=8,busy=2,top_k=2,hidden=4096,intermediate=14336",
+        16 * 2 * 2 * 176160768,
+        2 * (2 * 176160768 + 16 * (2 * 4096 + 8)),
+    ),
     # 36 bytes of settings, seed, position and token a row.
     "sample": ("B=64,vocab=32000,k=50,p=90,flat=0", 4 * 2048000, 2 * 2048000 + 64 * 36),
     # A byte a weight and an activation, two an output; a scale a token and an output, or 64 a token and 64·64.
@@ -188,7 +213,7 @@ def test_contract(name):
     peers = [p.peer for p in providers.values()]
     assert peers == sorted(peers, key=lambda peer: peer is not None), "what runs beside octavo comes first"
     assert set(peers) <= {None, "flashinfer", "vllm", "triton-peers"} and any(peers)
-    assert "vllm" in peers or name == "layer_norm", "it has none"
+    assert "vllm" in peers or name in ("layer_norm", "grouped_linear"), "it has none"
     on_cpu = [n for n, p in providers.items() if "cpu" in p.devices]
     assert on_cpu == [*list(providers)[:2], *(n for n in providers if n in ("octavo, separate", "octavo, plain"))]
     assert all("cuda" in p.devices for p in providers.values())
@@ -305,7 +330,7 @@ def test_compiled_formulas_are_right_and_whole(name, shape, monkeypatch):
     """As one graph, without the backend that needs a compiler."""
     provider = load(name).PROVIDERS.get("torch.compile")
     if provider is None:
-        assert name.endswith(("paged_attention", "cascade_attention", "_linear")), "bound by memory"
+        assert name.endswith(("paged_attention", "cascade_attention", "_linear", "_moe")), "bound by memory"
         return
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     inputs = draw(name, shape)
@@ -371,6 +396,30 @@ def test_scattered_indices():
     assert not torch.equal(table.flatten(), torch.arange(64, dtype=torch.int32))
     positions = draw("rotary_embedding", TINY["rotary_embedding"][0])["positions"]
     assert positions.unique().numel() == positions.numel()
+
+
+def test_experts_that_tokens_go_to():
+    shape = {"T": 4, "E": 8, "busy": 8, "top_k": 2, "hidden": 4, "intermediate": 4}
+    module, generator = load("fused_moe"), torch.Generator().manual_seed(0)
+    hit = [
+        module.inputs(shape, torch.bfloat16, CPU, generator)["topk_ids"].unique().numel() / experts.hit(shape)
+        for _ in range(300)
+    ]
+    assert abs(sum(hit) / len(hit) - 1) < 0.02
+    assert experts.hit(shape | {"T": 1}) == experts.hit(shape | {"busy": 2}) == 2
+    for busy in (2, 7):
+        ids = module.inputs(shape | {"T": 300, "busy": busy}, torch.bfloat16, CPU, generator)["topk_ids"]
+        assert ids.unique().tolist() == list(range(busy))
+
+
+@pytest.mark.parametrize(
+    ("name", "provider"),
+    [("fused_moe", "torch (loop)"), ("fused_moe", "octavo, routed"), ("grouped_linear", "torch (loop)")],
+)
+def test_what_is_for_a_gpu_alone_is_right_too(name, provider):
+    for shape in TINY[name]:
+        inputs = draw(name, shape, torch.bfloat16)
+        assert difference(load(name).PROVIDERS[provider].make(inputs)(), load(name).exact(inputs)) is None
 
 
 def test_in_place_calls_stay_finite():

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig
+from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen3MoeConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from octavo.engine.config import ModelConfig
@@ -56,6 +56,22 @@ GGUF = {  # the same model's
 }
 BF16 = {"token_embd.weight": "BF16", "output_norm.weight": "F32"}
 MISTRAL = HF | {"architectures": ["MistralForCausalLM"], "rope_scaling": None}
+MIXTRAL = HF | {
+    "architectures": ["MixtralForCausalLM"],
+    "rope_scaling": None,
+    "num_local_experts": 16,
+    "num_experts_per_tok": 3,
+}
+QWEN = HF | {  # Qwen3-30B-A3B's, in part
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "rope_scaling": None,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
 GONE = object()
 
 
@@ -108,17 +124,22 @@ def test_the_old_name_of_the_rope_type():
     assert config.rope_scaling == {"rope_type": "linear", "factor": 2.0}
 
 
-@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig])
+@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, MixtralConfig, Qwen3MoeConfig])
 def test_what_transformers_writes_today(kind, tmp_path):
     theirs = kind(vocab_size=99, hidden_size=96, num_attention_heads=6, num_key_value_heads=3, dtype="float16")
     theirs.architectures = [kind.__name__.replace("Config", "ForCausalLM")]
     theirs.save_pretrained(tmp_path)
     ours = ModelConfig.from_hf(json.loads((tmp_path / "config.json").read_text()))
-    same = ["vocab_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps"]
+    same = ["vocab_size", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps"]
     same += ["max_position_embeddings", "tie_word_embeddings", "bos_token_id"]
+    same += ["num_local_experts", "num_experts_per_tok"] if kind in (MixtralConfig, Qwen3MoeConfig) else []
+    inner = theirs.moe_intermediate_size if kind is Qwen3MoeConfig else theirs.intermediate_size
+    assert ours.intermediate_size == inner and ours.qk_norm == (kind is Qwen3MoeConfig)
+    assert ours.norm_topk_prob == getattr(theirs, "norm_topk_prob", True)
     assert {name: getattr(ours, name) for name in same} == {name: getattr(theirs, name) for name in same}
-    assert ours.head_dim == 16 and ours.dtype == torch.float16 and ours.rope_theta == 10000.0
-    assert ours.eos_token_ids == (theirs.eos_token_id,)
+    assert ours.head_dim == 16 and ours.dtype == torch.float16
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"] == (1e6 if kind is MixtralConfig else 1e4)
+    assert ours.eos_token_ids == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
     assert ours.sliding_window == getattr(theirs, "sliding_window", None)
 
 
@@ -137,10 +158,73 @@ def test_defaults_are_those_of_transformers():
     assert mistral.num_key_value_heads == MistralConfig().num_key_value_heads
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [(MIXTRAL, MixtralConfig()), (QWEN, Qwen3MoeConfig())])
+def test_defaults_of_mixtures_are_those_of_transformers(ours, theirs):
+    needed = ("architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    config = ModelConfig.from_hf({name: ours[name] for name in (*needed, "num_attention_heads")})
+    same = ["num_local_experts", "num_experts_per_tok", "num_key_value_heads", "sliding_window", "rms_norm_eps"]
+    same += ["max_position_embeddings"]
+    assert {name: getattr(config, name) for name in same} == {name: getattr(theirs, name) for name in same}
+    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
 @pytest.mark.parametrize(("window", "expected"), [(GONE, 4096), (None, None), (1024, 1024)])
 def test_sliding_window_of_mistral(window, expected):
     assert ModelConfig.from_hf(changed(MISTRAL, sliding_window=window)).sliding_window == expected
     assert ModelConfig.from_hf(changed(HF, sliding_window=window)).sliding_window is None
+    of_mixtral = ModelConfig.from_hf(changed(MIXTRAL, sliding_window=window)).sliding_window
+    assert of_mixtral == (None if window is GONE else expected)
+
+
+@pytest.mark.parametrize("window", [None, 512])
+def test_mixtral_as_it_is_written_is_read_again(window):
+    config = ModelConfig.from_hf(MIXTRAL | {"sliding_window": window})
+    assert (config.num_local_experts, config.num_experts_per_tok) == (16, 3)
+    assert ModelConfig.from_hf(config.to_hf()) == config
+    assert MixtralConfig(**config.to_hf()).num_local_experts == 16
+
+
+def test_qwen():
+    config = ModelConfig.from_hf(QWEN)
+    assert (config.num_local_experts, config.num_experts_per_tok, config.intermediate_size) == (128, 8, 768)
+    assert config.norm_topk_prob and config.qk_norm
+    assert ModelConfig.from_hf(changed(QWEN, num_experts=GONE, num_local_experts=128)) == config
+    assert ModelConfig.from_hf(QWEN | {"sliding_window": 512}).sliding_window is None
+    assert ModelConfig.from_hf(QWEN | {"sliding_window": 512, "use_sliding_window": True}).sliding_window == 512
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step: 2; supported: 1, experts in every layer"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers: \[0\]; supported: \[\], experts in every layer"),
+        ({"num_experts": 4}, r"num_experts_per_tok: 8; expected at most the number of experts \(4\)"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob: 1; expected true or false"),
+    ],
+)
+def test_what_is_not_supported_of_qwen_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(changed(QWEN, **changes))
+
+
+def test_dense_models_have_no_experts():
+    config = ModelConfig.from_hf(HF | {"num_local_experts": 8, "num_experts_per_tok": 2})  # Llama has no such keys
+    assert (config.num_local_experts, config.num_experts_per_tok) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts_per_tok": 17}, r"num_experts_per_tok: 17; expected at most the number of experts \(16\)"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok: 0; expected an integer of at least 1"),
+        ({"num_local_experts": "8"}, "num_local_experts: '8'; expected an integer of at least 1"),
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu'; supported: silu"),
+        ({"architectures": ["PhimoeForCausalLM"]}, "architectures: .*Phimoe.*supported: .*MixtralForCausalLM"),
+    ],
+)
+def test_what_is_not_supported_of_mixtral_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(changed(MIXTRAL, **changes))
 
 
 def test_end_tokens_of_the_generation_config_are_merged():
@@ -182,6 +266,14 @@ def test_gguf_reads_the_same_as_hugging_face():
     config = ModelConfig.from_gguf(GGUF, BF16, factors())
     assert config.eos_token_ids == (128009, 1)  # 1 is <|eot_id|> of this made-up vocabulary
     expected = ModelConfig.from_hf(HF | {"eos_token_id": [128009, 1]})
+    assert config == expected
+
+
+def test_gguf_of_experts_is_mixtral():
+    experts = {"llama.expert_count": 16, "llama.expert_used_count": 3}
+    config = ModelConfig.from_gguf(changed(GGUF, **experts), BF16)
+    assert config.architecture == "MixtralForCausalLM"
+    expected = ModelConfig.from_hf(MIXTRAL | {"eos_token_id": [128009, 1]})
     assert config == expected
 
 
@@ -259,7 +351,8 @@ def test_other_rope_factors_are_refused(wrong):
     ("key", "value", "message"),
     [
         ("general.architecture", "qwen2", "general.architecture: 'qwen2'; supported: 'llama'"),
-        ("llama.expert_count", 8, "llama.expert_count: 8; supported: dense"),
+        ("llama.expert_count", 8, "llama.expert_used_count: missing"),
+        ("llama.expert_count", -1, "llama.expert_count: -1; expected an integer of at least 0"),
         ("llama.block_count", GONE, "llama.block_count: missing"),
         ("llama.attention.head_count_kv", [8, 4], r"head_count_kv: \[8, 4\]; expected an integer"),
         ("llama.attention.value_length", 32, r"value_length: 32; supported: the head size \(64\)"),

@@ -8,8 +8,8 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from quantised_models import VOCABULARY, save_gguf, save_quantised
-from safetensors.torch import load_file
-from tiny_models import save_bpe_tokenizer, save_tiny_llama
+from safetensors.torch import load_file, save_file
+from tiny_models import save_bpe_tokenizer, save_tiny_llama, save_tiny_mixtral
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -28,7 +28,8 @@ TEXT = "The sea is wide; it's 1234 miles.\n  Über uns 海 only sky 😀."
 def folder(request, tmp_path):
     dtype, more = getattr(request, "param", (torch.bfloat16, {}))
     bos, eos = save_bpe_tokenizer(tmp_path / "model", VOCABULARY)
-    save_tiny_llama(tmp_path / "model", dtype, vocab_size=VOCABULARY, bos_token_id=bos, eos_token_id=eos, **more)
+    save_tiny = save_tiny_mixtral if "num_local_experts" in more else save_tiny_llama
+    save_tiny(tmp_path / "model", dtype, vocab_size=VOCABULARY, bos_token_id=bos, eos_token_id=eos, **more)
     save_bpe_tokenizer(tmp_path / "model", VOCABULARY)
     return tmp_path / "model"
 
@@ -44,8 +45,9 @@ LLAMA3["original_max_position_embeddings"] = 8192
         (torch.float16, dict(tie_word_embeddings=True)),
         (torch.float32, dict(attention_bias=True)),
         (torch.bfloat16, dict(rope_parameters=LLAMA3, head_dim=64)),
+        (torch.bfloat16, dict(num_local_experts=12, sliding_window=64)),
     ],
-    ids=["bf16", "fp16 tied", "fp32 with biases", "llama3 scaling"],
+    ids=["bf16", "fp16 tied", "fp32 with biases", "llama3 scaling", "experts"],
     indirect=True,
 )
 def test_safetensors_to_gguf_and_back(folder, tmp_path):
@@ -124,6 +126,19 @@ def test_layers_without_an_equal_are_named(name, message, tmp_path):
     with pytest.raises(ValueError, match=rf"model-\d\.safetensors: model\.layers\.\d\..*{message}"):
         convert(tmp_path / "model", tmp_path / "m.gguf")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("folder", [(torch.float32, dict(num_local_experts=3))], ids=["experts"], indirect=True)
+def test_experts_without_an_equal_are_named(folder, tmp_path):
+    at, tensors = "model.layers.1.block_sparse_moe.experts", load_file(folder / "model.safetensors")
+    tensors[f"{at}.2.w3.weight"] = tensors[f"{at}.2.w3.weight"].half()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"{at}\.0\.w3\.weight becomes F32, {at}\.2\.w3\.weight F16: convertible"):
+        convert(folder, tmp_path / "m.gguf")
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, save_original_format=False)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.\w+_proj: a tensor that has no name in a GGUF"):
+        convert(folder, tmp_path / "m.gguf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"], "nothing is left over"
 
 
 def test_a_folder_that_does_not_fit_its_configuration(folder, tmp_path):

@@ -8,8 +8,16 @@ from functools import lru_cache
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from quantised_models import FORMATS, GGUF_KINDS, VOCABULARY, save_gguf, save_quantised
-from tiny_models import save_tiny_llama
+from quantised_models import (
+    FORMATS,
+    GGUF_KINDS,
+    GGUF_MIXTRAL,
+    MIXTRAL,
+    VOCABULARY,
+    save_gguf,
+    save_quantised,
+)
+from tiny_models import released, save_tiny_llama, save_tiny_mixtral
 
 from octavo.engine import LLM, SamplingParams
 from octavo.engine.checkpoint import Fp8Weight, Int4Weight, Int8Weight, open_checkpoint
@@ -17,22 +25,26 @@ from octavo.testing import assert_accurate
 
 DENSE = {"safetensors bf16": torch.bfloat16, "safetensors fp16": torch.float16, "safetensors fp32": torch.float32}
 HEADS = {f"{name}, and the head": name for name in ("gptq", "gptq act-order", "awq", "packed", "integers", "fp8")}
-NAMES = [*DENSE, *FORMATS, *HEADS, *(f"GGUF {kind.name}" for kind in GGUF_KINDS)]
+GGUFS = [f"GGUF {kind.name}" for kind in GGUF_KINDS]
+EXPERTS = "Mixtral, "
+NAMES = [*DENSE, *FORMATS, *HEADS, *GGUFS, *(f"{EXPERTS}{name}" for name in (*DENSE, *FORMATS, *GGUFS))]
 KEPT = {"Q4_0": Int4Weight, "Q4_1": Int4Weight, "Q8_0": Int8Weight, "nf4": torch.Tensor, "integers": Int8Weight}
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def made(request, tmp_path_factory):
     """Its name, where a tiny model of that format is, and the same model in fp32."""
-    name, path = request.param, tmp_path_factory.mktemp("made")
+    name, path = request.param.removeprefix(EXPERTS), tmp_path_factory.mktemp("made")
+    mixtral = name != request.param
     if name in DENSE:
-        model = save_tiny_llama(path, DENSE[name], vocab_size=VOCABULARY)
+        save = save_tiny_mixtral if mixtral else save_tiny_llama
+        model = save(path, DENSE[name], vocab_size=VOCABULARY)
     elif name.startswith("GGUF"):
         path = path / "m.gguf"
-        model = save_gguf(path, Type[name.split()[1]])
+        model = save_gguf(path, Type[name.split()[1]], *[GGUF_MIXTRAL] * mixtral)
     else:
-        model = save_quantised(path, HEADS.get(name, name), name in HEADS)
-    return name, path, model
+        model = save_quantised(path, HEADS.get(name, name), name in HEADS, *[MIXTRAL] * mixtral)
+    return request.param, path, model
 
 
 def dense(weight):
@@ -57,6 +69,7 @@ def dense(weight):
 
 def kind_of(name):
     """The class that weights of that format are kept in."""
+    name = name.removeprefix(EXPERTS)
     if name in DENSE:
         return torch.Tensor
     if name.startswith("GGUF"):
@@ -83,14 +96,14 @@ def test_loads(made, record_property):
 def test_every_weight_is_its_references(made, record_property):
     name, path, model = made
     record_property("format", (name, "equal to reference"))
-    expected = model.state_dict()
+    expected = released(model)
     read = dict(open_checkpoint(path).tensors(dtype=torch.float32))
     extra = {tensor for tensor in read if tensor.endswith(".k_scale")}
-    assert read.keys() - extra == expected.keys() and bool(extra) == (name == "float8")
+    assert read.keys() - extra == expected.keys() and bool(extra) == (name.removeprefix(EXPERTS) == "float8")
     for tensor in expected:
         assert torch.equal(dense(read[tensor]), expected[tensor].double()), tensor
-        quantised = tensor.endswith("proj.weight") or (
-            tensor in ("lm_head.weight", "model.embed_tokens.weight") and name.startswith("GGUF")
+        quantised = tensor.endswith(("proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")) or (
+            tensor in ("lm_head.weight", "model.embed_tokens.weight") and "GGUF" in name
         )
         quantised = quantised or (tensor == "lm_head.weight" and name in HEADS)
         assert type(read[tensor]) is (kind_of(name) if quantised else torch.Tensor), tensor

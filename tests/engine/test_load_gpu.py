@@ -3,26 +3,28 @@
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from quantised_models import FORMATS, GGUF_KINDS, save_gguf, save_quantised
+from quantised_models import FORMATS, GGUF_KINDS, GGUF_MIXTRAL, MIXTRAL, save_gguf, save_quantised
 
 from octavo.engine import LLM, SamplingParams, tensor_files
 from octavo.engine.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.gpu
 NAMES = [*FORMATS, *(f"GGUF {kind.name}" for kind in GGUF_KINDS)]
+MIXTRALS = ["gptq", "awq", "packed", "integers", "float8", "GGUF Q4_K", "GGUF Q4_0", "GGUF Q8_0"]
 
 
 def fields(weight):
     return {"weight": weight} if isinstance(weight, torch.Tensor) else vars(weight)
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=[*NAMES, *(f"Mixtral, {name}" for name in MIXTRALS)])
 def path(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    if request.param.startswith("GGUF"):
-        save_gguf(folder / "m.gguf", Type[request.param.split()[1]])
+    folder, name = tmp_path_factory.mktemp("made"), request.param.removeprefix("Mixtral, ")
+    mixtral = name != request.param
+    if name.startswith("GGUF"):
+        save_gguf(folder / "m.gguf", Type[name.split()[1]], *[GGUF_MIXTRAL] * mixtral)
         return folder / "m.gguf"
-    save_quantised(folder, request.param)
+    save_quantised(folder, name, False, *[MIXTRAL] * mixtral)
     return folder
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_models import save_tiny_llama
+from tiny_models import save_tiny_llama, save_tiny_mixtral
 
 from octavo.engine.config import ModelConfig
 from octavo.engine.loader import _expected_shapes
@@ -19,6 +19,7 @@ SLACK = 16 << 20  # what allocators keep
 SIZES = dict(hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_key_value_heads=16, vocab_size=8000)
 LAYER = 2 * (4 * 1024 * 1024 + 3 * 1024 * 2816)
 LARGEST = 2 * 2 * 1024 * 2816  # gate and up, stacked
+EXPERTS = 8  # whose gates and ups make one tensor of 92 MB: they must go there one by one
 
 
 def run(folder, where, small):
@@ -34,15 +35,21 @@ def run(folder, where, small):
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(300, id="300 MB"), pytest.param(1000, id="1 GB", marks=pytest.mark.slow)],
+    params=[
+        pytest.param((300, "Llama"), id="300 MB"),
+        pytest.param((300, "Mixtral"), id="300 MB of experts"),
+        pytest.param((1000, "Llama"), id="1 GB", marks=pytest.mark.slow),
+    ],
 )
 def made_up(request, tmp_path_factory):
     """Folders with a model of so many MB in bf16, in files of a fifth of it each, and with a tiny one."""
+    size, kind = request.param
     folder, small = tmp_path_factory.mktemp("large"), tmp_path_factory.mktemp("small")
-    save_tiny_llama(small, torch.bfloat16)
-    layers = round(request.param * 1e6 / LAYER)
+    (save_tiny_llama if kind == "Llama" else save_tiny_mixtral)(small, torch.bfloat16)
+    layers = round(size * 1e6 / (LAYER if kind == "Llama" else LAYER + (EXPERTS - 1) * 3 * LARGEST / 2))
     config = SIZES | dict(num_hidden_layers=layers, max_position_embeddings=128, rms_norm_eps=1e-5, dtype="bfloat16")
-    config["architectures"] = ["LlamaForCausalLM"]
+    config["architectures"] = [f"{kind}ForCausalLM"]
+    config["num_local_experts"] = EXPERTS
     (folder / "config.json").write_text(json.dumps(config))
     shapes = sorted(_expected_shapes(ModelConfig.from_hf(config)).items())  # as models are written
     weight_map = {}

@@ -183,7 +183,7 @@ def test_quantised_weights_stay_quantised():
     made = weights()
     made["model.layers.0.mlp.gate_proj.weight"], _ = int4(64, 32)
     made["model.layers.0.mlp.up_proj.weight"], _ = int4(64, 32)
-    layer = load(Made(made)).layers[0].gate_up
+    layer = load(Made(made)).layers[0].mlp.gate_up
     assert isinstance(layer, Int4Linear) and layer.packed.dtype == torch.int16
     assert octavo.int4_unpack(layer.packed, 128, 32).shape == (128, 32)
     assert layer.activation == "silu_and_mul"

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from tiny_models import from_config, part_experts
 
 from octavo.engine import LLM, SamplingParams
 from octavo.engine.hub import resolve
@@ -86,6 +87,20 @@ TINY = {
         },
     ),
     "mistral-window": transformers.MistralConfig(**COMMON, sliding_window=11),
+    "mixtral": transformers.MixtralConfig(**COMMON, num_local_experts=5, num_experts_per_tok=2),
+    "mixtral-window": transformers.MixtralConfig(**COMMON, sliding_window=11, num_experts_per_tok=3),
+    "qwen3-moe": transformers.Qwen3MoeConfig(
+        **COMMON, moe_intermediate_size=56, num_experts=7, num_experts_per_tok=3, norm_topk_prob=True
+    ),
+    "qwen3-moe-window": transformers.Qwen3MoeConfig(
+        **COMMON,
+        moe_intermediate_size=56,
+        num_experts=7,
+        num_experts_per_tok=3,
+        norm_topk_prob=False,
+        use_sliding_window=True,
+        sliding_window=11,
+    ),
 }
 
 
@@ -93,10 +108,12 @@ TINY = {
 def tiny(request, tmp_path_factory):
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp(request.param)
-    model = transformers.AutoModelForCausalLM.from_config(TINY[request.param], attn_implementation="eager").eval()
+    model = from_config(TINY[request.param])
     for parameter in model.parameters():
         if parameter.dim() == 1:
             torch.nn.init.uniform_(parameter, -1.5, 1.5)  # biases and norms that would show if they were dropped
+    if hasattr(model.config, "num_experts_per_tok"):
+        part_experts(model)
     model.save_pretrained(folder, max_shard_size="100KB")
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=_word_tokenizer(COMMON["vocab_size"]))
     tokenizer.save_pretrained(folder)
@@ -133,7 +150,7 @@ def test_tiny_models_give_the_same_logits_at_every_position(tiny, chunk, where):
 def test_the_window_matters_at_this_length():
     """Without this, the comparison above could pass with the window left out."""
     ids = torch.arange(40).unsqueeze(0)
-    model = transformers.AutoModelForCausalLM.from_config(TINY["mistral-window"], attn_implementation="eager")
+    model = from_config(TINY["mistral-window"])
     with torch.inference_mode():
         windowed = model(ids).logits
         model.config.sliding_window = None

@@ -124,8 +124,8 @@ def test_octavo_serves_it_on_the_quantised_ops(quantised, source):
     llm = LLM(str(folder), device="cpu")
     assert llm.notes == []
     for layer in llm.model.layers:
-        gate_up = layer.gate_up.gate_up if isinstance(layer.gate_up, GatedLinear) else layer.gate_up
-        for linear in (layer.qkv, layer.o, gate_up, layer.down):
+        gate_up = layer.mlp.gate_up.gate_up if isinstance(layer.mlp.gate_up, GatedLinear) else layer.mlp.gate_up
+        for linear in (layer.qkv, layer.o, gate_up, layer.mlp.down):
             assert isinstance(linear, Int4Linear if "int4" in name else W8A8Linear)
     # The report's perplexities are of its own pass, layer by layer; these of the engine on what lies in the folders.
     ids = llm.tokenizer.encode(text(2))
@@ -198,7 +198,9 @@ def test_layers_whose_inputs_stay_as_they_are(source, tmp_path):
     assert {n for n, scheme in schemes.items() if scheme and scheme.input_activations is None} == named
     llm = LLM(str(target), device="cpu")
     assert llm.notes == [] and isinstance(llm.model.layers[0].qkv, W8A8Linear)
-    assert all(isinstance(of, Int8Linear) for of in (llm.model.layers[0].down, llm.model.layers[1].gate_up.gate_up))
+    assert all(
+        isinstance(of, Int8Linear) for of in (llm.model.layers[0].mlp.down, llm.model.layers[1].mlp.gate_up.gate_up)
+    )
     assert perplexity(llm, llm.tokenizer.encode(text(2)), 96) == pytest.approx(report.perplexity_after, rel=2e-3)
 
 

@@ -123,11 +123,11 @@ def test_layers_are_the_w8a8_ops(checkpoint):
     model = load_model(opened, torch.device("cpu"), torch.float32, 64)
     for layer in model.layers:
         # Outputs that share their scales by blocks can't be interleaved.
-        by_blocks = isinstance(layer.gate_up, GatedLinear)
+        by_blocks = isinstance(layer.mlp.gate_up, GatedLinear)
         assert by_blocks == (name in ("fp8 blocks", "fp8 hugging face"))
-        gate_up = layer.gate_up.gate_up if by_blocks else layer.gate_up
+        gate_up = layer.mlp.gate_up.gate_up if by_blocks else layer.mlp.gate_up
         assert by_blocks or gate_up.activation == "silu_and_mul"
-        for linear in (layer.qkv, layer.o, gate_up, layer.down):
+        for linear in (layer.qkv, layer.o, gate_up, layer.mlp.down):
             parts = linear.parts if isinstance(linear, SplitLinear) else (linear,)
             assert all(isinstance(part, W8A8Linear) for part in parts)
             assert all(part.weight.dtype == (torch.int8 if "int8" in name else torch.float8_e4m3fn) for part in parts)
@@ -154,15 +154,15 @@ def test_every_layer_computes_the_checkpoints_numbers(checkpoint, where):
         for linear, modules in (
             (layer.qkv, [f"{at}.self_attn.{p}_proj" for p in "qkv"]),
             (layer.o, [f"{at}.self_attn.o_proj"]),
-            (layer.gate_up, [f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"]),
-            (layer.down, [f"{at}.mlp.down_proj"]),
+            (layer.mlp.gate_up, [f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"]),
+            (layer.mlp.down, [f"{at}.mlp.down_proj"]),
         ):
             weight = torch.cat([weights[m] for m in modules]).to(device)
             x = torch.randn(24, weight.shape[1]).to(device, dtype)
             x_rounded = rounded(name, x.float())
             plain = torch.nn.functional.linear(x_rounded.to(dtype), weight.to(dtype))
             exact = x_rounded.double() @ weight.double().t()
-            if linear is layer.gate_up:
+            if linear is layer.mlp.gate_up:
                 plain, exact = (
                     torch.nn.functional.silu(gate) * up for gate, up in (y.chunk(2, -1) for y in (plain, exact))
                 )

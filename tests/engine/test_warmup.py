@@ -1,5 +1,6 @@
 """Warming up a model: what its steps launch is what was compiled ahead."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from quantised_models import MIXTRAL, save_quantised
+from tiny_models import save_tiny_mixtral, save_tokenizer
 
 import octavo
 from octavo.engine import LLM, SamplingParams
@@ -84,25 +87,107 @@ def test_w8a8_layers_are_covered_by_model_calls():
     assert run.returncode == 0 and "covered" in run.stdout, run.stderr[-3000:]
 
 
+EXPERTS = """
+import sys, torch, octavo
+from dataclasses import replace
+from octavo.engine import LLM, experts
+from octavo.engine.experts import ExpertLoop
+from octavo.engine.warmup import _meta, _step, step_calls
+from octavo.kernels.tiles import KNOWN_DEVICES
+from octavo.kernels.launch import launch_key
+from octavo.kernels.warmup import _launches
+
+def keys(calls):
+    return {
+        launch_key(k.kernel, 0, k.args, k.constexprs, k.num_warps, k.num_stages)
+        for k in _launches(calls, KNOWN_DEVICES[90])
+    }
+
+def around(x, topk_weights, topk_ids):  # what is done beside the experts' layers
+    rows, _, positions = octavo.moe_permute(x, topk_ids, 4)
+    return octavo.moe_unpermute(rows, positions, topk_weights)
+
+folder, weights = sys.argv[1:]
+fused = weights == "int4 fused"
+weights, dtype = weights.split()[0], torch.float16 if fused else torch.bfloat16  # that of the scales
+if fused:
+    experts._fuses_int4 = lambda device: True  # as on a GPU
+llm = LLM(folder, device="cpu", dtype=dtype, cache_tokens=4096)
+warm = keys(step_calls(llm.model, llm.runner.kv_cache, 256, 64))
+whole, cache = _meta(llm.model), llm.runner.kv_cache.to("meta")
+for tokens, sequences in ((1, 1), (7, 7), (64, 64), (250, 1), (40, 4)):
+    missing = keys([lambda: _step(whole, cache, tokens, sequences)]) - warm
+    assert not missing, (tokens, sequences, missing)
+options = dict(weights=weights, group_size=32, max_num_batched_tokens=256)
+listed = keys(octavo.model_calls(llm.config, dtype=dtype, **options))
+mixture, hidden = whole.layers[0].mlp, llm.config.hidden_size
+alone = isinstance(mixture.experts, ExpertLoop)
+assert alone == (weights == "int4" and not fused)
+for tokens in (1, 7, 50, 250):
+    x = torch.empty(tokens, hidden, dtype=dtype, device="meta")
+    assert keys([lambda: mixture(x)]) <= warm, tokens
+    called = keys([lambda: (replace(mixture, experts=around) if alone else mixture)(x)])
+    assert len(called) > 2 and called <= listed, (tokens, called - listed)
+if alone:
+    for rows in (1, 3, 6, 37, 100):  # as many tokens as an expert may get
+        x = torch.empty(rows, hidden, dtype=torch.bfloat16, device="meta")
+        called = keys([lambda: mixture.experts.experts[1](x)])
+        assert called and called <= warm, (rows, called - warm)
+print("covered")
+"""
+
+
+QUANTISED = {"int4": "gptq asymmetric", "int4 fused": "gptq", "int8_int8": "integers", "fp8": "float8 channels"}
+
+
+@pytest.mark.parametrize("weights", ["dense", "int4", "int4 fused", "int8_int8", "fp8"])
+def test_experts_are_covered(tmp_path, weights):
+    if weights == "dense":
+        save_tiny_mixtral(tmp_path, torch.bfloat16)
+    else:
+        save_quantised(tmp_path, QUANTISED[weights], config=MIXTRAL)
+        inputs = dict(num_bits=8, type="float" if weights == "fp8" else "int", dynamic=True, strategy="token")
+        config = json.loads((tmp_path / "config.json").read_text())
+        if not weights.startswith("int4"):
+            config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = inputs
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", EXPERTS, str(tmp_path), weights]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0 and "covered" in run.stdout, run.stderr[-3000:]
+
+
 def test_a_cpu_has_nothing_to_compile():
     llm = LLM("smollm2", device="cpu")
     with pytest.raises(ValueError, match="device: cpu; only a GPU's kernels are compiled"):
         llm.warmup()
 
 
+SIZES = dict(
+    vocab_size=300,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    eos_token_id=None,
+)
+SERVED = {
+    "llama": transformers.LlamaConfig(**SIZES),
+    "mixtral": transformers.MixtralConfig(**SIZES, num_local_experts=5),
+    "mixtral gptq": transformers.MixtralConfig(**SIZES, num_local_experts=5),
+}
+
+
 @pytest.mark.gpu
-def test_serving_mixed_batches_compiles_nothing(tmp_path):
-    config = transformers.LlamaConfig(
-        vocab_size=300,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    _tokenizer(300).save_pretrained(tmp_path)
+@pytest.mark.parametrize("name", SERVED)
+def test_serving_mixed_batches_compiles_nothing(tmp_path, name):
+    if name.endswith("gptq"):
+        save_quantised(tmp_path, "gptq", config=SERVED[name])
+    else:
+        transformers.AutoModelForCausalLM.from_config(SERVED[name], dtype=torch.bfloat16).save_pretrained(tmp_path)
+        save_tokenizer(tmp_path, 300)
     llm = LLM(str(tmp_path), device="cuda", max_num_batched_tokens=96, max_num_seqs=5)
     compiled, ready = octavo.compile_count(), len(launching._ready)
     params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
@@ -111,10 +196,3 @@ def test_serving_mixed_batches_compiles_nothing(tmp_path):
     assert [len(c.token_ids) for c in done] == [12] * 6 + [40]
     llm.prompt_logprobs(list(range(5, 250)))
     assert octavo.compile_count() == compiled and len(launching._ready) == ready
-
-
-def _tokenizer(size: int) -> transformers.PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, models
-
-    words = models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0")
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words))

@@ -1,0 +1,188 @@
+"""The products of `grouped.py` for few rows an expert on Hopper (sm_90), in Gluon; elsewhere `grouped.py`'s kernel.
+
+The time is that of reading the weights. Programs walk their units of work, and one warp loads weights by TMA as far
+ahead as shared memory has room, beyond the unit that is being multiplied: memory is never waited for but at the start.
+Weights are the first operand, which has 64 rows at least, and a tile has 128 of them: of gate and of up 64 each, so
+that SiLU × gate is done where they meet, in registers.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from octavo.kernels.launch import launch
+from octavo.kernels.moe.grouped_loads import described, load_rows, load_weights, scaled
+from octavo.kernels.moe.grouped_tiles import COPIED_BYTES, Scales, Tiles
+from octavo.kernels.moe.schedule import unit_at
+from octavo.kernels.quant.epilogue import halves, silu_times
+from octavo.kernels.quant.w8a8_parts import steps_of
+from octavo.kernels.tiles import cdiv, chains, wait_for_previous
+
+REGISTERS = {1: 168, 2: 128}
+"""A thread's, on average, with one program a multiprocessor and with two."""
+
+# Lists of arguments, one a line, would be longer than the code between them.
+# fmt: off
+
+
+@gluon.jit
+def write_turned(y, epilogue, bias_ptr, expert, part, first_row, rows, first_n):
+    """Results of outputs, which are rows of y, by rows of x."""
+    out_ptr, S, N = epilogue[0], epilogue[6], epilogue[7]
+    layout: gl.constexpr = y.type.layout
+    n = first_n + gl.expand_dims(gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, layout)), 1)
+    m = gl.expand_dims(gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, layout)), 0)
+    if bias_ptr is not None:
+        bias = gl.load(bias_ptr + expert.to(gl.int64) * N + n, mask=(n < N) & (part == 0), other=0.0)
+        y += bias.to(gl.float32)
+    at = (part * S + first_row + m).to(gl.int64) * N + n
+    gl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=(m < rows) & (n < N))
+
+
+@gluon.jit
+def _write_gated(acc, epilogue, expert, first_row, rows, first_n):
+    """SiLU × gate, of sums of gate above those of up."""
+    N = epilogue[7]
+    gate, up = acc.reshape([2, acc.shape[0] // 2, acc.shape[1]]).permute([1, 2, 0]).split()
+    gate = scaled(gate, epilogue, expert, first_row, rows, first_n, N, 1)
+    up = scaled(up, epilogue, expert, first_row, rows, N + first_n, 2 * N, 1)
+    write_turned(silu_times(gate, up), epilogue, None, expert, 0, first_row, rows, first_n)
+
+
+@gluon.jit
+def _compute(
+    epilogue, plan_ptr, x, weight, full, empty, n_tiles, steps, part_steps, ROWS: gl.constexpr, OUTPUTS: gl.constexpr,
+    BLOCK_K: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr,
+    PROMOTED: gl.constexpr, CHAINED: gl.constexpr,
+):
+    """What the warpgroup does. PROMOTED: sums, of which tensor cores keep 14 bits, are taken out at each step."""
+    SUM: gl.constexpr = gl.int32 if x.dtype == gl.int8 else gl.float32
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, BLOCK_K // CHUNKS // 4])
+    zeros = gl.zeros([OUTPUTS, ROWS], SUM, layout)
+    acc = zeros
+    wait_for_previous(CHAINED)
+    work_end = gl.load(plan_ptr) * n_tiles * PARTS
+    i = 0
+    for work in range(gl.program_id(0), work_end, gl.num_programs(0)):
+        expert, first_row, rows, n = unit_at(plan_ptr, work // PARTS, n_tiles)
+        part = work % PARTS
+        first, end = steps_of(part, steps, part_steps)
+        if PROMOTED:
+            acc = zeros
+        for step in range(first, end):
+            stage = i % STAGES
+            mbarrier.wait(full.index(stage), i // STAGES & 1)
+            if PROMOTED:
+                sums = zeros
+                for j in gl.static_range(CHUNKS):
+                    second = x.index(stage * CHUNKS + j).permute((1, 0))
+                    first_operand = weight.index(stage * CHUNKS + j)
+                    sums = warpgroup_mma(first_operand, second, sums, use_acc=j > 0, is_async=True)
+                sums = warpgroup_mma_wait(0, deps=[sums])
+                mbarrier.arrive(empty.index(stage), count=1)
+                acc += sums
+            else:
+                for j in gl.static_range(CHUNKS):
+                    second = x.index(stage * CHUNKS + j).permute((1, 0))
+                    add = True if j > 0 else step > first
+                    acc = warpgroup_mma(weight.index(stage * CHUNKS + j), second, acc, use_acc=add, is_async=True)
+                acc = warpgroup_mma_wait(CHUNKS, deps=[acc])
+                mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=step > first)
+            i += 1
+        if not PROMOTED:
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
+        if GATED and ROWS == 128:  # one half after the other, so that nothing spills
+            left, right = halves(acc)
+            _write_gated(left, epilogue, expert, first_row, rows, n * (OUTPUTS // 2))
+            _write_gated(right, epilogue, expert, first_row + ROWS // 2, rows - ROWS // 2, n * (OUTPUTS // 2))
+        elif GATED:
+            _write_gated(acc, epilogue, expert, first_row, rows, n * (OUTPUTS // 2))
+        else:
+            y = scaled(acc, epilogue, expert, first_row, rows, n * OUTPUTS, epilogue[7], 1)
+            write_turned(y, epilogue, epilogue[1], expert, part, first_row, rows, n * OUTPUTS)
+
+
+@gluon.jit(do_not_specialize=["S", "part_steps"])
+def _grouped_few_kernel(
+    # Bound by reading the weights. One or two programs a multiprocessor.
+    x_desc, weight_desc, out_ptr, bias_ptr, plan_ptr, x_scale_ptr, weight_scale_ptr, S, N, stride_expert, stride_output,
+    n_tiles, steps, part_steps, ROWS: gl.constexpr, OUTPUTS: gl.constexpr, BLOCK_K: gl.constexpr, CHUNKS: gl.constexpr,
+    STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, PROMOTED: gl.constexpr, EARLY: gl.constexpr,
+    REGISTERS: gl.constexpr, CHAINED: gl.constexpr,
+):
+    WIDTH: gl.constexpr = BLOCK_K // CHUNKS
+    x = gl.allocate_shared_memory(x_desc.dtype, [STAGES * CHUNKS, ROWS, WIDTH], x_desc.layout)
+    weight = gl.allocate_shared_memory(weight_desc.dtype, [STAGES * CHUNKS, OUTPUTS, WIDTH], weight_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    fence_async_shared()
+    epilogue = (out_ptr, bias_ptr, x_scale_ptr, weight_scale_ptr, stride_expert, stride_output, S, N)
+    gl.warp_specialize([
+        (_compute, (
+            epilogue, plan_ptr, x, weight, full, empty, n_tiles, steps, part_steps, ROWS, OUTPUTS, BLOCK_K, CHUNKS,
+            STAGES, PARTS, GATED, PROMOTED, CHAINED)),
+        (load_weights, (
+            weight_desc, plan_ptr, weight, full, empty, N, n_tiles, steps, part_steps, ROWS, OUTPUTS, BLOCK_K, CHUNKS,
+            STAGES, PARTS, GATED, EARLY, CHAINED)),
+        (load_rows, (
+            x_desc, plan_ptr, x, full, empty, n_tiles, steps, part_steps, BLOCK_K, CHUNKS, STAGES, PARTS, CHAINED)),
+    ], [1, 1], [24, 24])
+# fmt: on
+
+
+def grouped_few(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scales: Scales,
+    plan: torch.Tensor,
+    tiles: Tiles,
+    n_tiles: int,
+    programs: int,
+    gated: bool,
+    planned_before: bool,
+) -> None:
+    """Launches it; the arguments are those of `octavo.kernels.moe.grouped.grouped`."""
+    s, n = out.shape[-2:]
+    steps = cdiv(weight.shape[-1], tiles.block_k)
+    launch(
+        _grouped_few_kernel,
+        (programs,),
+        described(x, tiles.rows),
+        described(weight, tiles.outputs // 2),
+        out,
+        bias,
+        plan,
+        scales.x,
+        scales.weight,
+        s,
+        n,
+        *scales.strides,
+        n_tiles,
+        steps,
+        cdiv(steps, tiles.parts),
+        device=x.device,
+        num_warps=4,
+        ROWS=tiles.rows,
+        OUTPUTS=tiles.outputs,
+        BLOCK_K=tiles.block_k,
+        CHUNKS=tiles.block_k * weight.element_size() // COPIED_BYTES,
+        STAGES=tiles.stages,
+        PARTS=tiles.parts,
+        GATED=gated,
+        PROMOTED=weight.dtype == torch.float8_e4m3fn and tiles.rows < 128,  # else there are no registers for it
+        EARLY=planned_before,
+        REGISTERS=REGISTERS[tiles.programs_per_sm],
+        CHAINED=chains(x.device),
+    )

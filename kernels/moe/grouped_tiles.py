@@ -1,0 +1,141 @@
+"""The tiles of a product by experts, and which kernel computes them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from octavo.kernels.tiles import DeviceProperties, cdiv, next_power_of_2
+
+MOST_FEW = 128
+"""Rows of a tile whose first operand is the weights."""
+COPIED_BYTES = 128
+"""Of a row that one copy brings on Hopper: the copy engine's widest swizzle. A step is one or some."""
+_OTHER_BYTES = 2048
+"""Of shared memory: barriers, and what the GPU keeps for itself."""
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Of quantised operands; those of 16 bits have none."""
+
+    x: torch.Tensor | None = None
+    """`[S]`, or `[S, 1]`: one a row."""
+    weight: torch.Tensor | None = None
+    """`[E, outputs]` (gate's, then up's), or `[E]`."""
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """From one expert's to the next's, and from one output's to the next's."""
+        if self.weight is None:
+            return 0, 0
+        return (self.weight.stride(0), 1) if self.weight.dim() == 2 else (1, 0)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows of x and outputs of a tile, inputs of a step, and the schedule of programs."""
+
+    kernel: str
+    """"few", "many" (`octavo.kernels.moe.grouped_few`, `grouped_hopper`) or "triton" (`grouped`); with int4 weights
+    "int4" (`grouped_int4`) or "int4_plain" (`grouped_int4_plain`)."""
+    rows: int
+    outputs: int
+    """With SiLU and gate those of gate and of up together."""
+    block_k: int
+    num_warps: int
+    stages: int
+    programs_per_sm: int
+    parts: int = 1
+    """Programs that a tile's inputs are dealt out to; none is without a step."""
+
+    def parts_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of results that are added up afterwards: where there are few, they are not rounded before."""
+        return torch.float32 if self.kernel in ("few", "int4") or self.parts > 1 else dtype
+
+
+def rows_of(rows: int, experts: int, *, copied: bool, most: int = 128) -> int:
+    """Rows of a tile, for that many rows of which nobody knows yet how they are spread over the experts.
+
+    Half as many again as an expert has on average, if each that can have rows has some: then most experts have one
+    tile, and their weights are read once.
+    """
+    mean = rows / max(min(experts, rows), 1)
+    few = max(next_power_of_2(int(1.5 * mean)), 16)
+    if not copied:
+        few = min(few, 64) if mean <= 64 else 128
+    return min(few, most)
+
+
+def _parts(tiles: int, inputs: int, slots: int, bytes_of_tile: int, block_k: int) -> int:
+    """Programs a tile, so that as few multiprocessors as possible have nothing to do in the end.
+
+    A part has 256 KB to read, at least. Parts are written and read once more: each one more has to save 2 %.
+    """
+    most = max(min(bytes_of_tile // 2**18, inputs // 256, 8), 1)
+
+    def cost(parts: int) -> float:
+        waves = tiles * parts / slots
+        return cdiv(int(waves * 1000), 1000) / waves * (1 + 0.02 * parts)
+
+    parts = min(range(1, most + 1), key=cost)
+    steps = cdiv(inputs, block_k)
+    return cdiv(steps, cdiv(steps, parts))
+
+
+def choose_tiles(
+    rows: int,
+    experts: int,
+    outputs: int,
+    inputs: int,
+    tile: int,
+    properties: DeviceProperties,
+    *,
+    gated: bool,
+    copied: bool,
+    itemsize: int,
+) -> Tiles:
+    """The tiles for `[rows, inputs]` by `[experts, outputs, inputs]`, `tile` of the rows at a time.
+
+    Args:
+        tile: from `rows_of`.
+        gated: whether outputs are halved by SiLU × gate; then one program has all of a tile's inputs.
+        copied: whether the copy engine loads, on Hopper.
+    """
+    mean = rows / max(min(experts, rows), 1)
+    active = min(experts, rows)
+    if copied and mean <= 64:
+        # Two programs a multiprocessor, with half the memory each, took 0.5 to 2 % more on an H100.
+        step = 2 * COPIED_BYTES
+        stages = (properties.shared_memory - _OTHER_BYTES) // ((tile + 128) * step)
+        tiles = active * cdiv(outputs, 128)
+        parts = 1
+        if not gated:
+            parts = _parts(tiles, inputs, properties.num_sms, 128 * inputs * itemsize, step // itemsize)
+        return Tiles("few", tile, 128, step // itemsize, 4, stages, 1, parts)
+    if copied:
+        return Tiles("many", tile, 256, COPIED_BYTES // itemsize, 4, 4, 1)
+    # More than so many numbers a step spill where rows are not aligned, so that loads go through registers.
+    block_k = 64 if itemsize <= 2 and tile <= 32 else 32
+    return Tiles("triton", tile, 128, block_k, 8, 3, 1)
+
+
+def choose_int4(
+    rows: int,
+    experts: int,
+    outputs: int,
+    inputs: int,
+    tile: int,
+    properties: DeviceProperties,
+    *,
+    gated: bool,
+    copied: bool,
+) -> Tiles:
+    """The same for int4 weights; `outputs` are those of gate and of up."""
+    if not copied:
+        return Tiles("int4_plain", tile, 128, 128, 8, 2, 1)
+    handed = 2 * 64 * tile * 4 if gated else 0
+    stage = 4 * 4096 + tile * 256
+    stages = min((properties.shared_memory - handed - 5 * _OTHER_BYTES) // stage, 8)
+    count = min(experts, rows) * cdiv(outputs, 256)
+    parts = 1 if gated else _parts(count, inputs, properties.num_sms, 128 * inputs, 128)
+    return Tiles("int4", tile, 256, 128, 4, stages, 1, parts)

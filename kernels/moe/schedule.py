@@ -1,0 +1,179 @@
+"""Which tiles a product by experts has, worked out on the device: how many rows an expert has is known there alone.
+
+A tile is as many rows of one expert as a program takes at a time, or what is left of them; an expert without rows has
+none. The plan is int32: the number of tiles, then, from 8 on, 8 numbers a tile: expert, first row, rows, and of the
+group that it belongs to the first tile and how many there are. Programs walk the tiles of a group together, one column
+of outputs after the other, so that what they read of an expert's weights is in the cache (L2) for all of them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from octavo.kernels.launch import empty, launch
+from octavo.kernels.tiles import cdiv, chains, let_next_start, next_power_of_2, wait_for_previous
+
+GROUP = 8
+"""Tiles of a group, at most."""
+CHUNK = 16
+"""Tiles that one program describes."""
+
+
+@triton.jit
+def unit_at(plan_ptr, unit, n_tiles):
+    """Expert, first row and number of rows, and which of `n_tiles` columns: of a unit of work, a tile by a column."""
+    near_ptr = plan_ptr + 8 + unit // n_tiles * 8  # another tile of the same group
+    first, size = tl.load(near_ptr + 3), tl.load(near_ptr + 4)
+    rest = unit - first * n_tiles
+    tile_ptr = plan_ptr + 8 + (first + rest % size) * 8
+    return tl.load(tile_ptr), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2), rest // size
+
+
+@triton.jit
+def _ends(offsets_ptr, expert, mask, S):
+    """First row of an expert and that behind its last: within the S that there are, whatever the offsets say."""
+    start = tl.load(offsets_ptr + expert, mask=mask, other=0)
+    end = tl.load(offsets_ptr + expert + 1, mask=mask, other=0)
+    start = tl.minimum(tl.maximum(start, 0), S)
+    return start, tl.minimum(tl.maximum(end, start), S)
+
+
+@triton.jit
+def _describe(
+    plan_ptr, offsets_ptr, chunk, S, E, max_tiles, ROWS: tl.constexpr, GROUP: tl.constexpr, EXPERTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Writes CHUNK tiles of the plan."""
+    expert = tl.arange(0, EXPERTS)
+    start, end = _ends(offsets_ptr, expert, expert < E, S)
+    tiles = (end - start + ROWS - 1) // ROWS  # [EXPERTS]
+    until = tl.cumsum(tiles)
+    tile = chunk * CHUNK + tl.arange(0, CHUNK)
+    mine = tl.sum((until[None, :] <= tile[:, None]).to(tl.int32), 1)  # [CHUNK]
+    before = tl.sum(tl.where(expert[None, :] < mine[:, None], tiles[None, :], 0), 1)
+    count = tl.minimum(tl.sum(tiles), max_tiles)
+    exists = tile < count
+    start, end = _ends(offsets_ptr, mine, exists, S)
+    at = tile - before
+    row = start + at * ROWS
+    group = at // GROUP * GROUP
+    size = tl.minimum((end - start + ROWS - 1) // ROWS - group, GROUP)
+    tile_ptr = plan_ptr + 8 + tile * 8
+    tl.store(tile_ptr, mine, mask=exists)
+    tl.store(tile_ptr + 1, row, mask=exists)
+    tl.store(tile_ptr + 2, tl.minimum(end - row, ROWS), mask=exists)
+    tl.store(tile_ptr + 3, before + group, mask=exists)
+    tl.store(tile_ptr + 4, size, mask=exists)
+    if chunk == 0:
+        tl.store(plan_ptr, count)
+
+
+@triton.jit(do_not_specialize=["S", "E", "max_tiles", "chunks", "top_k"])
+def _schedule_kernel(
+    # Bound by memory: rows read and written once. Some programs describe tiles; each other one has a row.
+    plan_ptr,
+    offsets_ptr,
+    rows_ptr,
+    x_ptr,
+    order_ptr,
+    row_scales_ptr,
+    x_scale_ptr,
+    S,
+    E,
+    max_tiles,
+    chunks,
+    top_k,
+    width,
+    stride_x,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    row = tl.program_id(0) - chunks
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
+    if row < 0:
+        _describe(plan_ptr, offsets_ptr, row + chunks, S, E, max_tiles, ROWS, GROUP, EXPERTS, CHUNK)
+    elif x_ptr is not None:
+        token = tl.load(order_ptr + row) // top_k
+        if x_scale_ptr is not None:
+            tl.store(row_scales_ptr + row, tl.load(x_scale_ptr + token))
+        for first in range(0, width, BLOCK):
+            cols = first + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + token.to(tl.int64) * stride_x + cols, mask=cols < width)
+            tl.store(rows_ptr + row.to(tl.int64) * width + cols, x, mask=cols < width)
+    elif (row < tl.load(offsets_ptr)) | (row >= tl.load(offsets_ptr + E)):
+        for first in range(0, width, BLOCK):
+            cols = first + tl.arange(0, BLOCK)
+            zeros = tl.zeros([BLOCK], rows_ptr.dtype.element_ty)
+            tl.store(rows_ptr + row.to(tl.int64) * width + cols, zeros, mask=cols < width)
+
+
+def most_tiles(rows: int, experts: int, tile: int) -> int:
+    """How many tiles there are at most: whole ones, and one of each expert that is not full."""
+    return rows // tile + min(experts, rows)
+
+
+def _plan(
+    rows: torch.Tensor,
+    offsets: torch.Tensor,
+    tile: int,
+    x: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+    top_k: int = 1,
+    row_scales: torch.Tensor | None = None,
+    x_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    (count, width), experts = rows.shape, offsets.shape[0] - 1
+    tiles = most_tiles(count, experts, tile)
+    chunks = cdiv(tiles, CHUNK)
+    plan = empty((8 * (1 + tiles),), torch.int32, rows.device)
+    launch(
+        _schedule_kernel,
+        (chunks + count,),
+        plan,
+        offsets,
+        rows,
+        x,
+        order,
+        row_scales,
+        x_scale,
+        count,
+        experts,
+        tiles,
+        chunks,
+        top_k,
+        width,
+        0 if x is None else x.stride(0),
+        device=rows.device,
+        num_warps=4,
+        ROWS=tile,
+        GROUP=GROUP,
+        EXPERTS=next_power_of_2(experts),
+        CHUNK=CHUNK,
+        BLOCK=min(next_power_of_2(width), 4096),
+        CHAINED=chains(rows.device),
+    )
+    return plan
+
+
+def gather_and_plan(
+    x: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    top_k: int,
+    tile: int,
+    x_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Rows of x sorted by expert, `[T · k, H]`, with their scales if x has some, and the plan of their tiles."""
+    rows = empty((order.shape[0], x.shape[1]), x.dtype, x.device)
+    row_scales = None if x_scale is None else empty((order.shape[0],), torch.float32, x.device)
+    return rows, row_scales, _plan(rows, offsets, tile, x, order, top_k, row_scales, x_scale)
+
+
+def plan_and_clear(out: torch.Tensor, offsets: torch.Tensor, tile: int) -> torch.Tensor:
+    """The plan of the tiles of a result `[S, N]`; those of its rows that are no expert's are set to 0."""
+    return _plan(out, offsets, tile)

@@ -1,0 +1,206 @@
+"""The Hopper kernels of products by experts: their source run in Python, and themselves on such a GPU."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from gluon_in_python import FP8 as FP8_IN_PYTHON
+from gluon_in_python import Descriptor, Number, Pointer, namespace
+
+from octavo.kernels.moe import schedule
+from octavo.kernels.quant.int4_hopper import groups_of_step
+from octavo.kernels.quant.packing import int4_pack
+from octavo.kernels.tiles import cdiv
+from octavo.reference import moe as reference
+from octavo.testing import assert_accurate
+
+HALF, INT8, FP8 = torch.float16, torch.int8, torch.float8_e4m3fn
+MODULES = "quant/epilogue", "quant/w8a8_loads", "quant/w8a8_parts", "moe/schedule", "moe/grouped_loads"
+
+
+def pointer(tensor):
+    if tensor is None:
+        return None
+    values = tensor if tensor.dtype == torch.int32 else tensor.float()
+    return Pointer(values.contiguous().view(-1).numpy(), str(tensor.dtype).removeprefix("torch."))
+
+
+def descriptor(tensor, rows):
+    tensor = tensor.flatten(0, -2)
+    if tensor.dtype == INT8:
+        return Descriptor(tensor.numpy(), "int8", (rows, 128))
+    name, width = ("float16", 64) if tensor.dtype == HALF else (FP8_IN_PYTHON, 128)
+    return Descriptor(tensor.float().numpy(), name, (rows, width))
+
+
+def in_python(
+    module, x, weight, bias, offsets, scales, tile, outputs, stages, parts, gated, programs, more, chunks=None
+):
+    """Calls a module's kernel for programs in any order; results of rows that are no expert's stay NaN."""
+    s, n = x.shape[0], weight.shape[1] // (2 if gated else 1)
+    plan = schedule.plan_and_clear(torch.empty(s, 1), offsets, tile)
+    step = 128 // x.element_size() * (chunks or 1)
+    steps = cdiv(x.shape[1], step)
+    part_steps = cdiv(steps, parts)
+    strides = (0, 0) if scales[1] is None else (weight.shape[1], 1) if scales[1].dim() == 2 else (1, 0)
+    assert cdiv(steps, part_steps) == parts
+    out = torch.full((parts, s, n), torch.nan)
+    if parts == 1:
+        out = out.half()
+    out = pointer(out)
+    for program in random.sample(range(programs), programs):
+        names = namespace([f"{name}.py" for name in (*MODULES, f"moe/{module}")], (program,), programs)
+        names[f"_{module}_kernel"](
+            descriptor(x, tile),
+            descriptor(weight, outputs // 2),
+            out,
+            pointer(bias),
+            pointer(plan),
+            *map(pointer, scales),
+            *map(Number, (s, n, *strides, cdiv(n, outputs // 2 if gated else outputs), steps, part_steps)),
+            *(tile, outputs, step, *([chunks] if chunks else []), stages, parts, gated, *more),
+        )
+    return torch.from_numpy(out.memory).view(parts, s, n).sum(0).to(HALF)
+
+
+def case(counts, k, n, gated, bias, operand):
+    """Rows of each expert, and some of none behind them; scales of operands of 8 bits."""
+    experts, rows = len(counts), sum(counts) + 3
+    outputs = n * (2 if gated else 1)
+    x, weight = torch.randn(rows, k), torch.randn(experts, outputs, k) / k**0.5
+    offsets = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32)
+    scales = None, None
+    if operand == HALF:
+        x, weight = x.to(HALF), weight.to(HALF)
+    else:
+        x, weight = (x * 30).round().clamp(-127, 127).to(operand), (weight * 90).clamp(-127, 127).to(operand)
+        scales = torch.rand(rows) / 30, torch.rand((experts, outputs) if random.random() < 0.5 else experts) / 60
+    return x, weight, torch.randn(experts, n) if bias else None, offsets, scales
+
+
+def check(out, x, weight, bias, offsets, scales, gated):
+    end = int(offsets[-1])
+    assert out[end:].isnan().all()  # they are not written
+    x, weight = x.double(), weight.double()
+    if scales[0] is not None:
+        x *= scales[0][:, None]
+        weight *= scales[1][:, :, None] if scales[1].dim() == 2 else scales[1][:, None, None]
+
+    def products(dtype):
+        y = reference._products(x.to(dtype), weight.to(dtype), offsets, bias)
+        if gated:
+            gate, up = y.chunk(2, -1)
+            y = torch.nn.functional.silu(gate) * up
+        return y[:end]
+
+    exact = products(torch.float64).double()
+    assert_accurate(out[:end], exact, exact.to(HALF))
+
+
+COUNTS = ([5, 0, 16, 17, 0, 1], [0, 40], [33, 1, 2])
+
+
+@pytest.mark.parametrize("operand", [HALF, INT8, FP8], ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("counts", "k", "n", "tile", "chunks", "stages", "parts", "bias"),
+    [
+        (COUNTS[0], 136, 72, 16, 1, 3, 1, False),
+        (COUNTS[0], 320, 200, 16, 2, 2, 2, True),
+        (COUNTS[1], 256, 128, 32, 1, 4, 4, True),
+        (COUNTS[1], 520, 128, 32, 4, 2, 3, True),
+        (COUNTS[2], 64, 140, 64, 2, 3, 1, True),
+        (COUNTS[2], 200, 300, 128, 1, 2, 1, False),
+    ],
+)
+def test_source_of_few(counts, k, n, tile, chunks, stages, parts, bias, gated, operand):
+    """Experts without rows and of several tiles, outputs and inputs that end within a tile, parts, an early start."""
+    parts, bias = (1, False) if gated else (parts, bias)
+    k = k if operand == HALF else 2 * k  # as many steps
+    args = case(counts, k, n, gated, bias, operand)
+    more = operand == FP8 and tile < 128, random.random() < 0.5, 128, False
+    out = in_python("grouped_few", *args, tile, 128, stages, parts, gated, 3, more, chunks)
+    check(out, *args, gated)
+
+
+@pytest.mark.parametrize("operand", [HALF, INT8, FP8], ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("counts", "k", "n", "outputs", "stages", "parts", "bias"),
+    [
+        ([5, 0, 130, 1], 136, 300, 256, 2, 1, True),
+        ([0, 300], 200, 200, 128, 3, 1, False),
+        ([64, 65], 320, 260, 256, 2, 2, True),
+        ([1100], 64, 72, 128, 2, 1, False),
+    ],
+)
+def test_source_of_many(counts, k, n, outputs, stages, parts, bias, gated, operand):
+    """The same, and tiles of which one warpgroup has no rows."""
+    parts, bias = (1, False) if gated else (parts, bias)
+    k = k if operand == HALF else 2 * k  # as many steps
+    args = case(counts, k, n, gated, bias, operand)
+    out = in_python("grouped_hopper", *args, 128, outputs, stages, parts, gated, 3, ())
+    check(out, *args, gated)
+
+
+INT4 = "shares", "loads", "unpack", "compute"
+
+
+def int4_in_python(x, packed, scale, offsets, tile, stages, parts, gated, programs, early):
+    """As `grouped_int4.grouped_int4` launches it."""
+    s, (_, groups, outputs) = x.shape[0], scale.shape
+    n, k_tiles = outputs // 2 if gated else outputs, packed.shape[2]
+    group, part_steps = x.shape[1] // groups, cdiv(k_tiles, parts)
+    assert cdiv(k_tiles, part_steps) == parts
+    plan = schedule.plan_and_clear(torch.empty(s, 1), offsets, tile)
+    out = torch.full((parts, s, n), torch.nan)
+    out = pointer(out if parts > 1 else out.half())
+    modules = [f"quant/int4_{name}" for name in INT4]
+    modules = [*MODULES[:1], *modules, *MODULES[2:], "moe/grouped_few", "moe/grouped_int4"]
+    per_step = groups_of_step(group)
+    for program in random.sample(range(programs), programs):
+        namespace([f"{name}.py" for name in modules], (program,), programs)["_grouped_int4_kernel"](
+            Descriptor(packed.view(-1, 64).numpy(), "int16", (32, 64)),
+            descriptor(x, tile),
+            out,
+            pointer(plan),
+            pointer(scale),
+            *map(Number, (s, n, packed.shape[1], cdiv(n, 128 if gated else 256), k_tiles, part_steps, groups - 1)),
+            *map(Number, (group // 32, *scale.stride()[:2])),
+            *(per_step, per_step == 1 or per_step * group == 128, group % 128 == 0 and tile <= 32),
+            *(tile, stages, parts, gated, early, False),
+        )
+    return torch.from_numpy(out.memory).view(parts, s, n).sum(0).to(HALF)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("counts", "k", "n", "groups", "tile", "stages", "parts"),
+    [
+        (COUNTS[0], 256, 192, 2, 16, 3, 1),
+        (COUNTS[0], 512, 320, 2, 16, 2, 2),
+        (COUNTS[1], 320, 64, 5, 32, 4, 3),
+        (COUNTS[1], 480, 128, 15, 32, 2, 1),
+        (COUNTS[2], 384, 256, 1, 64, 2, 1),
+    ],
+)
+def test_source_of_int4(counts, k, n, groups, tile, stages, parts, gated):
+    """Groups of a step, of several and of all, outputs and inputs that end within a tile, parts, an early start."""
+    parts = 1 if gated else parts
+    experts, outputs = len(counts), n * (2 if gated else 1)
+    offsets = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32)
+    x = torch.randn(sum(counts) + 3, k).to(HALF)
+    q = torch.randint(0, 16, (experts, outputs, k), dtype=torch.uint8)
+    scale = ((torch.rand(experts, groups, outputs) + 0.5) / (5 * k**0.5)).to(HALF)
+    packed = torch.stack([int4_pack(of_expert) for of_expert in q])
+    args = x, packed, scale, offsets, tile, stages, parts, gated, 3, random.random() < 0.5
+    weight = (q.double() - 8) * scale.double().transpose(1, 2).repeat_interleave(k // groups, 2)
+    out, end = int4_in_python(*args), int(offsets[-1])
+    assert out[end:].isnan().all()
+
+    def products(weight):
+        y = reference._products(x, weight, offsets)[:end]
+        return torch.nn.functional.silu(y[:, :n]) * y[:, n:] if gated else y
+
+    assert_accurate(out[:end], products(weight).double(), products(weight.to(HALF)).to(HALF))
