@@ -76,6 +76,17 @@ def _first_of(key, ids, best, AXIS: tl.constexpr):
 
 
 @triton.jit
+def _best_of_all(key, ids):
+    """The lowest id among those with a row's best key, `[ROWS, GROUPS, SIZE]` -> `[ROWS]`.
+
+    An axis at a time: Triton 3.6 takes the wrong threads' numbers for the axis that a reshape makes of two. Groups
+    first, which large ones have in registers.
+    """
+    best = tl.max(tl.max(key, 1), 1)[:, None, None]
+    return tl.min(tl.min(tl.where(key == best, ids, 0x7FFFFFFF), 1), 1)
+
+
+@triton.jit
 def _without_groups(key, num_groups, topk_group, BY_TWO: tl.constexpr):
     """Keys `[ROWS, GROUPS, SIZE]`, with ABSENT where a group is not among the best topk_group.
 
@@ -148,17 +159,15 @@ def _route_kernel(
     key = tl.where(exists[None, :, :], _key(choice), ABSENT)
     if GROUPS > 1:
         key = _without_groups(key, num_groups, topk_group, bias_ptr is not None)
-    key = tl.reshape(key, [ROWS, GROUPS * SIZE])
-    ids = tl.reshape(id, [GROUPS * SIZE])[None, :]
 
     place = tl.arange(0, CHOSEN)[None, :]
     chosen = (
         num_groups * group_size + place - top_k + tl.zeros([ROWS, CHOSEN], tl.int32)
     )  # past top_k, those that all tokens share
     for j in range(top_k):
-        best = _first_of(key, ids, tl.max(key, 1, keep_dims=True), 1)  # [ROWS, 1]
-        chosen = tl.where(place == j, best, chosen)
-        key = tl.where(ids == best, ABSENT, key)
+        best = _best_of_all(key, id[None, :, :])  # [ROWS]
+        chosen = tl.where(place == j, best[:, None], chosen)
+        key = tl.where(id[None, :, :] == best[:, None, None], ABSENT, key)
 
     routed = place < top_k
     logit = tl.load(logits_ptr + chosen, mask=routed, other=float("-inf")).to(tl.float32)  # [ROWS, CHOSEN]
