@@ -46,13 +46,21 @@ def write_turned(y, epilogue, bias_ptr, expert, part, first_row, rows, first_n):
 
 
 @gluon.jit
-def _write_gated(acc, epilogue, expert, first_row, rows, first_n):
-    """SiLU × gate, of sums of gate above those of up."""
+def _write(
+    acc, epilogue, expert, part, first_row, rows, n_tile, OUTPUTS: gl.constexpr, GATED: gl.constexpr,
+):
+    """What becomes of the sums of a tile's outputs and of rows from the first one on."""
     N = epilogue[7]
-    gate, up = acc.reshape([2, acc.shape[0] // 2, acc.shape[1]]).permute([1, 2, 0]).split()
-    gate = scaled(gate, epilogue, expert, first_row, rows, first_n, N, 1)
-    up = scaled(up, epilogue, expert, first_row, rows, N + first_n, 2 * N, 1)
-    write_turned(silu_times(gate, up), epilogue, None, expert, 0, first_row, rows, first_n)
+    if GATED:  # those of gate are above those of up
+        first_n = n_tile * (OUTPUTS // 2)
+        gate, up = acc.reshape([2, acc.shape[0] // 2, acc.shape[1]]).permute([1, 2, 0]).split()
+        gate = scaled(gate, epilogue, expert, first_row, rows, first_n, N, 1)
+        up = scaled(up, epilogue, expert, first_row, rows, N + first_n, 2 * N, 1)
+        write_turned(silu_times(gate, up), epilogue, None, expert, 0, first_row, rows, first_n)
+    else:
+        first_n = n_tile * OUTPUTS
+        y = scaled(acc, epilogue, expert, first_row, rows, first_n, N, 1)
+        write_turned(y, epilogue, epilogue[1], expert, part, first_row, rows, first_n)
 
 
 @gluon.jit
@@ -133,15 +141,12 @@ def _compute(
         if not (PROMOTED or BLOCKS):
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
-        if GATED and ROWS == 128:  # one half after the other, so that nothing spills
+        if ROWS == 128:  # one half after the other, so that nothing spills
             left, right = halves(acc)
-            _write_gated(left, results, expert, first_row, rows, n * (OUTPUTS // 2))
-            _write_gated(right, results, expert, first_row + ROWS // 2, rows - ROWS // 2, n * (OUTPUTS // 2))
-        elif GATED:
-            _write_gated(acc, results, expert, first_row, rows, n * (OUTPUTS // 2))
+            _write(left, results, expert, part, first_row, rows, n, OUTPUTS, GATED)
+            _write(right, results, expert, part, first_row + ROWS // 2, rows - ROWS // 2, n, OUTPUTS, GATED)
         else:
-            y = scaled(acc, results, expert, first_row, rows, n * OUTPUTS, epilogue[7], 1)
-            write_turned(y, results, epilogue[1], expert, part, first_row, rows, n * OUTPUTS)
+            _write(acc, results, expert, part, first_row, rows, n, OUTPUTS, GATED)
 
 
 @gluon.jit(do_not_specialize=["S", "part_steps"])
