@@ -17,7 +17,7 @@
 
 #define MAX_TENSORS 64
 #define MAX_PARAMETERS 128
-#define MAX_STARTS 4
+#define MAX_STARTS 12
 
 typedef CUresult (*launch_t)(const CUlaunchConfig *, CUfunction, void **, void **);
 typedef CUresult (*parameter_t)(CUfunction, size_t, size_t *, size_t *);

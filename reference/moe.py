@@ -10,6 +10,7 @@ import torch
 
 from octavo.reference.quant import dequantize_int4
 from octavo.reference.quantize import quantize_rows
+from octavo.reference.w8a8 import BLOCK
 
 
 def moe_route(
@@ -110,6 +111,10 @@ def _quantized_products(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, offsets: torch.Tensor
 ) -> torch.Tensor:
     """Of rows that are quantised as the weights are; sums of integers are exact."""
+    if scale.dim() == 3:  # of blocks: sums are not of integers then
+        q, x_scale = quantize_rows(x, weight.dtype, None, BLOCK)
+        scale = scale.repeat_interleave(BLOCK, 1)[:, : weight.shape[1]].repeat_interleave(BLOCK, 2)
+        return _products(q.float() * x_scale.repeat_interleave(BLOCK, 1), weight.float() * scale, offsets)
     q, x_scale = quantize_rows(x, weight.dtype, None, None)
     out = torch.zeros(len(x), weight.shape[1], dtype=torch.float32, device=x.device)
     for expert, (start, end) in enumerate(pairwise(offsets.tolist())):

@@ -74,18 +74,22 @@ def quantized(w, dtype, by_expert):
 
 
 def quantized_layer(x, w1, w2, weights, ids, w1_scale, w2_scale, dtype):
-    """With rows quantised as the op does it, and all else at one precision."""
+    """With tokens quantised as the op does it; what lies between is too, but in float64: there it is exact."""
 
     def product(rows, w, scale):
-        q, row_scale = quantize_rows(rows, w.dtype, None, None)
         scale = scale[:, None] if scale.dim() else scale
-        return (q.double() * row_scale).to(dtype) @ (w.double() * scale).to(dtype).t()
+        return rows.to(dtype) @ (w.double() * scale).to(dtype).t()
+
+    def rounded(rows, like):
+        q, row_scale = quantize_rows(rows, like.dtype, None, None)
+        return q.double() * row_scale
 
     out = torch.zeros_like(x, dtype=dtype)
     for t in range(len(x)):
         for j, e in enumerate(ids[t].tolist()):
-            gate, up = product(x[t : t + 1], w1[e], w1_scale[e]).chunk(2, 1)
-            hidden = (torch.nn.functional.silu(gate) * up).to(x.dtype)
+            gate, up = product(rounded(x[t : t + 1], w1), w1[e], w1_scale[e]).chunk(2, 1)
+            hidden = torch.nn.functional.silu(gate) * up
+            hidden = hidden if dtype == torch.float64 else rounded(hidden.to(x.dtype), w2)
             out[t] += weights[t, j].to(dtype) * product(hidden, w2[e], w2_scale[e])[0]
     return out
 
@@ -101,13 +105,49 @@ def test_quantized(device, of_weights, by_expert, tokens, experts, top_k, hidden
     (w1, w1_scale), (w2, w2_scale) = (quantized(w, of_weights, by_expert) for w in (w1, w2))
     out = octavo.fused_moe(x, w1, w2, weights, ids, w1_scale=w1_scale, w2_scale=w2_scale)
     args = x, w1, w2, weights, ids, w1_scale, w2_scale
-    # Of two numbers of the grid that one lies between, the last bit of a first product decides; Hopper's tensor cores
-    # keep 14 bits of a sum of fp8.
-    on_tensor_cores = out.is_cuda and of_weights == torch.float8_e4m3fn
-    plain = quantized_layer(*args, torch.bfloat16 if on_tensor_cores else torch.float16)
-    assert_accurate(out, quantized_layer(*args, torch.float64), plain)
+    exact, plain = quantized_layer(*args, torch.float64), quantized_layer(*args, torch.float16)
+    assert_accurate(out, exact, plain)
     expected = reference.moe.fused_moe(*args[:5], None, *args[5:])
-    assert_accurate(expected, quantized_layer(*args, torch.float64), plain)
+    assert_accurate(expected, exact, plain)
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k", "hidden"), [(1, 4, 2, 256), (9, 4, 2, 128), (130, 2, 2, 128)])
+def test_quantized_in_blocks(device, tokens, experts, top_k, hidden):
+    of_weights = torch.float8_e4m3fn
+    x, w1, w2, weights, ids = case(tokens, experts, top_k, hidden, 128, torch.float32, device)
+
+    def in_blocks(w):
+        outputs = -(-w.shape[1] // 128)
+        scale = torch.rand(experts, outputs, w.shape[2] // 128, device=device) / 2 + 0.5
+        q, row_scale = quantized(w, of_weights, True)
+        return q, scale * row_scale[:, None, None]
+
+    (w1, w1_scale), (w2, w2_scale) = in_blocks(w1), in_blocks(w2)
+    out = octavo.fused_moe(x, w1, w2, weights, ids, w1_scale=w1_scale, w2_scale=w2_scale)
+
+    def of_blocks(dtype):
+        """With tokens quantised as the op does it; what lies between is too, but in float64: there it is exact."""
+
+        def rounded(rows):
+            q, scale = quantize_rows(rows, of_weights, None, 128)
+            return (q.double() * scale.repeat_interleave(128, 1)).to(dtype)
+
+        def spread(w, scale):
+            scale = scale.repeat_interleave(128, 0)[: w.shape[0]].repeat_interleave(128, 1)
+            return (w.double() * scale).to(dtype)
+
+        rows, result = rounded(x), torch.zeros_like(x, dtype=dtype)
+        for t, of_token in enumerate(ids.tolist()):
+            for j, e in enumerate(of_token):
+                gate, up = (rows[t : t + 1] @ spread(w1[e], w1_scale[e]).t()).chunk(2, 1)
+                hidden = torch.nn.functional.silu(gate) * up
+                hidden = hidden if dtype == torch.float64 else rounded(hidden.to(x.dtype))
+                result[t] += weights[t, j].to(dtype) * (hidden @ spread(w2[e], w2_scale[e]).t())[0]
+        return result
+
+    exact, plain = of_blocks(torch.float64), of_blocks(torch.float16)
+    assert_accurate(out, exact, plain)
+    assert_accurate(reference.moe.fused_moe(x, w1, w2, weights, ids, None, w1_scale, w2_scale), exact, plain)
 
 
 def int4(experts, n, k, groups, device):
@@ -190,9 +230,9 @@ def test_gather(device):
     x = torch.randn(5, 70, device=device)
     order = torch.tensor([3, 9, 0, 1, 8, 2, 4, 5, 6, 7], dtype=torch.int32, device=device)
     offsets = torch.tensor([0, 4, 10], dtype=torch.int32, device=device)
-    scale = torch.rand(5, 1, device=device)
+    scale = torch.rand(5, 3, device=device)
     rows, scales, plan = schedule.gather_and_plan(x, order, offsets, 2, 16, scale)
-    assert torch.equal(rows, x[order.long() // 2]) and torch.equal(scales, scale[order.long() // 2, 0])
+    assert torch.equal(rows, x[order.long() // 2]) and torch.equal(scales, scale[order.long() // 2])
     assert torch.equal(plan[:21].cpu()[[0, 8, 9, 10, 16, 17, 18]], torch.tensor([2, 0, 0, 4, 1, 4, 6]))
 
 
@@ -280,8 +320,9 @@ BYTES |= dict(w1_scale=torch.zeros(3, 12), w2_scale=torch.zeros(3))
         (
             BYTES | dict(w1_scale=torch.zeros(3, 6)),
             ValueError,
-            r"w1_scale: shape \(3, 6\); expected \(3, 12\) or",
+            r"w1_scale: shape \(3, 6\); expected one of \(3,\), \(3, 12\)",
         ),
+        (BYTES | dict(w2_scale=torch.zeros(3, 1, 1)), ValueError, r"w2_scale: shape \(3, 1, 1\); expected one of"),
         (BYTES | dict(w1_scale=torch.zeros(3, 12).half()), TypeError, "w1_scale: dtype float16"),
         (dict(expert_map=torch.zeros(9)), TypeError, "expert_map: dtype float32"),
     ],
@@ -315,6 +356,9 @@ def launches(dtype):
                     w1 = new(experts, 2 * intermediate, hidden, dtype=of_weights)
                     w2 = new(experts, hidden, intermediate, dtype=of_weights)
                     fused_moe._fused_moe_cuda(new(tokens, hidden), w1, w2, weights, ids, None, *scales)
+                    if of_weights == torch.float8_e4m3fn and hidden > 161:
+                        scales = [new(experts, *(s // 128 for s in w.shape[1:]), dtype=torch.float32) for w in (w1, w2)]
+                        fused_moe._fused_moe_cuda(new(tokens, hidden), w1, w2, weights, ids, None, *scales)
 
 
 def _bytes_here():

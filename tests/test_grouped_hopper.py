@@ -9,6 +9,7 @@ from gluon_in_python import FP8 as FP8_IN_PYTHON
 from gluon_in_python import Descriptor, Number, Pointer, namespace
 
 from octavo.kernels.moe import schedule
+from octavo.kernels.moe.grouped_tiles import Scales
 from octavo.kernels.quant.int4_hopper import groups_of_step
 from octavo.kernels.quant.packing import int4_pack
 from octavo.kernels.tiles import cdiv
@@ -43,7 +44,7 @@ def in_python(
     step = 128 // x.element_size() * (chunks or 1)
     steps = cdiv(x.shape[1], step)
     part_steps = cdiv(steps, parts)
-    strides = (0, 0) if scales[1] is None else (weight.shape[1], 1) if scales[1].dim() == 2 else (1, 0)
+    blocks = [Scales(*scales).blocks] if chunks else []
     assert cdiv(steps, part_steps) == parts
     out = torch.full((parts, s, n), torch.nan)
     if parts == 1:
@@ -58,7 +59,8 @@ def in_python(
             pointer(bias),
             pointer(plan),
             *map(pointer, scales),
-            *map(Number, (s, n, *strides, cdiv(n, outputs // 2 if gated else outputs), steps, part_steps)),
+            *map(Number, (s, n, *Scales(*scales).strides, *blocks)),
+            *map(Number, (cdiv(n, outputs // 2 if gated else outputs), steps, part_steps)),
             *(tile, outputs, step, *([chunks] if chunks else []), stages, parts, gated, *more),
         )
     return torch.from_numpy(out.memory).view(parts, s, n).sum(0).to(HALF)
@@ -119,9 +121,28 @@ def test_source_of_few(counts, k, n, tile, chunks, stages, parts, bias, gated, o
     parts, bias = (1, False) if gated else (parts, bias)
     k = k if operand == HALF else 2 * k  # as many steps
     args = case(counts, k, n, gated, bias, operand)
-    more = operand == FP8 and tile < 128, random.random() < 0.5, 128, False
+    more = operand == FP8 and tile < 128, False, random.random() < 0.5, 128, False
     out = in_python("grouped_few", *args, tile, 128, stages, parts, gated, 3, more, chunks)
     check(out, *args, gated)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("counts", "k", "n", "tile", "chunks", "stages", "parts"),
+    [(COUNTS[0], 640, 328, 16, 2, 2, 1), (COUNTS[1], 512, 128, 32, 1, 3, 2), (COUNTS[2], 128, 72, 64, 2, 3, 1)],
+)
+def test_source_of_few_in_blocks(counts, k, n, tile, chunks, stages, parts, gated):
+    """Scales of 128 × 128 weights, which end within a tile, and of 128 inputs of a row."""
+    parts = 1 if gated else parts
+    x, weight, _, offsets, _ = case(counts, k, n, gated, False, FP8)
+    experts, outputs, _ = weight.shape
+    scales = torch.rand(len(x), k // 128) / 30, torch.rand(experts, cdiv(outputs, 128), k // 128) / 60
+    more = True, True, random.random() < 0.5, 128, False
+    args = x, weight, None, offsets, scales, tile, 128, stages, parts, gated, 3, more, chunks
+    out = in_python("grouped_few", *args)
+    x = x.double() * scales[0].repeat_interleave(128, 1)
+    scale = scales[1].repeat_interleave(128, 1)[:, :outputs].repeat_interleave(128, 2)
+    check(out, x, weight.double() * scale, None, offsets, (None, None), gated)
 
 
 @pytest.mark.parametrize("operand", [HALF, INT8, FP8], ids=str)

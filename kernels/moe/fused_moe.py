@@ -35,6 +35,7 @@ from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
 from octavo.kernels.tiles import device_properties, next_power_of_2
 from octavo.reference import moe as reference
+from octavo.reference.w8a8 import BLOCK
 
 BYTES = (torch.int8, torch.float8_e4m3fn)
 """Weights that are multiplied with activations quantised to the same dtype."""
@@ -65,10 +66,16 @@ def _choose(
         tile = rows_of(pairs, experts, copied=copied, most=most)
         first = choose_int4(*up, tile, properties, gated=True, copied=copied)
         return tile, first, choose_int4(*down, tile, properties, gated=False, copied=copied)
-    copied = may_copy(properties, w1, w2)
-    tile, itemsize = rows_of(pairs, experts, copied=copied), w1.element_size()
-    first = choose_tiles(*up, tile, properties, gated=True, copied=copied, itemsize=itemsize)
-    return tile, first, choose_tiles(*down, tile, properties, gated=False, copied=copied, itemsize=itemsize)
+    copied, blocks, itemsize = may_copy(properties, w1, w2), _in_blocks(w1, w1_scale), w1.element_size()
+    tile = rows_of(pairs, experts, copied=copied, most=32 if blocks else 128)
+    first = choose_tiles(*up, tile, properties, gated=True, copied=copied, itemsize=itemsize, blocks=blocks)
+    second = choose_tiles(*down, tile, properties, gated=False, copied=copied, itemsize=itemsize, blocks=blocks)
+    return tile, first, second
+
+
+def _in_blocks(weight: torch.Tensor, scale: torch.Tensor | None) -> bool:
+    """Whether there is a scale for each 128 × 128 weights."""
+    return weight.dtype in BYTES and scale is not None and scale.dim() == 3
 
 
 def _fused_moe_cuda(
@@ -84,7 +91,8 @@ def _fused_moe_cuda(
     (tokens, hidden), (_, top_k) = x.shape, topk_ids.shape
     out = empty((tokens, hidden), x.dtype, x.device)
     pairs, experts = tokens * top_k, w1.shape[0]
-    if pairs == 0:
+    if pairs == 0:  # a launch that starts nothing, for `octavo.kernels.replay` to repeat
+        combine(out, empty((1, 0, hidden), x.dtype, x.device), topk_ids, topk_weights)
         return out
     intermediate = _intermediate(w2, w1_scale)
     likely = next_power_of_2(tokens) * top_k  # choices change at powers of two tokens, so that a warm-up meets all
@@ -92,13 +100,14 @@ def _fused_moe_cuda(
     x_scale = between_scale = None
     if w1.dtype in BYTES:
         check_supported("w1", w1.dtype, x.device, "quantise to int8")
-        x, x_scale = _quantize_cuda(x, None, "token", hidden, w1.dtype)
+        granularity = "group" if _in_blocks(w1, w1_scale) else "token"
+        x, x_scale = _quantize_cuda(x, None, granularity, BLOCK, w1.dtype)
     order, offsets, positions = sort_by_expert(topk_ids, experts, expert_map)
     rows, row_scales, plan = gather_and_plan(x, order, offsets, top_k, tile, x_scale)
     between = empty((pairs, intermediate), out.dtype, x.device)
     grouped(between, rows, w1, None, plan, first, gated=True, scales=Scales(row_scales, w1_scale))
     if w2.dtype in BYTES:
-        between, between_scale = _quantize_cuda(between, None, "token", intermediate, w2.dtype)
+        between, between_scale = _quantize_cuda(between, None, granularity, BLOCK, w2.dtype)
     parts = empty((second.parts, pairs, hidden), second.parts_dtype(out.dtype), x.device)
     scales = Scales(between_scale, w2_scale)
     grouped(parts, between, w2, None, plan, second, gated=False, scales=scales, planned_before=True)
@@ -153,8 +162,20 @@ def _check_plain(
             _check_scale(name, scale, (torch.float32,), x)
         if scale is not None and w1.dtype not in BYTES:
             raise ValueError(f"{name}: given beside weights of x's dtype; expected None")
-        if scale is not None and scale.shape not in ((experts,), (experts, outputs)):
-            raise ValueError(f"{name}: shape {tuple(scale.shape)}; expected {(experts, outputs)} or {(experts,)}")
+        if scale is None:
+            continue
+        inputs = hidden if name == "w1_scale" else intermediate
+        blocks = experts, -(-outputs // BLOCK), inputs // BLOCK
+        shapes: tuple[tuple[int, ...], ...] = ((experts,), (experts, outputs))
+        if inputs % BLOCK == 0 and w1.dtype == torch.float8_e4m3fn:
+            shapes = (*shapes, blocks)
+        if scale.shape not in shapes:
+            raise ValueError(f"{name}: shape {tuple(scale.shape)}; expected one of {', '.join(map(str, shapes))}")
+    if w1_scale is not None and w2_scale is not None and (w1_scale.dim() == 3) != (w2_scale.dim() == 3):
+        raise ValueError(
+            f"w2_scale: shape {tuple(w2_scale.shape)} beside w1_scale of shape {tuple(w1_scale.shape)}; expected "
+            f"scales by blocks of {BLOCK} of both or of none"
+        )
 
 
 def _check_int4(
@@ -207,9 +228,10 @@ def fused_moe(
         topk_ids: `[T, k]`, int32 or int64, last dimension contiguous. Ids out of range are left out.
         w1_scale: None beside weights of x's dtype. Beside int8 or float8_e4m3fn `[E, 2 · I]`, a scale an output, or
             `[E]`, one an expert; fp32, contiguous: then x is quantised too, by token, and so is what lies between the
-            products. Beside int4 `[E, H / group size, 2 · I]`, fp16, bf16 or fp32, contiguous: `w = (q - 8) · scale`,
-            as in `octavo.int4_linear`, with groups of a multiple of 32 inputs, up to all.
-        w2_scale: the same of w2: `[E, H]`, or `[E]`; `[E, I / group size, H]`.
+            products. Beside float8_e4m3fn also `[E, ceil(2 · I / 128), H / 128]`, one for 128 × 128 weights: then by
+            groups of 128. Beside int4 `[E, H / group size, 2 · I]`, fp16, bf16 or fp32, contiguous: `w = (q - 8) ·
+            scale`, as in `octavo.int4_linear`, with groups of a multiple of 32 inputs, up to all.
+        w2_scale: the same of w2: `[E, H]`, `[E]`, or `[E, ceil(H / 128), I / 128]`; `[E, I / group size, H]`.
         expert_map: None, or `[all experts]`, int32, contiguous: the number on this device (of E) of each expert that
             topk_ids may name, or -1 for one that is elsewhere, whose share is left out (expert parallelism).
 

@@ -49,9 +49,11 @@ def _grouped_kernel(
     stride_x,
     stride_expert,
     stride_output,
+    blocks,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCKS: tl.constexpr,
     GATED: tl.constexpr,
     TURNED: tl.constexpr,
     CHAINED: tl.constexpr,
@@ -75,13 +77,22 @@ def _grouped_kernel(
             mask = k < K - start
             x = tl.load(x_ptrs + start, mask=mask, other=0.0)  # [ROWS, BLOCK_K]
             w = tl.load(weight_ptrs + start, mask=mask, other=0.0)  # [COLS, BLOCK_K]
-            if TURNED:
+            if BLOCKS:
+                at = start // 128
+                x_scale = tl.load(x_scale_ptr + (first_row + m) * blocks + at, mask=m < rows, other=0.0)
+                scale_ptrs = weight_scale_ptr + expert * stride_expert + at
+                scale = tl.load(scale_ptrs + tl.minimum(n, N - 1) // 128 * stride_output)
+                acc += tl.dot(w, x.T) * (scale[:, None] * x_scale[None, :])
+            elif TURNED:
                 acc = tl.dot(w, x.T, acc, input_precision="ieee", out_dtype=SUM)
             else:
                 acc = tl.dot(x, w.T, acc, input_precision="ieee", out_dtype=SUM)
             if GATED:
                 w = tl.load(up_ptrs + start, mask=mask, other=0.0)
-                if TURNED:
+                if BLOCKS:
+                    scale = tl.load(scale_ptrs + (N + tl.minimum(n, N - 1)) // 128 * stride_output)
+                    up += tl.dot(w, x.T) * (scale[:, None] * x_scale[None, :])
+                elif TURNED:
                     up = tl.dot(w, x.T, up, input_precision="ieee", out_dtype=SUM)
                 else:
                     up = tl.dot(x, w.T, up, input_precision="ieee", out_dtype=SUM)
@@ -90,7 +101,7 @@ def _grouped_kernel(
         else:
             m, n = m[:, None], n[None, :]
         acc, up = acc.to(tl.float32), up.to(tl.float32)
-        if weight_scale_ptr is not None:
+        if weight_scale_ptr is not None and not BLOCKS:
             x_scale = tl.load(x_scale_ptr + first_row + m, mask=m < rows, other=0.0)
             scale_ptrs = weight_scale_ptr + expert * stride_expert + n * stride_output
             acc *= x_scale * tl.load(scale_ptrs, mask=n < N, other=0.0)
@@ -174,12 +185,14 @@ def grouped(
         n_tiles,
         x.stride(0),
         *scales.strides,
+        scales.blocks,
         device=x.device,
         num_warps=tiles.num_warps,
         num_stages=tiles.stages,
         ROWS=tiles.rows,
         OUTPUTS=tiles.outputs,
         BLOCK_K=tiles.block_k,
+        BLOCKS=scales.blocks > 0,
         GATED=gated,
         TURNED=tiles.rows <= 64,
         CHAINED=chains(x.device),

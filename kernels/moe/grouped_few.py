@@ -46,26 +46,47 @@ def write_turned(y, epilogue, bias_ptr, expert, part, first_row, rows, first_n):
 
 
 @gluon.jit
-def _write_gated(acc, epilogue, expert, first_row, rows, first_n):
-    """SiLU × gate, of sums of gate above those of up."""
+def _write(
+    acc, epilogue, expert, part, first_row, rows, n_tile, OUTPUTS: gl.constexpr, GATED: gl.constexpr,
+):
+    """What becomes of the sums of a tile's outputs and of rows from the first one on."""
     N = epilogue[7]
-    gate, up = acc.reshape([2, acc.shape[0] // 2, acc.shape[1]]).permute([1, 2, 0]).split()
-    gate = scaled(gate, epilogue, expert, first_row, rows, first_n, N, 1)
-    up = scaled(up, epilogue, expert, first_row, rows, N + first_n, 2 * N, 1)
-    write_turned(silu_times(gate, up), epilogue, None, expert, 0, first_row, rows, first_n)
+    if GATED:  # those of gate are above those of up
+        first_n = n_tile * (OUTPUTS // 2)
+        gate, up = acc.reshape([2, acc.shape[0] // 2, acc.shape[1]]).permute([1, 2, 0]).split()
+        gate = scaled(gate, epilogue, expert, first_row, rows, first_n, N, 1)
+        up = scaled(up, epilogue, expert, first_row, rows, N + first_n, 2 * N, 1)
+        write_turned(silu_times(gate, up), epilogue, None, expert, 0, first_row, rows, first_n)
+    else:
+        first_n = n_tile * OUTPUTS
+        y = scaled(acc, epilogue, expert, first_row, rows, first_n, N, 1)
+        write_turned(y, epilogue, epilogue[1], expert, part, first_row, rows, first_n)
+
+
+@gluon.jit
+def _scales_at(x_scale_ptrs, weight_scale_ptrs, m, rows, block, blocks):
+    """Those of a block of inputs: of rows of x, and of outputs; past the last block, for nothing, the last."""
+    at = gl.minimum(block, blocks - 1)
+    return gl.load(x_scale_ptrs + at, mask=m < rows, other=0.0), gl.load(weight_scale_ptrs + at)
 
 
 @gluon.jit
 def _compute(
     epilogue, plan_ptr, x, weight, full, empty, n_tiles, steps, part_steps, ROWS: gl.constexpr, OUTPUTS: gl.constexpr,
     BLOCK_K: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr,
-    PROMOTED: gl.constexpr, CHAINED: gl.constexpr,
+    PROMOTED: gl.constexpr, BLOCKS: gl.constexpr, CHAINED: gl.constexpr,
 ):
-    """What the warpgroup does. PROMOTED: sums, of which tensor cores keep 14 bits, are taken out at each step."""
+    """What the warpgroup does. PROMOTED: sums, of which tensor cores keep 14 bits, are taken out at each step.
+
+    BLOCKS: and scaled. The next block's scales are read while a block is multiplied.
+    """
     SUM: gl.constexpr = gl.int32 if x.dtype == gl.int8 else gl.float32
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, BLOCK_K // CHUNKS // 4])
     zeros = gl.zeros([OUTPUTS, ROWS], SUM, layout)
     acc = zeros
+    results = epilogue
+    if BLOCKS:  # sums are scaled as they are added up
+        results = (epilogue[0], epilogue[1], None, None, 0, 0, epilogue[6], epilogue[7])
     wait_for_previous(CHAINED)
     work_end = gl.load(plan_ptr) * n_tiles * PARTS
     i = 0
@@ -73,12 +94,34 @@ def _compute(
         expert, first_row, rows, n = unit_at(plan_ptr, work // PARTS, n_tiles)
         part = work % PARTS
         first, end = steps_of(part, steps, part_steps)
-        if PROMOTED:
+        if PROMOTED or BLOCKS:
             acc = zeros
+        if BLOCKS:
+            N, blocks = epilogue[7], epilogue[8]
+            m = gl.arange(0, ROWS, layout=gl.SliceLayout(0, layout))
+            row = gl.arange(0, OUTPUTS, layout=gl.SliceLayout(1, layout))
+            if GATED:
+                row = gl.minimum(n * (OUTPUTS // 2) + row % (OUTPUTS // 2), N - 1) + row // (OUTPUTS // 2) * N
+            else:
+                row = gl.minimum(n * OUTPUTS + row, N - 1)
+            x_scale_ptrs = epilogue[2] + (first_row + m) * blocks
+            weight_scale_ptrs = epilogue[3] + expert * epilogue[4] + row // 128 * epilogue[5]
+            x_scale, w_scale = _scales_at(x_scale_ptrs, weight_scale_ptrs, m, rows, first * CHUNKS, blocks)
         for step in range(first, end):
             stage = i % STAGES
             mbarrier.wait(full.index(stage), i // STAGES & 1)
-            if PROMOTED:
+            if BLOCKS:
+                for j in gl.static_range(CHUNKS):
+                    second = x.index(stage * CHUNKS + j).permute((1, 0))
+                    first_operand = weight.index(stage * CHUNKS + j)
+                    sums = warpgroup_mma(first_operand, second, zeros, use_acc=False, is_async=True)
+                    scale = gl.expand_dims(w_scale, 1) * gl.expand_dims(x_scale, 0)
+                    block = step * CHUNKS + j + 1
+                    x_scale, w_scale = _scales_at(x_scale_ptrs, weight_scale_ptrs, m, rows, block, blocks)
+                    sums = warpgroup_mma_wait(0, deps=[sums])
+                    acc += sums * scale
+                mbarrier.arrive(empty.index(stage), count=1)
+            elif PROMOTED:
                 sums = zeros
                 for j in gl.static_range(CHUNKS):
                     second = x.index(stage * CHUNKS + j).permute((1, 0))
@@ -95,27 +138,24 @@ def _compute(
                 acc = warpgroup_mma_wait(CHUNKS, deps=[acc])
                 mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=step > first)
             i += 1
-        if not PROMOTED:
+        if not (PROMOTED or BLOCKS):
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
-        if GATED and ROWS == 128:  # one half after the other, so that nothing spills
+        if ROWS == 128:  # one half after the other, so that nothing spills
             left, right = halves(acc)
-            _write_gated(left, epilogue, expert, first_row, rows, n * (OUTPUTS // 2))
-            _write_gated(right, epilogue, expert, first_row + ROWS // 2, rows - ROWS // 2, n * (OUTPUTS // 2))
-        elif GATED:
-            _write_gated(acc, epilogue, expert, first_row, rows, n * (OUTPUTS // 2))
+            _write(left, results, expert, part, first_row, rows, n, OUTPUTS, GATED)
+            _write(right, results, expert, part, first_row + ROWS // 2, rows - ROWS // 2, n, OUTPUTS, GATED)
         else:
-            y = scaled(acc, epilogue, expert, first_row, rows, n * OUTPUTS, epilogue[7], 1)
-            write_turned(y, epilogue, epilogue[1], expert, part, first_row, rows, n * OUTPUTS)
+            _write(acc, results, expert, part, first_row, rows, n, OUTPUTS, GATED)
 
 
 @gluon.jit(do_not_specialize=["S", "part_steps"])
 def _grouped_few_kernel(
     # Bound by reading the weights. One or two programs a multiprocessor.
     x_desc, weight_desc, out_ptr, bias_ptr, plan_ptr, x_scale_ptr, weight_scale_ptr, S, N, stride_expert, stride_output,
-    n_tiles, steps, part_steps, ROWS: gl.constexpr, OUTPUTS: gl.constexpr, BLOCK_K: gl.constexpr, CHUNKS: gl.constexpr,
-    STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, PROMOTED: gl.constexpr, EARLY: gl.constexpr,
-    REGISTERS: gl.constexpr, CHAINED: gl.constexpr,
+    blocks, n_tiles, steps, part_steps, ROWS: gl.constexpr, OUTPUTS: gl.constexpr, BLOCK_K: gl.constexpr, CHUNKS:
+    gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, PROMOTED: gl.constexpr, BLOCKS:
+    gl.constexpr, EARLY: gl.constexpr, REGISTERS: gl.constexpr, CHAINED: gl.constexpr,
 ):
     WIDTH: gl.constexpr = BLOCK_K // CHUNKS
     x = gl.allocate_shared_memory(x_desc.dtype, [STAGES * CHUNKS, ROWS, WIDTH], x_desc.layout)
@@ -126,11 +166,11 @@ def _grouped_few_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
-    epilogue = (out_ptr, bias_ptr, x_scale_ptr, weight_scale_ptr, stride_expert, stride_output, S, N)
+    epilogue = (out_ptr, bias_ptr, x_scale_ptr, weight_scale_ptr, stride_expert, stride_output, S, N, blocks)
     gl.warp_specialize([
         (_compute, (
             epilogue, plan_ptr, x, weight, full, empty, n_tiles, steps, part_steps, ROWS, OUTPUTS, BLOCK_K, CHUNKS,
-            STAGES, PARTS, GATED, PROMOTED, CHAINED)),
+            STAGES, PARTS, GATED, PROMOTED, BLOCKS, CHAINED)),
         (load_weights, (
             weight_desc, plan_ptr, weight, full, empty, N, n_tiles, steps, part_steps, ROWS, OUTPUTS, BLOCK_K, CHUNKS,
             STAGES, PARTS, GATED, EARLY, CHAINED)),
@@ -169,6 +209,7 @@ def grouped_few(
         s,
         n,
         *scales.strides,
+        scales.blocks,
         n_tiles,
         steps,
         cdiv(steps, tiles.parts),
@@ -182,6 +223,7 @@ def grouped_few(
         PARTS=tiles.parts,
         GATED=gated,
         PROMOTED=weight.dtype == torch.float8_e4m3fn and tiles.rows < 128,  # else there are no registers for it
+        BLOCKS=scales.blocks > 0,
         EARLY=planned_before,
         REGISTERS=REGISTERS[tiles.programs_per_sm],
         CHAINED=chains(x.device),

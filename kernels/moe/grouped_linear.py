@@ -33,8 +33,6 @@ def _grouped_linear_cuda(
 ) -> torch.Tensor:
     (s, k), (experts, n, _) = x.shape, weight.shape
     out = empty((s, n), x.dtype, x.device)
-    if s == 0 or n == 0:
-        return out
     properties = device_properties(x.device)
     copied = may_copy(properties, x, weight)
     likely = next_power_of_2(s)  # choices change at powers of two, so that a warm-up meets all
@@ -42,6 +40,8 @@ def _grouped_linear_cuda(
     sizes = likely, experts, n, k, tile, properties
     tiles = choose_tiles(*sizes, gated=False, copied=copied, itemsize=x.element_size())
     plan = plan_and_clear(out, offsets, tile)
+    if s == 0 or n == 0:
+        return out
     if tiles.parts == 1:
         grouped(out, x, weight, bias, plan, tiles, gated=False)
         return out

@@ -19,16 +19,22 @@ class Scales:
     """Of quantised operands; those of 16 bits have none."""
 
     x: torch.Tensor | None = None
-    """`[S]`, or `[S, 1]`: one a row."""
+    """`[S, 1]`: one a row; or `[S, K / 128]`."""
     weight: torch.Tensor | None = None
-    """`[E, outputs]` (gate's, then up's), or `[E]`."""
+    """`[E, outputs]` (gate's, then up's), or `[E]`; beside `[S, K / 128]` those of blocks of 128 outputs and inputs,
+    `[E, outputs / 128, K / 128]`."""
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks of 128 inputs have scales of their own; 0 where scales are of whole rows."""
+        return self.weight.shape[2] if self.weight is not None and self.weight.dim() == 3 else 0
 
     @property
     def strides(self) -> tuple[int, int]:
         """From one expert's to the next's, and from one output's to the next's."""
         if self.weight is None:
             return 0, 0
-        return (self.weight.stride(0), 1) if self.weight.dim() == 2 else (1, 0)
+        return (1, 0) if self.weight.dim() == 1 else (self.weight.stride(0), self.weight.stride(1))
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,7 @@ def choose_tiles(
     gated: bool,
     copied: bool,
     itemsize: int,
+    blocks: bool = False,
 ) -> Tiles:
     """The tiles for `[rows, inputs]` by `[experts, outputs, inputs]`, `tile` of the rows at a time.
 
@@ -100,10 +107,11 @@ def choose_tiles(
         tile: from `rows_of`.
         gated: whether outputs are halved by SiLU × gate; then one program has all of a tile's inputs.
         copied: whether the copy engine loads, on Hopper.
+        blocks: whether scales are of blocks of 128 inputs: then few rows are taken at a time, however many there are.
     """
     mean = rows / max(min(experts, rows), 1)
     active = min(experts, rows)
-    if copied and mean <= 64:
+    if copied and (mean <= 64 or blocks):
         # Two programs a multiprocessor, with half the memory each, took 0.5 to 2 % more on an H100.
         step = 2 * COPIED_BYTES
         stages = (properties.shared_memory - _OTHER_BYTES) // ((tile + 128) * step)

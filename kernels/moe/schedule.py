@@ -84,7 +84,9 @@ def _schedule_kernel(
     chunks,
     top_k,
     width,
+    groups,
     stride_x,
+    GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -100,7 +102,9 @@ def _schedule_kernel(
     elif x_ptr is not None:
         token = tl.load(order_ptr + row) // top_k
         if x_scale_ptr is not None:
-            tl.store(row_scales_ptr + row, tl.load(x_scale_ptr + token))
+            group = tl.arange(0, GROUPS)
+            scales = tl.load(x_scale_ptr + token * groups + group, mask=group < groups)
+            tl.store(row_scales_ptr + row * groups + group, scales, mask=group < groups)
         for first in range(0, width, BLOCK):
             cols = first + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + token.to(tl.int64) * stride_x + cols, mask=cols < width)
@@ -130,6 +134,7 @@ def _plan(
     (count, width), experts = rows.shape, offsets.shape[0] - 1
     tiles = most_tiles(count, experts, tile)
     chunks = cdiv(tiles, CHUNK)
+    groups = 1 if x_scale is None else x_scale.shape[1]
     plan = empty((8 * (1 + tiles),), torch.int32, rows.device)
     launch(
         _schedule_kernel,
@@ -147,9 +152,11 @@ def _plan(
         chunks,
         top_k,
         width,
+        groups,
         0 if x is None else x.stride(0),
         device=rows.device,
         num_warps=4,
+        GROUPS=next_power_of_2(groups),
         ROWS=tile,
         GROUP=GROUP,
         EXPERTS=next_power_of_2(experts),
@@ -170,7 +177,7 @@ def gather_and_plan(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Rows of x sorted by expert, `[T · k, H]`, with their scales if x has some, and the plan of their tiles."""
     rows = empty((order.shape[0], x.shape[1]), x.dtype, x.device)
-    row_scales = None if x_scale is None else empty((order.shape[0],), torch.float32, x.device)
+    row_scales = None if x_scale is None else empty((order.shape[0], x_scale.shape[1]), torch.float32, x.device)
     return rows, row_scales, _plan(rows, offsets, tile, x, order, top_k, row_scales, x_scale)
 
 
