@@ -6,8 +6,9 @@ float8 cache a third converts what comes (`prefill_convert.py`). Rows are PACK q
 tokens, so that the heads share a tile's keys.
 
 Heads of 64 have three warpgroups that compute, of 160 registers each: a step's products take them half the time that
-those of heads of 128 do, its exponentials as much. 0.91 of the time that two took for 4 × 4k, 0.87 for 2 × 8k. With a
-softcap they would spill, and there are two.
+those of heads of 128 do, its exponentials as much. 0.91 of the time that two took for 4 × 4k, 0.87 for 2 × 8k. Of a
+float8 cache two compute, since the one that converts has the registers of the third, and of rings, whose bounds would
+spill.
 
 Measured on an H100, and not kept (`bench/results/NVIDIA_H100_80GB_HBM3/prefill_tiles.txt`): sums rescaled only once the
 next scores are under way (2 to 4 % slower); maxima and sums in two chains a row (the same instructions); two buffers
@@ -313,7 +314,7 @@ def prefill(
     block_d = max(next_power_of_2(head_size), 64)
     block_n = 64 if block_d > 128 else 128
     float8 = key_cache.dtype != query.dtype
-    groups = 2 if block_d > 64 or float8 or options["SOFTCAP"] else 3  # of rows, each a warpgroup's
+    groups = 2 if block_d > 64 or float8 or options["ROLLING"] else 3  # of rows, each a warpgroup's
     box = _box(page_size, block_n)
     width = min(block_d, 128) if float8 else 64
     # Where a page holds a tile of keys, a copy of all of it made 8 × 2k 2 % slower than a copy of each half.
