@@ -26,8 +26,8 @@ has the same, and every eighth of the rest; with each other Triton every twenty-
 SPILLED = {"_prefill_kernel": 56, "_int4_hopper_kernel": 32}
 """Bytes of the stack that a Gluon kernel may use: the warps that load have few registers, and those that compute may
 keep numbers of a tile in memory (prefill with a window and a softcap, most: 56, else at most 48). They spill nothing in
-their innermost loop, but for up to five numbers of int4's four warpgroups with 64 tokens, and two of prefill
-with a window."""
+their innermost loop, but for up to five numbers of int4's four warpgroups with 64 tokens, and two of prefill with a
+window."""
 
 
 def compiled(version, modules, *options):

@@ -9,8 +9,8 @@ row eight further down, in this order. Code below in PTX relies on that, for wha
 - A key is out of sight by one comparison with a constant. The compiler keeps the number of each key in a register, and
   compares twice. Alone, 0.96 to 1 of the time.
 
-All of it together: 0.91 to 0.95 of the time with heads of 128, 0.94 with heads of 256, 0.98 to 1 with heads of 96. Three
-warpgroups, of heads of 64, do without the first and the third: with them, and no product of their own under way
+All of it together: 0.91 to 0.95 of the time with heads of 128, 0.94 with heads of 256, 0.98 to 1 with heads of 96.
+Three warpgroups, of heads of 64, do without the first and the third: with them, and no product of their own under way
 meanwhile, they took as long for 4 × 4k and 1.03 times as long for 2 × 8k.
 """
 
