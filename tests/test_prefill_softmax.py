@@ -3,6 +3,7 @@
 Its PTX is executed for the 128 lanes of a warpgroup at once, which have numbers as products leave them.
 """
 
+import functools
 import math
 from types import SimpleNamespace
 
@@ -58,6 +59,7 @@ def _assembly(code, constraints, args, dtype, is_pure, pack):
     return result
 
 
+@functools.cache
 def _constant(text):
     if text.startswith("0f"):
         return torch.tensor(int(text[2:], 16) - (int(text[2], 16) >= 8) * 2**32, dtype=torch.int32).view(torch.float32)
