@@ -1,5 +1,6 @@
 """The prefill kernel of Hopper, which no interpreter runs: on a GPU as defined, elsewhere which calls it takes."""
 
+import math
 from itertools import accumulate
 
 import pytest
@@ -53,6 +54,16 @@ def float8_case(lengths, cache_dtype, kind="heads", *, heads=8, kv_heads=2, **sh
         shape |= features.scales_of(cache_dtype, kind, kv_heads, "cuda")
     shape |= dict(heads=heads, kv_heads=kv_heads)
     return features.case(lengths, device="cuda", cache_dtype=cache_dtype, **shape)[0]
+
+
+def growing(args, bits):
+    """The first number of each key is `bits` of how far its position is from the sequence's last, where tiles begin."""
+    page_size = args["key_cache"].shape[1]
+    for pages, keys in zip(args["block_table"], args["seq_lens"].tolist(), strict=True):
+        j = torch.arange(keys, device="cuda")
+        args["key_cache"][pages[j // page_size].long(), j % page_size, :, 0] = bits(keys - 1 - j).to(args["query"])[
+            :, None
+        ]
 
 
 def launched(args, longest, **options):
@@ -163,6 +174,37 @@ class TestOnHopper:
         """Weights that are all but one or zero, and scores far beyond what half precision holds."""
         args, longest = case([(300, 900)], factor=30.0, dtype=torch.bfloat16)
         check(args, longest, scale=1.0)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("d", [64, 96, 128, 256])
+    @pytest.mark.parametrize("growth", ["slow", "jump", "both", "fall"])
+    def test_maxima_that_grow(self, growth, d, dtype):
+        """By less than what sums are rescaled for, tile after tile, so that it adds up; at once; and not at all."""
+        args, longest = case([(300, 3000), (150, 700)], d=d, dtype=dtype)
+        args["query"].mul_(d**-0.5)[..., 0] = 1.0
+        slow, jump = (lambda back: back / 128 * 5), (lambda back: (back > 400) * 40.0)
+        kinds = dict(slow=slow, jump=jump, both=lambda back: slow(back) + jump(back), fall=lambda back: -slow(back))
+        growing(args, kinds[growth])
+        check(args, longest, scale=math.log(2))
+        check(args, longest, scale=math.log(2), window_size=600)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("d", [64, 96, 128, 256])
+    @pytest.mark.parametrize("options", [dict(), dict(window_size=500), dict(causal=False, softcap=300.0)], ids=str)
+    def test_a_row_has_the_same_bits_beside_loud_ones(self, options, d, dtype):
+        """A warp has 16 rows, the four heads of four tokens here: it rescales all of them where one's maximum grows."""
+        args, longest = case([(400, 1500), (130, 130)], d=d, dtype=dtype)
+        growing(args, lambda back: (back // 64).float())
+        query = args["query"]
+        query *= torch.randint(1, 13, (*query.shape[:2], 1), device="cuda")  # some rescale now and then by themselves
+        query[..., 0] = 0.0
+        options = dict(max_seqlen_q=longest, return_lse=True, **options)
+        alone = octavo.paged_attention(**args, **options)
+        loud = torch.rand(query.shape[:2], device="cuda") < 0.5
+        query[..., 0] = torch.where(loud, 20.0 * d**0.5, 0.0)
+        beside = octavo.paged_attention(**args, **options)
+        for a, b in zip(alone, beside, strict=True):
+            assert torch.equal(a[~loud], b[~loud]) and not torch.equal(a[loud], b[loud])
 
     def test_long(self):
         """Sections of heads, and more tiles than programs."""

@@ -1,18 +1,27 @@
 """Attention of many queries over a paged KV cache on Hopper (sm_90), in Gluon; elsewhere `paged.py`'s kernel does it.
 
 A persistent program on each multiprocessor: a warp finds tiles of queries (`prefill_tiles.py`), two load by TMA
-(`prefill_loads.py`), two warpgroups of 64 rows each compute (`prefill_compute.py`), and of a float8 cache a third
-converts what comes (`prefill_convert.py`). Rows are PACK query heads of a KV head by 128 / PACK tokens, so that the
-heads share a tile's keys.
+(`prefill_loads.py`), two warpgroups of 64 rows each compute (`prefill_compute.py`, `prefill_softmax.py`), and of a
+float8 cache a third converts what comes (`prefill_convert.py`). Rows are PACK query heads of a KV head by 128 / PACK
+tokens, so that the heads share a tile's keys.
+
+Heads of 64 have three warpgroups that compute, of 160 registers each: a step's products take them half the time that
+those of heads of 128 do, its exponentials as much. 0.91 of the time that two took for 4 × 4k, 0.87 for 2 × 8k. Of a
+float8 cache two compute, since the one that converts has the registers of the third, and of rings, whose bounds would
+spill.
 
 Measured on an H100, and not kept (`bench/results/NVIDIA_H100_80GB_HBM3/prefill_tiles.txt`): sums rescaled only once the
 next scores are under way (2 to 4 % slower); maxima and sums in two chains a row (the same instructions); two buffers
 for the queries (no difference, and twice the code, since a product whose first operand's address varies gave wrong
 results); two warps for the keys, and two for the values (no difference); values, or keys too, copied by a warp's lanes,
-not by TMA (7 to 17 % slower); three warpgroups (tiles of 64 keys: 7 to 14 % slower; heads of 64 spill); steps in pairs,
-which saves 10 % of the instructions (no gain); shares of the tiles fixed beforehand (1.3 times the mean for the last
-program of 8 × 2k); half or a quarter of the programs beginning with the last tiles, so that decode tokens are read
-beside products (no gain: the two slow each other); barriers that make the warpgroups take turns (no difference).
+not by TMA (7 to 17 % slower); three warpgroups (heads of 128 with tiles of 64 keys: 7 to 14 % slower; heads of 96: 2 to
+20 %); steps in pairs, which saves 10 % of the instructions (no gain); shares of the tiles fixed beforehand (1.3 times
+the mean for the last program of 8 × 2k); half or a quarter of the programs beginning with the last tiles, so that
+decode tokens are read beside products (no gain: the two slow each other); barriers that make the warpgroups take turns
+(no difference; by products, beside what the softmax has saved since, 2 to 6 % slower with heads of 128, 2 to 3 % faster
+with heads of 96; by exponentials 3 to 8 % slower). With heads of 64, beside two warpgroups as they were: three with no
+product of their own under way during their softmax, 0.89 to 0.91 of the time; four of them, with tiles of 64 keys, 0.90
+and 0.91; two, each with two blocks of rows in turn, 0.95; 256 keys a step, 1.05 to 1.09; three stages, 1.02.
 """
 
 from typing import Any
@@ -44,7 +53,8 @@ from octavo.kernels.tiles import (
 ROWS = 64
 """Of a warpgroup."""
 STAGES = 2
-"""Of keys, and of values; with three there is no room for the results' way from lane to lane, and no gain."""
+"""Of keys, and of values; with three there is no room for the results' way from lane to lane, and no gain; with heads
+of 64, where there is room, 1.02 of the time."""
 SECTION_BYTES = 16 * 2**20
 """Keys and values that are read at a time; an H100 has 50 MB of L2 cache, each half of it for half of the programs."""
 
@@ -96,6 +106,7 @@ def _prefill_kernel(
     SOFTCAP: gl.constexpr,
     RETURN_LSE: gl.constexpr,
     ROWS: gl.constexpr,
+    GROUPS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr,
@@ -107,11 +118,11 @@ def _prefill_kernel(
     dtype: gl.constexpr = query_desc.dtype
     PARTS: gl.constexpr = BLOCK_D // 64
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    queries = gl.allocate_shared_memory(dtype, [2, ROWS, BLOCK_D], tile_layout)
+    queries = gl.allocate_shared_memory(dtype, [GROUPS, ROWS, BLOCK_D], tile_layout)
     keys = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], tile_layout)
     values = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], tile_layout)
     # The same memory, as the copy engine writes it: 64 numbers of each row together.
-    query_boxes = queries._reinterpret(dtype, [2 * PARTS, ROWS // PACK, PACK, 64], query_desc.layout)
+    query_boxes = queries._reinterpret(dtype, [GROUPS * PARTS, ROWS // PACK, PACK, 64], query_desc.layout)
     # Keys and values as they come: where the products read them, or, of a float8 cache, where they are converted.
     IN_FLOAT8: gl.constexpr = key_desc.dtype != dtype
     raw_keys = keys
@@ -132,7 +143,7 @@ def _prefill_kernel(
     entries = gl.allocate_shared_memory(gl.int32, [SLOTS * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    queries_full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+    queries_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], barrier)
     keys_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     values_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     keys_read = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
@@ -146,13 +157,14 @@ def _prefill_kernel(
     ring_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
     ring_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
     wanted = gl.allocate_shared_memory(gl.int64, [1, 1], barrier)
-    for i in gl.static_range(2):
+    PARTITIONS: gl.constexpr = 6 if IN_FLOAT8 or GROUPS == 3 else 5
+    for i in gl.static_range(GROUPS):
         mbarrier.init(queries_full.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(keys_full.index(i), count=1)
         mbarrier.init(values_full.index(i), count=1)
-        mbarrier.init(keys_read.index(i), count=2)
-        mbarrier.init(values_read.index(i), count=2)
+        mbarrier.init(keys_read.index(i), count=GROUPS)
+        mbarrier.init(values_read.index(i), count=GROUPS)
     if IN_FLOAT8:
         raw_keys_full = gl.allocate_shared_memory(gl.int64, [RAW_KEYS, 1], barrier)
         raw_values_full = gl.allocate_shared_memory(gl.int64, [RAW_VALUES, 1], barrier)
@@ -169,29 +181,34 @@ def _prefill_kernel(
     mbarrier.init(wanted.index(0), count=1)
     for i in gl.static_range(SLOTS):
         mbarrier.init(ring_full.index(i), count=1)
-        mbarrier.init(ring_empty.index(i), count=5 if IN_FLOAT8 else 4)  # by all but the warp that fills it
+        mbarrier.init(ring_empty.index(i), count=PARTITIONS - 1)  # by all but the warp that fills it
     fence_async_shared()
 
+    # A multiprocessor has 65,536: 128 threads of a warpgroup have so many each, and those of the warps that load. The
+    # first partition has as many as the second.
+    REGISTERS: gl.constexpr = (
+        [216, 40, 40, 40, 40] if IN_FLOAT8 else [160, 32, 32, 32, 160] if GROUPS == 3 else [240, 24, 24, 24]
+    )
     # fmt: off
-    PARTITIONS: gl.constexpr = 6 if IN_FLOAT8 else 5
     gl.warp_specialize([
         (compute, (
             0, out_ptr, lse_ptr, sinks_ptr, queries, keys, values, queries_full, keys_full, values_full, keys_read,
             values_read, entries, ring_full, ring_empty, k_scale_ptr, v_scale_ptr, stride_k_scale, stride_v_scale,
             window, score_scale, cap, KV_HEADS, GROUP, PACK, D, CAUSAL, WINDOW, ROLLING, SOFTCAP, RETURN_LSE, ROWS,
-            BLOCK_N, BLOCK_D, STAGES, IN_FLOAT8)),
+            BLOCK_N, BLOCK_D, STAGES, IN_FLOAT8, GROUPS)),
         (compute, (
             1, out_ptr, lse_ptr, sinks_ptr, queries, keys, values, queries_full, keys_full, values_full, keys_read,
             values_read, entries, ring_full, ring_empty, k_scale_ptr, v_scale_ptr, stride_k_scale, stride_v_scale,
             window, score_scale, cap, KV_HEADS, GROUP, PACK, D, CAUSAL, WINDOW, ROLLING, SOFTCAP, RETURN_LSE, ROWS,
-            BLOCK_N, BLOCK_D, STAGES, IN_FLOAT8)),
+            BLOCK_N, BLOCK_D, STAGES, IN_FLOAT8, GROUPS)),
         (hand_out, (
             entries, ring_full, ring_empty, wanted, counter_ptr, cu_seqlens_q_ptr, seq_lens_ptr, T, B, table_width,
-            window, slots, KV_HEADS, GROUP, PACK, PAGE_SIZE, CAUSAL, WINDOW, ROLLING, ROWS, BLOCK_N, SECTION)),
+            window, slots, KV_HEADS, GROUP, PACK, PAGE_SIZE, CAUSAL, WINDOW, ROLLING, ROWS, BLOCK_N, SECTION,
+            GROUPS)),
         (load_queries_and_keys, (
             query_desc, key_desc, query_boxes, key_boxes, queries_full, raw_keys_full, queries_read, raw_keys_read,
             entries, ring_full, ring_empty, wanted, block_table_ptr, num_pages, table_width, stride_table_sequence,
-            GROUP, PACK, PAGE_SIZE, BOX, ROLLING, ROWS, BLOCK_N, BLOCK_D, RAW_KEYS, IN_FLOAT8)),
+            GROUP, PACK, PAGE_SIZE, BOX, ROLLING, ROWS, BLOCK_N, BLOCK_D, RAW_KEYS, IN_FLOAT8, GROUPS)),
         (load_values, (
             value_desc, value_boxes, values, raw_values_full, raw_values_read, cut_off, entries, ring_full, ring_empty,
             block_table_ptr, num_pages, table_width, stride_table_sequence, GROUP, PAGE_SIZE, BOX, ROLLING, BLOCK_N,
@@ -199,8 +216,13 @@ def _prefill_kernel(
         (convert, (
             raw_keys, raw_values, keys, values, raw_keys_full, raw_values_full, raw_keys_read, raw_values_read,
             keys_full, values_full, queries_read, keys_read, values_read, entries, ring_full, ring_empty, k_scale_ptr,
-            stride_k_scale, GROUP, BLOCK_N, STAGES, RAW_KEYS, RAW_VALUES)),
-    ][:PARTITIONS], [4, 1, 1, 1, 4][:PARTITIONS - 1], [216, 40, 40, 40, 40] if IN_FLOAT8 else [240, 24, 24, 24])
+            stride_k_scale, GROUP, BLOCK_N, STAGES, RAW_KEYS, RAW_VALUES)) if IN_FLOAT8 else
+        (compute, (
+            2, out_ptr, lse_ptr, sinks_ptr, queries, keys, values, queries_full, keys_full, values_full, keys_read,
+            values_read, entries, ring_full, ring_empty, k_scale_ptr, v_scale_ptr, stride_k_scale, stride_v_scale,
+            window, score_scale, cap, KV_HEADS, GROUP, PACK, D, CAUSAL, WINDOW, ROLLING, SOFTCAP, RETURN_LSE, ROWS,
+            BLOCK_N, BLOCK_D, STAGES, IN_FLOAT8, GROUPS)),
+    ][:PARTITIONS], [4, 1, 1, 1, 4][:PARTITIONS - 1], REGISTERS)
     # fmt: on
 
 
@@ -291,15 +313,16 @@ def prefill(
     pack = min(group & -group, 16)
     block_d = max(next_power_of_2(head_size), 64)
     block_n = 64 if block_d > 128 else 128
-    box = _box(page_size, block_n)
     float8 = key_cache.dtype != query.dtype
+    groups = 2 if block_d > 64 or float8 or options["ROLLING"] else 3  # of rows, each a warpgroup's
+    box = _box(page_size, block_n)
     width = min(block_d, 128) if float8 else 64
     # Where a page holds a tile of keys, a copy of all of it made 8 × 2k 2 % slower than a copy of each half.
     joined = not float8 and box < block_n and head_size == block_d > 64
     joined = joined and key_cache.stride(2) == value_cache.stride(2) == head_size
 
     # Σ ceil(query length / tokens of a tile) ≤ T // those + B over the sequences, and one more part for the padding.
-    slots = tokens * pack // (2 * ROWS) + sequences + 1
+    slots = tokens * pack // (groups * ROWS) + sequences + 1
     counter, chained = empty((1,), torch.int32, query.device), chains(query.device)
     launch(_reset_kernel, (1,), counter, device=query.device, num_warps=1, CHAINED=chained)
     launch(
@@ -333,6 +356,7 @@ def prefill(
         PAGE_SIZE=page_size,
         BOX=box,
         ROWS=ROWS,
+        GROUPS=groups,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         STAGES=STAGES,

@@ -3,13 +3,21 @@
 A step issues the scores of one tile of keys and, behind them, the sum over the values of the tile before; the softmax
 of the former runs while the tensor cores are at the latter (FlashAttention-3, Shah et al. 2024,
 https://arxiv.org/abs/2407.08608). The first step of a tile of queries sums up the last values of the tile before. The
-two warpgroups take turns by themselves: barriers that make them (its ping-pong) made no difference.
+warpgroups take turns by themselves: barriers that make them (its ping-pong) made no difference.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from octavo.kernels.attention.prefill_softmax import (
+    packed,
+    rows_times,
+    rows_times_if_any,
+    softmax,
+    sums_of_lanes,
+    unpacked,
+)
 from octavo.kernels.attention.prefill_tiles import (
     END,
     HEAD,
@@ -43,46 +51,6 @@ def _tile_scale(score_scale, k_scale_ptr, stride_k_scale, entries, done, GROUP: 
         size = gl.abs(gl.load(k_scale_ptr + field(entries, done, HEAD, 4) // GROUP * stride_k_scale))
         score_scale = gl.where(size < float("inf"), gl.maximum(score_scale * size, 1e-37), 1.0)
     return score_scale
-
-
-@gluon.jit
-def _softmax(
-    scores, top, total, tile, entries, done, token, window, score_scale, cap, EDGE: gl.constexpr, CAUSAL: gl.constexpr,
-    WINDOW: gl.constexpr, FROM: gl.constexpr, SOFTCAP: gl.constexpr, BLOCK_N: gl.constexpr,
-):
-    """Weights of a tile, in base 2, and by what the sums so far are to be multiplied.
-
-    EDGE: not every row sees every key. FROM: the first keys may be out of sight.
-    """
-    layout: gl.constexpr = scores.type.layout
-    if SOFTCAP:
-        x = scores * score_scale
-        t = gl.exp2(-gl.maximum(x, -x))
-        scores = cap * gl.where(x < 0, t - 1.0, 1.0 - t) / (1.0 + t)
-        score_scale = 1.0
-    if EDGE:
-        # Bounds are read again each time, and few: kept, or compared before the scores are there, they would spill.
-        at = gl.expand_dims(field(entries, done, POSITION, 4) + token, 1)
-        end = field(entries, done, END, 4)
-        key = gl.expand_dims(tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout)), 0)
-        if FROM and CAUSAL:
-            end = gl.minimum(at + 1, end)
-        seen = key < end
-        if CAUSAL and not FROM:
-            seen = seen & (key <= at)
-        if FROM:
-            start = field(entries, done, START, 4)
-            if WINDOW:
-                start = gl.maximum(at - window + 1, start)
-            seen = seen & (key >= start)
-        scores = gl.where(seen, scores, -float("inf"))
-    new_top = gl.maximum(top, gl.max(scores, 1) * score_scale)
-    shift = new_top
-    if EDGE:
-        shift = gl.where(new_top == -float("inf"), 0.0, new_top)  # a row that has seen no key yet
-    rescale = gl.exp2(top - shift)
-    weights = gl.exp2(scores * score_scale - gl.expand_dims(shift, 1))
-    return weights, new_top, total * rescale + gl.sum(weights, 1), rescale
 
 
 @gluon.jit
@@ -128,26 +96,21 @@ def _add(acc, weights, values):
 
 
 @gluon.jit
-def _rows_times(x, factor):
-    layout: gl.constexpr = x.type.layout
-    return x * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, layout)), 1)
-
-
-@gluon.jit
-def _times(acc, factor):
-    """Sums with each row multiplied by a number."""
+def _times(acc, factor, LAZY: gl.constexpr):
+    """Sums with each row multiplied by a number, which, LAZY, is seldom another than 1."""
+    TIMES: gl.constexpr = rows_times_if_any if LAZY else rows_times
     sums = ()
     for i in gl.static_range(len(acc)):
-        sums = sums + (_rows_times(acc[i], factor),)  # type: ignore[assignment]  # noqa: RUF005
+        sums = sums + (TIMES(acc[i], factor),)  # type: ignore[assignment]  # noqa: RUF005
     return sums
 
 
 @gluon.jit
 def _step(
     acc, weights, top, total, query, keys, values, keys_full, values_full, keys_read, values_read, step, tile, entries,
-    done, token, window, score_scale, cap, EDGE: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, FROM:
-    gl.constexpr, SOFTCAP: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES:
-    gl.constexpr,
+    done, row, window, score_scale, cap, EDGE: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, FROM:
+    gl.constexpr, SOFTCAP: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr, BLOCK_N:
+    gl.constexpr, STAGES: gl.constexpr, LAZY: gl.constexpr,
 ):
     """Adds the values of the step before, and returns the weights of `tile`, to go with `top` and `total`."""
     stage = step % STAGES
@@ -157,23 +120,31 @@ def _step(
     scores = _products(query, keys.index(stage), D, ROWS, BLOCK_N)
     mbarrier.wait(values_full.index(before), before_phase)
     CARRIED: gl.constexpr = weights.dtype
-    weights = weights.to(values.dtype)
+    PACKED: gl.constexpr = weights.dtype == gl.int32
+    if PACKED:
+        weights = unpacked(weights, values.dtype)
+    else:
+        weights = weights.to(values.dtype)
     acc = _add(acc, weights, values.index(before))
     COUNT: gl.constexpr = len(acc)
     scores = warpgroup_mma_wait(COUNT, deps=[scores])
     # Not with the values below: the next queries may come while this step goes on, if it is the last of a tile.
     mbarrier.arrive(keys_read.index(stage), count=1)
-    new, top, total, rescale = _softmax(
-        scores, top, total, tile, entries, done, token, window, score_scale, cap, EDGE, CAUSAL, WINDOW, FROM, SOFTCAP,
-        BLOCK_N,
+    new, top, total, rescale = softmax(
+        scores, top, total, tile, entries, done, row, window, score_scale, cap, EDGE, CAUSAL, WINDOW, FROM, SOFTCAP,
+        PACK, BLOCK_N, LAZY,
     )
-    new = new.to(CARRIED)
-    # They have come already. ptxas would move the softmax down past the wait below; past this wait's loop it does not.
-    mbarrier.wait(values_full.index(before), before_phase)
+    if not PACKED:
+        new = new.to(CARRIED)
+        # They have come already. ptxas would move the softmax down past the wait below; past this wait's loop it does
+        # not. Where three warpgroups compute, others are at the tensor cores then.
+        mbarrier.wait(values_full.index(before), before_phase)
     ready = warpgroup_mma_wait(0, deps=acc + (weights, new, total))  # noqa: RUF005  (no star in a kernel)
     acc = ready[:COUNT]
     new = ready[COUNT + 1]
     total = ready[COUNT + 2]
+    if PACKED:
+        new = packed(new, values.dtype)
     mbarrier.arrive(values_read.index(stage), count=1)
     return acc, new, top, total, rescale
 
@@ -181,18 +152,18 @@ def _step(
 @gluon.jit
 def _sweep(
     until, acc, weights, top, total, query, keys, values, keys_full, values_full, keys_read, values_read, step, tile,
-    entries, done, token, window, score_scale, cap, EDGE: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
-    FROM: gl.constexpr, SOFTCAP: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES:
-    gl.constexpr,
+    entries, done, row, window, score_scale, cap, EDGE: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+    FROM: gl.constexpr, SOFTCAP: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr, BLOCK_N:
+    gl.constexpr, STAGES: gl.constexpr, LAZY: gl.constexpr,
 ):
     """Steps from `tile` down to `until`, none if it lies above; returns the next step and tile too."""
     for _ in range(gl.maximum(tile + 1 - until, 0)):
         acc, weights, top, total, rescale = _step(
             acc, weights, top, total, query, keys, values, keys_full, values_full, keys_read, values_read, step, tile,
-            entries, done, token, window, score_scale, cap, EDGE, CAUSAL, WINDOW, FROM, SOFTCAP, D, ROWS, BLOCK_N,
-            STAGES,
+            entries, done, row, window, score_scale, cap, EDGE, CAUSAL, WINDOW, FROM, SOFTCAP, PACK, D, ROWS,
+            BLOCK_N, STAGES, LAZY,
         )
-        acc = _times(acc, rescale)
+        acc = _times(acc, rescale, LAZY)
         step += 1
         tile -= 1
     return acc, weights, top, total, step, tile
@@ -238,14 +209,14 @@ def _store(
         new_top = gl.maximum(top, sink)
         shift = gl.where(new_top == -float("inf"), 0.0, new_top)
         rescale = gl.exp2(top - shift)
-        acc = _times(acc, rescale)
+        acc = _times(acc, rescale, False)
         total = total * rescale + gl.exp2(sink - shift)
         top = new_top
     total = gl.where(total == 0.0, 1.0, total)  # nothing attended to: zeros, and a log-sum-exp of -inf
     if RETURN_LSE:
         at = (tile_start + row // PACK).to(gl.int64) * HEADS + first_head + row % PACK
         gl.store(lse_ptr + at, (top + gl.log2(total)) * LN_2, mask=tile_start + row // PACK < query_end)
-    acc = _times(acc, v_scale / total)
+    acc = _times(acc, v_scale / total, False)
     for i in gl.static_range(len(acc)):
         _store_part(acc[i], out_ptr, tile_start, query_end, first_head, group, 64 * i, HEADS, PACK, D, ROWS)
 
@@ -257,17 +228,18 @@ def compute(
     window, score_scale, cap, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, CAUSAL:
     gl.constexpr, WINDOW: gl.constexpr, ROLLING: gl.constexpr, SOFTCAP: gl.constexpr, RETURN_LSE: gl.constexpr, ROWS:
     gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, FLOAT8: gl.constexpr,
+    GROUPS: gl.constexpr,
 ):
     """What warpgroup number `group` does."""
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     rows: gl.constexpr = gl.SliceLayout(1, scores_layout)
-    BLOCK_Q: gl.constexpr = 2 * ROWS // PACK
+    BLOCK_Q: gl.constexpr = GROUPS * ROWS // PACK
     FROM: gl.constexpr = WINDOW or ROLLING
+    LAZY: gl.constexpr = GROUPS == 2
     query = queries.index(group)
     row = group * ROWS + gl.arange(0, ROWS, layout=rows)
-    token = row // PACK
     none = gl.full([ROWS], -float("inf"), gl.float32, rows)
-    zero = gl.full([ROWS], 0.0, gl.float32, rows)
+    zero = sums_of_lanes(gl.zeros([ROWS, BLOCK_N], gl.float32, scores_layout))
 
     # The first tile's first scores have no values to be summed beside them.
     wait_for_entry(ring_full, 0)
@@ -284,13 +256,15 @@ def compute(
     scores = warpgroup_mma_wait(0, deps=[scores])
     mbarrier.arrive(keys_read.index(0), count=1)
     mbarrier.arrive(values_read.index(0), count=1)
-    weights, top, total, _ = _softmax(
-        scores, none, zero, high - 1, entries, 0, token, window, scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP,
-        BLOCK_N,
+    weights, top, total, _ = softmax(
+        scores, none, zero, high - 1, entries, 0, row, window, scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP,
+        PACK, BLOCK_N, LAZY,
     )
     # From step to step in fp32: rounded, pairs of 16 bits would be turned over twice in each of them, and moved. But
-    # beside a partition that converts there are not the registers for it.
-    if FLOAT8:
+    # beside a partition that converts, or a third one that computes, there are not the registers for it.
+    if GROUPS == 3:
+        weights = packed(weights, values.dtype)
+    elif FLOAT8:
         weights = weights.to(values.dtype)
     acc = _nothing(D, ROWS, BLOCK_D)
     done = 0
@@ -316,13 +290,13 @@ def compute(
                 until = gl.where(part == 0, right, field(entries, done, LOW, 4))
             acc, weights, top, total, step, tile = _sweep(
                 until, acc, weights, top, total, query, keys, values, keys_full, values_full, keys_read, values_read,
-                step, tile, entries, done, token, window, scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP, D, ROWS,
-                BLOCK_N, STAGES,
+                step, tile, entries, done, row, window, scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP, PACK, D, ROWS,
+                BLOCK_N, STAGES, LAZY,
             )
             acc, weights, top, total, step, tile = _sweep(
                 left, acc, weights, top, total, query, keys, values, keys_full, values_full, keys_read, values_read,
-                step, tile, entries, done, token, window, scale, cap, False, CAUSAL, WINDOW, FROM, SOFTCAP, D, ROWS,
-                BLOCK_N, STAGES,
+                step, tile, entries, done, row, window, scale, cap, False, CAUSAL, WINDOW, FROM, SOFTCAP, PACK, D, ROWS,
+                BLOCK_N, STAGES, LAZY,
             )
 
         # The next tile's first scores, beside the last of this one's values.
@@ -339,14 +313,15 @@ def compute(
         mbarrier.wait(queries_full.index(group), done & 1)
         acc, weights, next_top, next_total, _ = _step(
             acc, weights, none, zero, query, keys, values, keys_full, values_full, keys_read, values_read, step,
-            high - 1, entries, done, token, window, scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP, D, ROWS,
-            BLOCK_N, STAGES,
+            high - 1, entries, done, row, window, scale, cap, True, CAUSAL, WINDOW, FROM, SOFTCAP, PACK, D, ROWS,
+            BLOCK_N, STAGES, LAZY,
         )
         step += 1
         tile_start = field(entries, done - 1, TILE_START, 4)
         query_end = field(entries, done - 1, QUERY_END, 4)
         first_head = field(entries, done - 1, HEAD, 4)
         release_entry(ring_empty, done - 1)
+        total = gl.convert_layout(gl.sum(total, 1), rows)
         _store(
             acc, top, total, out_ptr, lse_ptr, sinks_ptr, k_scale_ptr, v_scale_ptr, stride_k_scale, stride_v_scale,
             tile_start, query_end, first_head, row, group, KV_HEADS, GROUP, PACK, D, ROWS, BLOCK_D, RETURN_LSE,

@@ -111,7 +111,7 @@ def load_queries_and_keys(
     query_desc, key_desc, query_boxes, key_boxes, queries_full, keys_full, queries_read, keys_read, entries, ring_full,
     ring_empty, wanted, block_table_ptr, num_pages, table_width, stride_table_sequence, GROUP: gl.constexpr, PACK:
     gl.constexpr, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr, ROLLING: gl.constexpr, ROWS: gl.constexpr, BLOCK_N:
-    gl.constexpr, BLOCK_D: gl.constexpr, PLACES: gl.constexpr, FLOAT8: gl.constexpr,
+    gl.constexpr, BLOCK_D: gl.constexpr, PLACES: gl.constexpr, FLOAT8: gl.constexpr, GROUPS: gl.constexpr,
 ):
     """What the warp does that loads queries and keys, the latter from the last tile to the first."""
     PARTS: gl.constexpr = BLOCK_D // 64
@@ -140,7 +140,7 @@ def load_queries_and_keys(
                         mbarrier.wait(queries_read.index(0), done - 1 & 1)
                     else:
                         mbarrier.wait(keys_read.index((step - 1) % PLACES), (step - 1) // PLACES & 1)
-                for group in gl.static_range(2):
+                for group in gl.static_range(GROUPS):
                     mbarrier.expect(queries_full.index(group), ROWS * BLOCK_D * 2)
                     for part in gl.static_range(PARTS):
                         tma.async_copy_global_to_shared(

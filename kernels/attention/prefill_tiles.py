@@ -1,10 +1,10 @@
 """Which tiles of queries the programs of the prefill kernel (`prefill.py`) take, and how its warps learn of them.
 
-A tile is 2 · ROWS / PACK tokens of a sequence by PACK query heads of one KV head. Programs take tiles from a counter,
-so that none waits for another: shares fixed beforehand left the last program with 1.3 times the mean for 8 × 2k. They
-are given out sequence by sequence, in one the last tokens first, since those see the most keys and what is left for the
-end should be short. Of a long sequence, as many heads come before the others as have their keys and values in the cache
-(L2) together.
+A tile is GROUPS · ROWS / PACK tokens of a sequence by PACK query heads of one KV head. Programs take tiles from a
+counter, so that none waits for another: shares fixed beforehand left the last program with 1.3 times the mean for
+8 × 2k. They are given out sequence by sequence, in one the last tokens first, since those see the most keys and what is
+left for the end should be short. Of a long sequence, as many heads come before the others as have their keys and values
+in the cache (L2) together.
 
 One warp finds tiles, and the others read them from a ring of entries in shared memory. It takes the next only when the
 keys of the last are nearly all under way: programs that took four ahead left some with one too many at the end, which
@@ -123,10 +123,10 @@ def hand_out(
     entries, ring_full, ring_empty, wanted, counter_ptr, cu_seqlens_q_ptr, seq_lens_ptr, T, B, table_width, window,
     slots, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, PAGE_SIZE: gl.constexpr, CAUSAL:
     gl.constexpr, WINDOW: gl.constexpr, ROLLING: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, SECTION:
-    gl.constexpr,
+    gl.constexpr, GROUPS: gl.constexpr,
 ):
     """What the warp does that finds tiles."""
-    BLOCK_Q: gl.constexpr = 2 * ROWS // PACK
+    BLOCK_Q: gl.constexpr = GROUPS * ROWS // PACK
     PACKS: gl.constexpr = KV_HEADS * GROUP // PACK
     i = gl.program_id(0)
     done = 0
