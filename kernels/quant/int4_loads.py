@@ -17,7 +17,7 @@ from octavo.kernels.tiles import let_next_start, wait_for_previous
 
 
 @gluon.jit
-def _fetch(ptr, stride, row, N, k, group_planes, last_group, GROUPS: gl.constexpr, TILES: gl.constexpr):
+def fetch(ptr, stride, row, N, k, group_planes, last_group, GROUPS: gl.constexpr, TILES: gl.constexpr):
     """Has a step's scales, or minima, brought into the cache (L2): by the time of their step they are there."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     rows = gl.minimum(row + 2 * TILES * gl.arange(0, 32, layout=layout), N - 1)
@@ -66,9 +66,9 @@ def load_weights(
         mbarrier.wait(empty.index(stage), phase)
         _load_packed(desc, words, full, stage, row_tile, k, k_tiles, STAGE_BYTES, TILES)
         row = row_tile * (64 * TILES)
-        _fetch(scale_ptr, stride_scale_group, row, N, k, group_planes, last_group, GROUPS, TILES)
+        fetch(scale_ptr, stride_scale_group, row, N, k, group_planes, last_group, GROUPS, TILES)
         if minimum_ptr is not None:
-            _fetch(minimum_ptr, stride_minimum_group, row, N, k, group_planes, last_group, GROUPS, TILES)
+            fetch(minimum_ptr, stride_minimum_group, row, N, k, group_planes, last_group, GROUPS, TILES)
         stage += 1
         if stage == STAGES:
             stage = 0
