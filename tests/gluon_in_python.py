@@ -357,7 +357,7 @@ def _decorator(function=None, **options):
 
 
 def namespace(modules, place, programs):
-    """What the modules of `kernels/` define up to their first dataclass, for the program at one place of a grid."""
+    """What the modules of `kernels/` define up to a dataclass or cached function, for the program at one place of a grid."""
     mbarrier = SimpleNamespace(
         MBarrierLayout=lambda: None,
         init=lambda barrier, count: barrier.values.init(count),
@@ -399,7 +399,7 @@ def namespace(modules, place, programs):
 @functools.cache
 def _code(module):
     """The part of a module that `namespace` runs, which takes longer to compile than a program of it to run."""
-    source = (KERNELS / module).read_text().partition("\n@dataclass")[0]
+    source = re.split(r"\n@(?:dataclass|cache)\b", (KERNELS / module).read_text())[0]
     source = re.sub(r"^(from|import) [^(]*?(\([^)]*\))?$", "", source, flags=re.M)
     source = re.sub(r"^( +)(i|stage|phase) = 0$", r"\1\2 = Number(0)", source, flags=re.M)  # a literal has no `to`
     return compile(source, module, "exec", __future__.annotations.compiler_flag)

@@ -1,8 +1,7 @@
 """The warpgroups of the Hopper int8 kernel (`int8_hopper.py`) that compute, each 64 · BLOCKS outputs of a tile.
 
 As in `int4_compute.py`, weights go from shared memory through registers into the tensor cores, SIDES warpgroups stand
-side by side and TURNS take turns. Up to 64 tokens the steps are that kernel's, too. With more, half a step has a stage
-of its own, and there is always a product that runs while the next half is unpacked.
+side by side and TURNS take turns; the steps are that kernel's, too.
 """
 
 from triton.experimental import gluon
@@ -17,10 +16,9 @@ from octavo.kernels.quant.int4_unpack import (
     group_bits,
     next_group,
     of_half,
-    operand,
     words_layout,
 )
-from octavo.kernels.quant.int8_unpack import FACTOR, load_bytes, unpack_bytes
+from octavo.kernels.quant.int8_unpack import FACTOR, unpack_bytes
 
 # Lists of arguments, one a line, would be longer than the code between them.
 # fmt: off
@@ -59,124 +57,102 @@ def _first_group(k, group_planes, TURNS: gl.constexpr, GROUPS: gl.constexpr):
 
 
 @gluon.jit
-def _sum_few(
+def _sum_scaled(
     acc, weights, x, full, empty, scale_ptr, rows, side: gl.constexpr, stage, phase, k, end, last_group, group_planes,
-    stride_scale_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, SCALE_SUMS: gl.constexpr, BLOCKS: gl.constexpr, SIDES:
-    gl.constexpr, TURNS: gl.constexpr, STAGES: gl.constexpr,
+    stride_scale_group, BLOCKS: gl.constexpr, SIDES: gl.constexpr, TURNS: gl.constexpr, STAGES: gl.constexpr,
 ):
     """Adds every TURNS-th step from `k` to `end` of a tile to acc; `stage` and `phase` are the first's.
 
-    SCALE_SUMS: not the weights are scaled, but each step's sums. That is fewer instructions for few tokens.
+    Not the weights are scaled, but each step's sums. That is fewer instructions for few tokens.
     """
     dtype: gl.constexpr = x.dtype
     layout: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
     nothing = gl.zeros_like(acc)
-    at, left, group_steps, whole, more = _first_group(k, group_planes, TURNS, GROUPS)
-    scales = _bits_of_step(scale_ptr, stride_scale_group, rows, k, at, group_planes, last_group, GROUPS, EVEN)
+    at, left, group_steps, whole, more = _first_group(k, group_planes, TURNS, 1)
+    scales = _bits_of_step(scale_ptr, stride_scale_group, rows, k, at, group_planes, last_group, 1, True)
     mbarrier.wait(full.index(stage), phase)
-    planes = load_bytes(weights.index(SIDES * stage + side), BLOCKS, 128)
-    s = ()
-    s_high = ()
-    if not SCALE_SUMS:
-        s = _factors(scales, scale_ptr, 0, dtype)
-        s_high = _factors(scales, scale_ptr, 1, dtype)
-        if GROUPS == 1:
-            at, left = next_group(at, left, group_steps, whole, more)
-        scales = _bits_of_step(
-            scale_ptr, stride_scale_group, rows, k + TURNS, at, group_planes, last_group, GROUPS, EVEN
-        )
-    low = operand(unpack_bytes(planes, s, 0, dtype), dtype, layout)
+    low = unpack_bytes(weights.index(SIDES * stage + side), (), 0, BLOCKS, 128, dtype, layout)
     for step in range(k + TURNS, end + TURNS, TURNS):
         after, after_phase = after_turns(stage, phase, TURNS, STAGES)
         next_stage = gl.where(step < end, after, stage)  # the last step's is itself once more, and for nothing
         next_phase = gl.where(step < end, after_phase, phase)
-        part = x.index(2 * stage).permute((1, 0))
-        if SCALE_SUMS:
-            sums = warpgroup_mma(low, part, nothing, use_acc=False, is_async=True)
-        else:
-            sums = warpgroup_mma(low, part, acc, is_async=True)
-        high = operand(unpack_bytes(planes, s_high, 1, dtype), dtype, layout)
+        sums = warpgroup_mma(low, x.index(2 * stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        high = unpack_bytes(weights.index(SIDES * stage + side), (), 1, BLOCKS, 128, dtype, layout)
         sums = warpgroup_mma(high, x.index(2 * stage + 1).permute((1, 0)), sums, is_async=True)
-        if not SCALE_SUMS:  # the next half unpacked goes into the registers of this step's first
+        if BLOCKS > 1:  # the next half unpacked goes into the registers of this step's first
             sums, low = warpgroup_mma_wait(1, deps=[sums, low])
         mbarrier.wait(full.index(next_stage), next_phase)
-        planes = load_bytes(weights.index(SIDES * next_stage + side), BLOCKS, 128)
-        if GROUPS == 1:
-            at, left = next_group(at, left, group_steps, whole, more)
-        if not SCALE_SUMS:
-            s = _factors(scales, scale_ptr, 0, dtype)
-            s_high = _factors(scales, scale_ptr, 1, dtype)
-            scales = _bits_of_step(
-                scale_ptr, stride_scale_group, rows, step + TURNS, at, group_planes, last_group, GROUPS, EVEN
-            )
-        next_low = operand(unpack_bytes(planes, s, 0, dtype), dtype, layout)
+        next_low = unpack_bytes(weights.index(SIDES * next_stage + side), (), 0, BLOCKS, 128, dtype, layout)
+        at, left = next_group(at, left, group_steps, whole, more)
         sums, low, high, next_low = warpgroup_mma_wait(0, deps=[sums, low, high, next_low])
         low = next_low
         mbarrier.arrive(empty.index(stage), count=1)
-        if SCALE_SUMS:
-            scale = bits_to_float(scales[0], scale_ptr.dtype.element_ty) * FACTOR
-            acc += sums * gl.expand_dims(scale, 1)
-            # Not before: see `int4_compute.py`.
-            scales = _bits_of_step(
-                scale_ptr, stride_scale_group, rows, step, at, group_planes, last_group, GROUPS, EVEN
-            )
-        else:
-            acc = sums
+        acc += sums * gl.expand_dims(bits_to_float(scales[0], scale_ptr.dtype.element_ty) * FACTOR, 1)
+        # Not before: see `int4_compute.py`.
+        scales = _bits_of_step(scale_ptr, stride_scale_group, rows, step, at, group_planes, last_group, 1, True)
         stage = after
         phase = after_phase
     return acc
 
 
 @gluon.jit
-def _sum_many(
+def _sum(
     acc, weights, x, full, empty, scale_ptr, rows, side: gl.constexpr, stage, phase, k, end, last_group, group_planes,
-    stride_scale_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, BLOCKS: gl.constexpr, SIDES: gl.constexpr, STAGES:
-    gl.constexpr,
+    stride_scale_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, BLOCKS: gl.constexpr, SIDES: gl.constexpr, TURNS:
+    gl.constexpr, INPUTS: gl.constexpr, STAGES: gl.constexpr,
 ):
-    """Adds the steps from `k` to `end` of a tile to acc, two stages each; `stage` and `phase` are the first's."""
+    """The same with the weights scaled, or nothing. A step has one stage, or with 64 INPUTS two.
+
+    One product more could be on its way at the end of a step, but operands in registers ptxas does not take from one
+    turn of a loop into the next: it would wait for each instruction.
+    """
     dtype: gl.constexpr = x.dtype
     layout: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
-    at, left, group_steps, whole, more = _first_group(k, group_planes, 1, GROUPS)
+    HALVES: gl.constexpr = INPUTS // 64
+    at, left, group_steps, whole, more = _first_group(k, group_planes, TURNS, GROUPS)
     scales = _bits_of_step(scale_ptr, stride_scale_group, rows, k, at, group_planes, last_group, GROUPS, EVEN)
     s = _factors(scales, scale_ptr, 0, dtype)
     s_high = _factors(scales, scale_ptr, 1, dtype)
     if GROUPS == 1:
         at, left = next_group(at, left, group_steps, whole, more)
-    scales = _bits_of_step(scale_ptr, stride_scale_group, rows, k + 1, at, group_planes, last_group, GROUPS, EVEN)
+    scales = _bits_of_step(scale_ptr, stride_scale_group, rows, k + TURNS, at, group_planes, last_group, GROUPS, EVEN)
     mbarrier.wait(full.index(stage), phase)
-    planes = load_bytes(weights.index(SIDES * stage + side), BLOCKS, 64)
-    low = operand(unpack_bytes(planes, s, 0, dtype), dtype, layout)
-    high = low
-    before = stage
-    for step in range(k, end):
-        second, second_phase = after_turns(stage, phase, 1, STAGES)
-        after, after_phase = after_turns(second, second_phase, 1, STAGES)
-        next_stage = gl.where(step + 1 < end, after, second)  # the last step's is its own, and for nothing
-        next_phase = gl.where(step + 1 < end, after_phase, second_phase)
-        acc = warpgroup_mma(low, x.index(stage).permute((1, 0)), acc, is_async=True)
-        acc, high = warpgroup_mma_wait(1, deps=[acc, high])  # the product before has ended
-        mbarrier.arrive(empty.index(before), count=1, pred=step > k)
-        mbarrier.wait(full.index(second), second_phase)
-        planes = load_bytes(weights.index(SIDES * second + side), BLOCKS, 64)
-        high = operand(unpack_bytes(planes, s_high, 0, dtype), dtype, layout)
-        acc = warpgroup_mma(high, x.index(second).permute((1, 0)), acc, is_async=True)
-        acc, low = warpgroup_mma_wait(1, deps=[acc, low])
-        mbarrier.arrive(empty.index(stage), count=1)
+    low = unpack_bytes(weights.index(SIDES * stage + side), s, 0, BLOCKS, INPUTS, dtype, layout)
+    for step in range(k, end, TURNS):
+        second, second_phase = stage, phase
+        if HALVES == 1:
+            second, second_phase = after_turns(stage, phase, 1, STAGES)
+        after, after_phase = after_turns(second, second_phase, TURNS, STAGES)
+        next_stage = gl.where(step + TURNS < end, after, second)  # the last step's is its own, and for nothing
+        next_phase = gl.where(step + TURNS < end, after_phase, second_phase)
+        sums = warpgroup_mma(low, x.index(HALVES * stage).permute((1, 0)), acc, is_async=True)
+        if HALVES == 1:
+            mbarrier.wait(full.index(second), second_phase)
+        high = unpack_bytes(weights.index(SIDES * second + side), s_high, 1, BLOCKS, INPUTS, dtype, layout)
+        sums = warpgroup_mma(high, x.index(HALVES * second + HALVES - 1).permute((1, 0)), sums, is_async=True)
+        # The next 64 inputs go into the registers of this step's first.
+        sums, low = warpgroup_mma_wait(1, deps=[sums, low])
+        if HALVES == 1:
+            mbarrier.arrive(empty.index(stage), count=1)
         if GROUPS == 1:
             at, left = next_group(at, left, group_steps, whole, more)
         s = _factors(scales, scale_ptr, 0, dtype)
         s_high = _factors(scales, scale_ptr, 1, dtype)
+        # Of the step after the next; see `int4_compute.py`.
         scales = _bits_of_step(
-            scale_ptr, stride_scale_group, rows, step + 2, at, group_planes, last_group, GROUPS, EVEN
+            scale_ptr, stride_scale_group, rows, step + 2 * TURNS, at, group_planes, last_group, GROUPS, EVEN
         )
         mbarrier.wait(full.index(next_stage), next_phase)
-        planes = load_bytes(weights.index(SIDES * next_stage + side), BLOCKS, 64)
-        low = operand(unpack_bytes(planes, s, 0, dtype), dtype, layout)
-        before = second
+        next_low = unpack_bytes(weights.index(SIDES * next_stage + side), s, 0, BLOCKS, INPUTS, dtype, layout)
+        if BLOCKS == 1:
+            # This has come already, but ptxas moves no unpacking down past it, as it would past the wait below.
+            mbarrier.wait(full.index(next_stage), next_phase)
+        sums, low, high, next_low = warpgroup_mma_wait(0, deps=[sums, low, high, next_low])
+        low = next_low
+        mbarrier.arrive(empty.index(second), count=1)
+        acc = sums
         stage = after
         phase = after_phase
-    acc, high = warpgroup_mma_wait(0, deps=[acc, high])
-    mbarrier.arrive(empty.index(before), count=1)
     return acc
 
 
@@ -212,22 +188,20 @@ def compute_bytes(
         acc = gl.zeros([ROWS, TOKENS], gl.float32, acc_layout)
         if GROUPS == 0:  # for after the steps
             scales = group_bits(scale_ptr, stride_scale_group, rows, 0, 0, group_planes, last_group, 1, True)
-        if INPUTS == 128:
-            # A stage is always the same warpgroup's, or one could take it for full before it is: STAGES divide by
-            # TURNS.
-            ahead = (turn + TURNS - i % TURNS) % TURNS
-            if TURNS == 1 or k + ahead < end:
-                stage, phase = stage_of(i + ahead, STAGES)
-                acc = _sum_few(
+        # A stage is always the same warpgroup's, or one could take it for full before it is: STAGES divide by TURNS.
+        ahead = (turn + TURNS - i % TURNS) % TURNS
+        if TURNS == 1 or k + ahead < end:
+            stage, phase = stage_of(128 // INPUTS * (i + ahead), STAGES)
+            if SCALE_SUMS:
+                acc = _sum_scaled(
                     acc, weights, x, full, empty, scale_ptr, rows, side, stage, phase, k + ahead, end, last_group,
-                    group_planes, stride_scale_group, GROUPS, EVEN, SCALE_SUMS, BLOCKS, SIDES, TURNS, STAGES,
+                    group_planes, stride_scale_group, BLOCKS, SIDES, TURNS, STAGES,
                 )
-        else:
-            stage, phase = stage_of(2 * i, STAGES)
-            acc = _sum_many(
-                acc, weights, x, full, empty, scale_ptr, rows, side, stage, phase, k, end, last_group, group_planes,
-                stride_scale_group, GROUPS, EVEN, BLOCKS, SIDES, STAGES,
-            )
+            else:
+                acc = _sum(
+                    acc, weights, x, full, empty, scale_ptr, rows, side, stage, phase, k + ahead, end, last_group,
+                    group_planes, stride_scale_group, GROUPS, EVEN, BLOCKS, SIDES, TURNS, INPUTS, STAGES,
+                )
         i += end - k
         if turn > 0:
             mbarrier.wait(taken.index(side), parity ^ 1)

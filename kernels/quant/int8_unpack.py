@@ -13,7 +13,7 @@ scale: for bf16 to give integers, the factor of the fma would have to be 2¹³³
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from octavo.kernels.quant.int4_unpack import words_layout
+from octavo.kernels.quant.int4_unpack import operand, words_layout
 
 FACTOR = gl.constexpr(64)
 """What scales are multiplied by, since weights have been divided by it."""
@@ -65,40 +65,27 @@ def _unpack_plane(pairs, scales, dtype: gl.constexpr):
 
 
 @gluon.jit
-def unpack_bytes(planes, scales, half: gl.constexpr, dtype: gl.constexpr):
-    """Pairs of weights of two planes of 32 inputs, each `[outputs, 16]`; without scales q / 64.
-
-    scales: a tuple of `[outputs]`, 64 times a scale and that twice, of none, one or two (one a plane).
-    """
-    if len(scales) == 2:
-        low = _unpack_plane(planes[2 * half], (scales[0],), dtype)
-        high = _unpack_plane(planes[2 * half + 1], (scales[1],), dtype)
-    else:
-        low = _unpack_plane(planes[2 * half], scales, dtype)
-        high = _unpack_plane(planes[2 * half + 1], scales, dtype)
-    return low, high
-
-
-@gluon.jit
 def _split(pairs):
     """The first and the second half of the inputs."""
     return pairs.reshape([pairs.shape[0], 2, pairs.shape[1] // 2]).permute([0, 2, 1]).split()
 
 
 @gluon.jit
-def _plane(pairs, BLOCKS: gl.constexpr):
-    return gl.convert_layout(pairs, words_layout(BLOCKS), assert_trivial=True)
+def unpack_bytes(
+    tile, scales, half: gl.constexpr, BLOCKS: gl.constexpr, INPUTS: gl.constexpr, dtype: gl.constexpr, layout: gl.constexpr
+):
+    """Loads 64 of a tile's inputs, the first or the second if it has more: a product's first operand `[outputs, 64]`.
 
-
-@gluon.jit
-def load_bytes(tile, BLOCKS: gl.constexpr, INPUTS: gl.constexpr):
-    """A tile's weights as pairs of bytes: of each 32 inputs a tensor `[outputs, 16]`."""
-    pairs = tile.load(bytes_layout(BLOCKS, INPUTS))
+    scales: a tuple of `[outputs]`, 64 times a scale and that twice, of none (for q / 64), one or two (of 32 inputs).
+    """
+    pairs = tile.load(bytes_layout(BLOCKS, INPUTS))  # what is not used of it is not loaded
     if INPUTS == 128:
         low, high = _split(pairs)
-        a, b = _split(low)
-        c, d = _split(high)
-        return _plane(a, BLOCKS), _plane(b, BLOCKS), _plane(c, BLOCKS), _plane(d, BLOCKS)
-    else:
-        a, b = _split(pairs)
-        return _plane(a, BLOCKS), _plane(b, BLOCKS)
+        pairs = high if half == 1 else low
+    low, high = _split(pairs)
+    low = gl.convert_layout(low, words_layout(BLOCKS), assert_trivial=True)
+    high = gl.convert_layout(high, words_layout(BLOCKS), assert_trivial=True)
+    last: gl.constexpr = len(scales) - 1
+    low = _unpack_plane(low, scales[:1], dtype)
+    high = _unpack_plane(high, scales[last:] if last >= 0 else (), dtype)
+    return operand((low, high), dtype, layout)
