@@ -357,7 +357,7 @@ def _decorator(function=None, **options):
 
 
 def namespace(modules, place, programs):
-    """What the modules of `kernels/` define up to a dataclass or cached function, for the program at one place of a grid."""
+    """What the modules of `kernels/` define up to a dataclass or a cached function, for one program of a grid."""
     mbarrier = SimpleNamespace(
         MBarrierLayout=lambda: None,
         init=lambda barrier, count: barrier.values.init(count),

@@ -5,9 +5,9 @@
 GGUF's Q8_0 has groups of 32, per-channel checkpoints one group of all K inputs (Dettmers et al., LLM.int8(), 2022,
 https://arxiv.org/abs/2208.07339, section 2). The integers are exact in every float dtype and go into the product as
 they are; the scale is applied to the fp32 sums, so no weight is rounded to half precision. As in
-`octavo.kernels.quant.int4`, the weights are the first operand of `tl.dot`. fp16 and bf16 on Hopper have a kernel of their
-own (`int8_hopper.py`), which does the same with one scale an output, and for few tokens with groups of a multiple of
-128; else it rounds weights once.
+`octavo.kernels.quant.int4`, the weights are the first operand of `tl.dot`. fp16 and bf16 on Hopper have a kernel of
+their own (`int8_hopper.py`), which does the same with one scale an output, and for few tokens with groups of a multiple
+of 128; else it rounds weights once.
 """
 
 import torch

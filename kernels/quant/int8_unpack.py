@@ -72,7 +72,8 @@ def _split(pairs):
 
 @gluon.jit
 def unpack_bytes(
-    tile, scales, half: gl.constexpr, BLOCKS: gl.constexpr, INPUTS: gl.constexpr, dtype: gl.constexpr, layout: gl.constexpr
+    tile, scales, half: gl.constexpr, BLOCKS: gl.constexpr, INPUTS: gl.constexpr, dtype: gl.constexpr, layout:
+    gl.constexpr,
 ):
     """Loads 64 of a tile's inputs, the first or the second if it has more: a product's first operand `[outputs, 64]`.
 
