@@ -12,8 +12,8 @@ from test_int4_hopper import on_hopper
 from test_int8_linear import case, check
 
 import octavo
-from octavo.kernels.launch import Recorder, recording
-from octavo.kernels.quant import int8_hopper
+from octavo.kernels.launch import Recorder, record_launches, recording
+from octavo.kernels.quant import int4_hopper, int8, int8_hopper
 from octavo.kernels.tiles import KNOWN_DEVICES, cdiv, next_power_of_2
 
 H100 = KNOWN_DEVICES[90]
@@ -169,6 +169,22 @@ def test_a_warm_up_at_powers_of_two_meets_every_kernel(n, k, group):
 
     for m in range(1, 5000, 37):
         assert kernel(m) == kernel(next_power_of_2(m))
+
+
+def test_which_calls_it_takes(monkeypatch):
+    monkeypatch.setattr(int4_hopper, "INTERPRET", False)
+    weight = torch.empty(40, 256, dtype=torch.int8, device="meta")
+    x = torch.empty(6, 256, dtype=torch.float16, device="meta")
+    two_strides = torch.empty(6, 3, 256, dtype=torch.float16, device="meta")[:, :2]
+    unaligned = torch.empty(6, 258, dtype=torch.float16, device="meta")[:, :256]
+    for arch in (80, 89, 90):
+        taken = [x, x.bfloat16(), x[0], x[:, None]] if arch == 90 else []
+        others = [x.float(), two_strides, unaligned, *([] if taken else [x, x.bfloat16()])]
+        for tokens in taken + others:
+            with record_launches(KNOWN_DEVICES[arch]) as launches:
+                int8._int8_linear_cuda(tokens, weight, torch.empty(1, 40, device="meta"), None, 256)
+            hopper = launches[0].kernel.__name__ == "_int8_hopper_kernel"
+            assert hopper == any(tokens is t for t in taken)
 
 
 @pytest.mark.parametrize("m", [1, 16, 40, 64, 128, 200, 1000])

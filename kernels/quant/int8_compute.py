@@ -101,7 +101,7 @@ def _sum(
     stride_scale_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, BLOCKS: gl.constexpr, SIDES: gl.constexpr, TURNS:
     gl.constexpr, INPUTS: gl.constexpr, STAGES: gl.constexpr,
 ):
-    """The same with the weights scaled, or nothing. A step has one stage, or with 64 INPUTS two.
+    """The same with the weights scaled, or nothing. A step has one stage, or with 64 INPUTS two; those take no turns.
 
     One product more could be on its way at the end of a step, but operands in registers ptxas does not take from one
     turn of a loop into the next: it would wait for each instruction.
