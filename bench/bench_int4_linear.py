@@ -10,7 +10,6 @@ import torch
 import octavo
 from octavo.bench import weight_only
 from octavo.bench.harness import Inputs, Provider, Shape
-from octavo.bench.providers import pack_words
 
 OP = "int4_linear"
 DTYPES = (torch.bfloat16,)
@@ -36,23 +35,11 @@ def _octavo(inputs: Inputs) -> Callable[[], torch.Tensor]:
     return lambda: octavo.int4_linear(x, packed, scale, group_size=group)
 
 
-def _machete(inputs: Inputs) -> Callable[[], torch.Tensor]:
-    """vLLM's Machete, for Hopper alone."""
-    import vllm._custom_ops as ops
-    from vllm.scalar_type import scalar_types
-
-    x, scale, group, kind = inputs["x"], inputs["scale"], inputs["group"], scalar_types.uint4b8
-    # [K/8, N] with K contiguous, which it asks for.
-    words = pack_words(weight_only.unsigned(inputs, 4), 4).t()
-    weight = ops.machete_prepack_B(words, x.dtype, kind, x.dtype)
-    return lambda: ops.machete_mm(x, weight, kind, out_type=x.dtype, b_group_scales=scale, b_group_size=group)
-
-
 PROVIDERS = {
     "octavo": Provider(_octavo, devices=("cpu", "cuda"), package="octavo"),
     "torch (bf16 weights)": Provider(weight_only.bf16_weights, devices=("cpu", "cuda"), package="torch"),
     "marlin": Provider(lambda i: weight_only.marlin(i, bits=4), "vllm", package="vllm"),
-    "machete": Provider(_machete, "vllm", package="vllm"),
+    "machete": Provider(lambda i: weight_only.machete(i, bits=4), "vllm", package="vllm"),
     "conch": Provider(lambda i: weight_only.conch(i, bits=4), "triton-peers", package="conch-triton-kernels"),
-    "gemlite": Provider(weight_only.gemlite, "triton-peers", package="gemlite"),
+    "gemlite": Provider(lambda i: weight_only.gemlite(i, bits=4), "triton-peers", package="gemlite"),
 }

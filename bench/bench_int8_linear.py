@@ -10,7 +10,7 @@ import torch
 import octavo
 from octavo.bench import weight_only
 from octavo.bench.harness import Inputs, Provider, Shape
-from octavo.bench.shapes import GEMM_TOKENS, LLAMA_2_70B, linears
+from octavo.bench.shapes import GEMM_TOKENS, LLAMA_2_70B, LLAMA_3_8B, linears
 
 OP = "int8_linear"
 DTYPES = (torch.bfloat16,)
@@ -20,9 +20,11 @@ flops = weight_only.flops
 
 
 def shapes() -> list[Shape]:
-    """In groups, every layer; with one scale an output (the group is K), the 70B model's square one."""
-    n, k = linears(LLAMA_2_70B)["o"]
-    return weight_only.shapes() + [{"M": tokens, "N": n, "K": k, "group": k} for tokens in GEMM_TOKENS]
+    """In groups, every layer; with one scale an output (the group is K), the 8B model's and the 70B's square one."""
+    layers = [*linears(LLAMA_3_8B).values(), linears(LLAMA_2_70B)["o"]]
+    return weight_only.shapes() + [
+        {"M": tokens, "N": n, "K": k, "group": k} for n, k in layers for tokens in GEMM_TOKENS
+    ]
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Inputs:
@@ -44,5 +46,7 @@ PROVIDERS = {
     "octavo": Provider(_octavo, devices=("cpu", "cuda"), package="octavo"),
     "torch (bf16 weights)": Provider(weight_only.bf16_weights, devices=("cpu", "cuda"), package="torch"),
     "marlin": Provider(lambda i: weight_only.marlin(i, bits=8), "vllm", package="vllm"),
+    "machete": Provider(lambda i: weight_only.machete(i, bits=8), "vllm", package="vllm"),
     "conch": Provider(lambda i: weight_only.conch(i, bits=8), "triton-peers", package="conch-triton-kernels"),
+    "gemlite": Provider(lambda i: weight_only.gemlite(i, bits=8), "triton-peers", package="gemlite"),
 }

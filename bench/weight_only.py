@@ -120,15 +120,35 @@ def conch(inputs: Inputs, bits: int) -> Callable[[], torch.Tensor]:
     return call
 
 
-def gemlite(inputs: Inputs) -> Callable[[], torch.Tensor]:
-    """gemlite's layer, at the layers for which it comes with tiles tuned on an H100: others it would tune first."""
-    from gemlite.helper import A16W4_HQQ_INT
+def machete(inputs: Inputs, bits: int) -> Callable[[], torch.Tensor]:
+    """vLLM's Machete, for Hopper alone."""
+    import vllm._custom_ops as ops
+    from vllm.scalar_type import scalar_types
+
+    x, scale, group = inputs["x"], inputs["scale"], inputs["group"]
+    kind = scalar_types.uint4b8 if bits == 4 else scalar_types.uint8b128
+    # [K / (32 / bits), N] with K contiguous, which it asks for.
+    words = pack_words(unsigned(inputs, bits), bits).t()
+    weight = ops.machete_prepack_B(words, x.dtype, kind, x.dtype)
+    size = -1 if group == x.shape[1] else group
+    return lambda: ops.machete_mm(x, weight, kind, out_type=x.dtype, b_group_scales=scale, b_group_size=size)
+
+
+def gemlite(inputs: Inputs, bits: int) -> Callable[[], torch.Tensor]:
+    """gemlite's layer, where it comes with tiles tuned on an H100: others it would tune first.
+
+    Those are an 8B model's layers, with 4 bits in groups, with 8 with one scale an output.
+    """
+    from gemlite.helper import A16W4_HQQ_INT, A16W8_INT8
 
     x, q, scale = inputs["x"], inputs["q"], inputs["scale"]
-    if tuple(q.shape) not in {(layer["N"], layer["K"]) for layer in linear_shapes((LLAMA_3_8B,))}:
+    layers = {(layer["N"], layer["K"]) for layer in linear_shapes((LLAMA_3_8B,))}
+    if tuple(q.shape) not in layers or (bits == 8 and len(scale) > 1):
         raise LeftOut("measured at the layers that it comes tuned for")
     scale = scale.t().reshape(-1, 1).contiguous()
-    linear = A16W4_HQQ_INT(device=x.device, dtype=x.dtype).from_weights(
-        q, scale, torch.full_like(scale, inputs["zero"])
-    )
+    if bits == 8:
+        linear = A16W8_INT8(device=x.device, dtype=x.dtype).from_weights(q, scales=scale)
+    else:
+        zero = torch.full_like(scale, inputs["zero"])
+        linear = A16W4_HQQ_INT(device=x.device, dtype=x.dtype).from_weights(q, scale, zero)
     return lambda: linear(x)

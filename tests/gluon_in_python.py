@@ -139,7 +139,7 @@ class Shared:
         self.values, self.dtype, self.half_by_half = values, dtype, half_by_half
 
     def index(self, i):
-        if self.half_by_half:  # 64 columns, the width of the swizzle, lie before the next 64
+        if self.half_by_half and self.values.shape[-1] == 128:  # 64 of them, the swizzle's width, lie before the rest
             return Shared(self.values.reshape(len(self.values), 2, -1, 64)[int(i)], self.dtype)
         return Shared(self.values[int(i)], self.dtype)
 
@@ -164,12 +164,19 @@ class Shared:
 
 
 def _instruction(line, registers):
-    """Executes one of PTX that `int4_unpack.py` is made of."""
+    """Executes one of PTX that `int4_unpack.py` and `int8_unpack.py` are made of."""
     op, _, rest = line.partition(" ")
     out, *names = (name.strip() for name in rest.split(","))
     operands = [registers[n] if n in registers else np.uint32(int(n, 0)) for n in names]
     if op == "mov.b32":
         registers[out] = operands[0]
+    elif op == "cvt.u32.u16":
+        registers[out] = operands[0].astype(np.uint32)
+    elif op == "prmt.b32":
+        assert operands[1:] == [0, 0x4140]
+        registers[out] = operands[0] & 0xFF | (operands[0] & 0xFF00) << 8
+    elif op == "xor.b32":
+        registers[out] = operands[0] ^ operands[1]
     elif op == "shr.u32":
         registers[out] = operands[0] >> operands[1]
     elif op == "lop3.b32":
@@ -198,11 +205,13 @@ def _assembly(code, constraints, args, dtype, is_pure, pack):
         return acc + sums * scale
     if code.startswith("mov.b32 {"):
         return tuple(Tensor(args[0].values.astype(np.uint32) >> s & 0xFFFF, "int16").to("int16") for s in (0, 16))
-    registers = {f"${i + 2}": a.values.view(np.uint32) for i, a in enumerate(args)}
+    results = len(dtype) if isinstance(dtype, tuple) else 1
+    registers = {f"${i + results}": a.values.view(f"u{a.values.dtype.itemsize}") for i, a in enumerate(args)}
     for line in code.strip("{} ").split(";"):
         if line.strip() and ".reg" not in line:
             _instruction(line.strip(), registers)
-    return tuple(Tensor(registers[f"${i}"].view(np.int32), "int32") for i in range(2))
+    out = tuple(Tensor(registers[f"${i}"].view(np.int32), "int32") for i in range(results))
+    return out if results > 1 else out[0]
 
 
 class _Barrier:
@@ -321,7 +330,7 @@ def _language(place, programs):
     return SimpleNamespace(
         **names,
         **dict.fromkeys(layouts, nothing),
-        constexpr=None,
+        constexpr=lambda value: value,
         program_id=lambda axis: Number(place[axis]),
         num_programs=lambda axis: Number(programs),
         maximum=_extremum(np.maximum),
@@ -350,7 +359,7 @@ def _decorator(function=None, **options):
 
 
 def namespace(modules, place, programs):
-    """What the modules of `kernels/` define up to their first dataclass, for the program at one place of a grid."""
+    """What the modules of `kernels/` define up to a dataclass or a cached function, for one program of a grid."""
     mbarrier = SimpleNamespace(
         MBarrierLayout=lambda: None,
         init=lambda barrier, count: barrier.values.init(count),
@@ -393,7 +402,7 @@ def namespace(modules, place, programs):
 @functools.cache
 def _code(module):
     """The part of a module that `namespace` runs, which takes longer to compile than a program of it to run."""
-    source = (KERNELS / module).read_text().partition("\n@dataclass")[0]
+    source = re.split(r"\n@(?:dataclass|cache)\b", (KERNELS / module).read_text())[0]
     source = re.sub(r"^(from|import) [^(]*?(\([^)]*\))?$", "", source, flags=re.M)
     source = re.sub(r"^( +)(i|stage|phase) = 0$", r"\1\2 = Number(0)", source, flags=re.M)  # a literal has no `to`
     return compile(source, module, "exec", __future__.annotations.compiler_flag)

@@ -23,7 +23,12 @@ MODULES.sort(key=lambda name: (name not in LONGEST, name))
 WHOLE, EVERY, EVERY_OF_OTHERS = ["--whole", "sm_90", "--every"], "8", "24"
 """What the ordinary run compiles: all for sm_90 with the Triton that is installed beside torch, but for fp16 where bf16
 has the same, and every eighth of the rest; with each other Triton every twenty-fourth kernel of any architecture."""
-SPILLED = {"_prefill_kernel": 56, "_int4_hopper_kernel": 32, "_grouped_int4_kernel": 32}
+SPILLED = {
+    "_prefill_kernel": 56,
+    "_int4_hopper_kernel": 32,
+    "_int8_hopper_kernel": 32,
+    "_grouped_int4_kernel": 32,
+}
 """Bytes of the stack that a Gluon kernel may use: the warps that load have few registers, and those that compute may
 keep numbers of a tile in memory (prefill with a window and a softcap, most: 56, else at most 48). They spill nothing in
 their innermost loop, but for up to five numbers of int4's four warpgroups with 64 tokens, and two of prefill with a

@@ -28,7 +28,7 @@ from octavo.kernels.quant.int4_unpack import (
 
 
 @gluon.jit
-def _leave(acc, part_ptr, tokens, OUTPUTS: gl.constexpr, TOKENS: gl.constexpr):
+def leave(acc, part_ptr, tokens, OUTPUTS: gl.constexpr, TOKENS: gl.constexpr):
     """Leaves a warpgroup's part of a tile, of its first `tokens` tokens, for the kernel that adds the parts up."""
     n = gl.expand_dims(gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, acc.type.layout)), 1)
     m = gl.expand_dims(gl.arange(0, TOKENS, layout=gl.SliceLayout(0, acc.type.layout)), 0)
@@ -191,7 +191,7 @@ def compute(
             if end - k < k_tiles:
                 slot = slot_of(program, tile, programs, shared, k_tiles)
                 part_ptr = workspace_ptr + (slot.to(gl.int64) * (OUTPUTS * TOKENS) + side * ROWS)
-                _leave(acc, part_ptr, M - token, OUTPUTS, TOKENS)
+                leave(acc, part_ptr, M - token, OUTPUTS, TOKENS)
             else:
                 finish(acc, out_ptr, bias_ptr, residual_ptr, row, token, M, N, ACTIVATED, CHAINED)
             if TURNS > 1:  # behind the use of what was loaded, so that it has come

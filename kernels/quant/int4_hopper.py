@@ -179,6 +179,7 @@ class Tiles:
 
 Cut = tuple[tuple[int, int, int], int, bool]
 """What `cut` takes from `warpgroups` to `sharing`."""
+Cuts = dict[int, dict[tuple[int, int, int], float]]
 
 
 def groups_of_step(group_size: int) -> int:
@@ -186,7 +187,7 @@ def groups_of_step(group_size: int) -> int:
     return 1 if group_size % 128 == 0 else 2 if group_size == 64 else 4
 
 
-CUTS = {
+CUTS: Cuts = {
     16: {(1, 4, 1): 0.26, (2, 2, 1): 0.195, (4, 1, 1): 0.17},
     32: {(1, 4, 1): 0.27, (2, 2, 1): 0.2, (4, 1, 1): 0.18},
     64: {(2, 1, 1): 0.26, (2, 1, 2): 0.245},
@@ -203,6 +204,14 @@ PARTS_US, PART_BYTES_A_US = 4.2, 2.2e6
 """What adding up the parts of shared tiles takes, and how fast they are written and read."""
 
 
+def share_tiles(tiles: int, k: int, sharing: bool, properties: DeviceProperties) -> tuple[int, int]:
+    """How many programs there are, and how many tiles they share."""
+    if not sharing:
+        return min(properties.num_sms, tiles), 0
+    programs = min(properties.num_sms, max(tiles, tiles * cdiv(k, 128) // 2))
+    return programs, tiles % programs + (programs if tiles > programs else 0)
+
+
 def cut(
     m: int,
     n: int,
@@ -217,11 +226,7 @@ def cut(
     """Tiles of so many `sides`, `turns` and `blocks`, and of so many tokens; fewer stages where memory is short."""
     sides, turns, blocks = warpgroups
     token_tiles = cdiv(m, tokens)
-    tiles = cdiv(n, 64 * sides * blocks) * token_tiles
-    programs, shared = min(properties.num_sms, tiles), 0
-    if sharing:
-        programs = min(properties.num_sms, max(tiles, tiles * cdiv(k, 128) // 2))
-        shared = tiles % programs + (programs if tiles > programs else 0)
+    programs, shared = share_tiles(cdiv(n, 64 * sides * blocks) * token_tiles, k, sharing, properties)
     room = properties.shared_memory - (sides + 1) * OTHER_BYTES - (turns - 1) * sides * blocks * tokens * 256
     stage_bytes = sides * blocks * TILE_BYTES + tokens * 256
     if stages is None:
@@ -230,13 +235,13 @@ def cut(
     return Tiles(sides, turns, blocks, tokens, stages, scale_sums, programs, shared, min(token_tiles, 4))
 
 
-def _time(tiles: Tiles, m: int, n: int, k: int) -> float:
+def time_of(tiles: Tiles, m: int, n: int, k: int, cuts: Cuts, tile_bytes: int) -> float:
     """Microseconds that tiles take, but for what all of them do."""
     k_tiles, step_tiles = cdiv(k, 128), tiles.sides * tiles.blocks
     count = cdiv(n, tiles.outputs) * cdiv(m, tiles.tokens)
 
-    own = step_tiles * CUTS[tiles.tokens][tiles.sides, tiles.turns, tiles.blocks]
-    weights = step_tiles * 1.03 * TILE_BYTES  # and scales
+    own = step_tiles * cuts[tiles.tokens][tiles.sides, tiles.turns, tiles.blocks]
+    weights = step_tiles * 1.03 * tile_bytes  # and scales
     from_cache = weights + min(m, tiles.tokens) * 256
 
     def of_steps(steps: float, programs: int) -> float:
@@ -253,7 +258,7 @@ def _time(tiles: Tiles, m: int, n: int, k: int) -> float:
 
 @cache
 def _fastest(m: int, n: int, k: int, per_step: int, scale_sums: bool, properties: DeviceProperties) -> Cut:
-    """The fastest by `_time`, for m a power of two."""
+    """The fastest by `time_of`, for m a power of two."""
     widths = [min(max(m, 16), 128)] + [256] * (m > 128 and per_step == 1)
     possible = [(groups, tokens) for tokens in widths for groups in CUTS[tokens]]
     # Scales of several groups a step take registers.
@@ -261,7 +266,7 @@ def _fastest(m: int, n: int, k: int, per_step: int, scale_sums: bool, properties
     possible = [of for of in possible if of not in too_many]
 
     def time(choice: Cut) -> float:
-        return _time(cut(m, n, k, *choice, properties, scale_sums), m, n, k)
+        return time_of(cut(m, n, k, *choice, properties, scale_sums), m, n, k, CUTS, TILE_BYTES)
 
     def may_share(groups: tuple[int, int, int], tokens: int) -> bool:
         # Shares of tiles of four blocks, which are few steps, end unevenly (4096 × 14336: 19.4 µs, two by two 17.4). Of
@@ -274,7 +279,7 @@ def _fastest(m: int, n: int, k: int, per_step: int, scale_sums: bool, properties
 
 
 def choose_tiles(m: int, n: int, k: int, group_size: int, with_minimum: bool, properties: DeviceProperties) -> Tiles:
-    """Tiles as wide as the tokens, and of those the ones that `_time` says are fastest.
+    """Tiles as wide as the tokens, and of those the ones that `time_of` says are fastest.
 
     Choices change at powers of two tokens alone, so that a warm-up meets all of them.
     """
@@ -292,11 +297,11 @@ def takes(x: torch.Tensor, packed: torch.Tensor, properties: DeviceProperties) -
         and x.dtype in (torch.float16, torch.bfloat16)
         and x.numel() > 0
         and x.data_ptr() % 16 == packed.data_ptr() % 16 == 0
-        and _token_stride(x) is not None
+        and token_stride(x) is not None
     )
 
 
-def _token_stride(x: torch.Tensor) -> int | None:
+def token_stride(x: torch.Tensor) -> int | None:
     """Elements from token to token, or None where they are not a multiple of 16 bytes, or differ."""
     if x.numel() == x.shape[-1]:
         return x.shape[-1]
@@ -332,7 +337,7 @@ def linear(
         _int4_hopper_kernel,
         (tiles.programs,),
         TensorDescriptor(packed, [packed.numel() // 64, 64], [64, 1], [32, 64], layout),
-        TensorDescriptor(x, [m, k], [_token_stride(x), 1], [tiles.tokens, 64], layout),
+        TensorDescriptor(x, [m, k], [token_stride(x), 1], [tiles.tokens, 64], layout),
         out,
         scale,
         minimum,

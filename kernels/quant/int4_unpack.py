@@ -177,14 +177,18 @@ def bits_to_float(bits, dtype: gl.constexpr):
 
 
 @gluon.jit
-def of_half(scales, minima, scale_ptr, minimum_ptr, half: gl.constexpr, dtype: gl.constexpr):
-    """Of a step's scales and minima those of a half, as `unpack` takes them."""
+def of_half(
+    scales, minima, scale_ptr, minimum_ptr, half: gl.constexpr, dtype: gl.constexpr, FACTOR: gl.constexpr = 1
+):
+    """Of a step's scales and minima those of a half, as `unpack` takes them; without minima, FACTOR as large."""
     s = ()
     m = ()
     COUNT: gl.constexpr = (len(scales) + 1) // 2
     START: gl.constexpr = half * (len(scales) // 2)
     for j in gl.static_range(COUNT):
         scale = bits_to_float(scales[START + j], scale_ptr.dtype.element_ty)
+        if FACTOR != 1:
+            scale = scale * FACTOR
         s = s + (_twice(scale, dtype),)  # type: ignore[assignment]  # noqa: RUF005
         if len(minima):
             minimum = bits_to_float(minima[START + j], minimum_ptr.dtype.element_ty)

@@ -5,7 +5,9 @@
 GGUF's Q8_0 has groups of 32, per-channel checkpoints one group of all K inputs (Dettmers et al., LLM.int8(), 2022,
 https://arxiv.org/abs/2208.07339, section 2). The integers are exact in every float dtype and go into the product as
 they are; the scale is applied to the fp32 sums, so no weight is rounded to half precision. As in
-`octavo.kernels.quant.int4`, the weights are the first operand of `tl.dot`.
+`octavo.kernels.quant.int4`, the weights are the first operand of `tl.dot`. fp16 and bf16 on Hopper have a kernel of
+their own (`int8_hopper.py`), which does the same with one scale an output, and for few tokens with groups of a multiple
+of 128; else it rounds weights once.
 """
 
 import torch
@@ -14,7 +16,7 @@ import triton.language as tl
 
 from octavo.kernels.checks import check_contiguous, check_device, check_dtype, check_shape
 from octavo.kernels.launch import empty, launch
-from octavo.kernels.quant import cpu
+from octavo.kernels.quant import cpu, int4_hopper, int8_hopper
 from octavo.kernels.quant.weight_only import check_linear, choose_tiles, store_outputs, token_offsets
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
@@ -70,7 +72,11 @@ def _int8_linear_cuda(
     n, k = weight.shape
     out = empty((*x.shape[:-1], n), x.dtype, x.device)
     m = x.numel() // k
-    tiles = choose_tiles(m, x.dtype, 8, device_properties(x.device))
+    properties = device_properties(x.device)
+    if int4_hopper.takes(x, weight, properties):
+        int8_hopper.linear(out, x, weight, scale, bias, group_size)
+        return out
+    tiles = choose_tiles(m, x.dtype, 8, properties)
     launch(
         _int8_linear_kernel,
         (cdiv(m, tiles.block_m), cdiv(n, tiles.block_n)),
@@ -132,13 +138,18 @@ def int8_linear(
         group_size: consecutive inputs that share a scale: a multiple of 32 that divides K; K for a scale an output.
 
     Returns:
-        `[..., N]`, contiguous, in x's dtype. Products and sums are fp32, rounded once; weights are not rounded at all.
+        `[..., N]`, contiguous, in x's dtype. Products and sums are fp32, rounded once. Weights are not rounded, but in
+        Hopper's kernel, where they and their scales are rounded to x's dtype if groups are smaller than K and there are
+        more than 64 tokens, or groups are no multiple of 128.
 
     Raises:
         TypeError: a dtype that is not accepted.
         ValueError: a group size, shape, stride or device that does not fit.
 
-    Safe in a CUDA graph. Deterministic; a row's bits may depend on how many other rows there are (16, 64 or more).
+    Safe in a CUDA graph. Deterministic; a row's bits may depend on how many other rows and outputs there are. Fastest
+    on Hopper, where x has one stride from row to row and that is a multiple of 16 bytes. There weights and scales are
+    read while the kernel before this one in the stream may still run: none that lets the next start early (programmatic
+    dependent launch) may write them, and none of octavo's does.
     On a CPU, weights are kept dequantised: see `octavo.kernels.quant.cpu`. https://arxiv.org/abs/2208.07339
     """
     check_linear(x, {"scale": scale}, bias, group_size)
