@@ -2,8 +2,8 @@
 
 What the files hold is compared with what the configuration wants before any of it is read. Tensors are read straight to
 the device; those that are stacked into one layer wait there for their siblings, experts excepted, which go to their
-places as they come. So a GPU's model takes two buffers of
-64 MiB of the host's memory, and on the device, while it loads, once more its largest layer.
+places as they come. So a GPU's model takes two buffers of 64 MiB of the host's memory, and on the device, while it
+loads, once more its largest layer.
 """
 
 from collections.abc import Callable, Collection

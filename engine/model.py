@@ -5,9 +5,9 @@
     logits = head(rms_norm(h))
 
 Mixtral and Qwen3 have many MLPs in a layer, of which each token takes some (experts.py); Qwen3 normalises the heads of
-queries and keys. The residual stream `h` is updated by
-`add_rms_norm` in place, one norm behind. Nothing is global: where tokens go and what they attend to comes in as
-`AttentionMetadata`. Shape letters: T tokens, Hq and Hkv heads, D head size.
+queries and keys. The residual stream `h` is updated by `add_rms_norm` in place, one norm behind. Nothing is global:
+where tokens go and what they attend to comes in as `AttentionMetadata`. Shape letters: T tokens, Hq and Hkv heads, D
+head size.
 """
 
 from dataclasses import dataclass
