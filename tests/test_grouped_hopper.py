@@ -10,7 +10,7 @@ from gluon_in_python import Descriptor, Number, Pointer, namespace
 
 from octavo.kernels.moe import schedule
 from octavo.kernels.moe.grouped_tiles import Scales
-from octavo.kernels.quant.int4_hopper import groups_of_step
+from octavo.kernels.quant.int4_tiles import groups_of_step
 from octavo.kernels.quant.packing import int4_pack
 from octavo.kernels.tiles import cdiv
 from octavo.reference import moe as reference

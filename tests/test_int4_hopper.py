@@ -11,7 +11,7 @@ from test_int4_linear import case, check
 
 import octavo
 from octavo.kernels.launch import Recorder, recording
-from octavo.kernels.quant import int4_hopper
+from octavo.kernels.quant import int4_hopper, int4_tiles
 from octavo.kernels.quant.epilogue import outputs_of
 from octavo.kernels.tiles import KNOWN_DEVICES, cdiv, next_power_of_2
 from octavo.testing import without_interpreter
@@ -36,7 +36,7 @@ def run_in_python(x, packed, scale, minimum, bias, group_size, tiles, residual=N
     size = 2 * tiles.programs * tiles.outputs * tiles.tokens if tiles.shared else 1
     workspace = Pointer(np.full(size, np.nan, np.float32), "float32")
     row_tiles, token_tiles = cdiv(n, tiles.outputs), cdiv(m, tiles.tokens)
-    per_step = int4_hopper.groups_of_step(group_size)
+    per_step = int4_tiles.groups_of_step(group_size)
     numbers = (m, n, packed.shape[1], groups - 1, group_size // 32, row_tiles * token_tiles, tiles.shared, row_tiles,
                token_tiles, tiles.width, n, n)  # fmt: skip
     for program in random.sample(range(tiles.programs), tiles.programs):
@@ -98,7 +98,7 @@ def test_source(m, n, k, group, minimum, bias, programs, changes):
     with without_interpreter():
         q, args = case(n, k, group, "cpu", dtype, minimum, bias)
     x = torch.randn(m, k).to(dtype)
-    tiles = int4_hopper.choose_tiles(m, n, k, group, minimum, replace(H100, num_sms=programs))
+    tiles = int4_tiles.choose_tiles(m, n, k, group, minimum, replace(H100, num_sms=programs))
     tiles = replace(tiles, **changes)
     out = run_in_python(x, *args, group, tiles)
     check(out, x, q, args)
@@ -126,7 +126,7 @@ def test_source_of_every_cut(m, n, k, group, minimum, warpgroups, tokens, sharin
     x = torch.randn(m, k).to(dtype)
     device = replace(H100, num_sms=programs)
     scale_sums = not minimum and tokens <= 64
-    tiles = int4_hopper.cut(m, n, k, warpgroups, tokens, sharing, device, scale_sums, stages)
+    tiles = int4_tiles.cut(m, n, k, warpgroups, tokens, sharing, device, scale_sums, stages)
     assert (tiles.shared > 0) == sharing
     check(run_in_python(x, *args, group, tiles), x, q, args)
 
@@ -156,7 +156,7 @@ def test_source_of_what_follows(
     x = torch.randn(m, k).to(dtype)
     residual = torch.randn(m, outputs_of(n, activation)).to(dtype) if with_residual else None
     device = replace(H100, num_sms=programs)
-    tiles = int4_hopper.cut(m, n, k, warpgroups, tokens, sharing, device, not minimum and tokens <= 64, stages)
+    tiles = int4_tiles.cut(m, n, k, warpgroups, tokens, sharing, device, not minimum and tokens <= 64, stages)
     assert (tiles.shared > 0) == sharing
     with without_interpreter():
         check(run_in_python(x, *args, 128, tiles, residual, activation), x, q, args, residual, activation)
@@ -165,7 +165,7 @@ def test_source_of_what_follows(
 def test_rounded_scales_of_another_dtype():
     q, args = case(130, 256, 32, "cpu", torch.float32)
     x = torch.randn(4, 256).bfloat16()
-    tiles = int4_hopper.choose_tiles(4, 130, 256, 32, True, replace(H100, num_sms=2))
+    tiles = int4_tiles.choose_tiles(4, 130, 256, 32, True, replace(H100, num_sms=2))
     check(run_in_python(x, *args, 32, tiles), x, q, args)
 
 
@@ -173,7 +173,7 @@ def test_rounded_scales_of_another_dtype():
 @pytest.mark.parametrize(("n", "k"), [(8192, 8192), (28672, 4096), (4096, 14336), (6144, 4096), (32, 32), (49155, 576)])
 @pytest.mark.parametrize("programs", [1, 78, 132])
 def test_every_step_is_computed_once(m, n, k, programs):
-    tiles = int4_hopper.choose_tiles(m, n, k, 32, False, replace(H100, num_sms=programs))
+    tiles = int4_tiles.choose_tiles(m, n, k, 32, False, replace(H100, num_sms=programs))
     count, k_tiles = cdiv(n, tiles.outputs) * cdiv(m, tiles.tokens), cdiv(k, 128)
     names = namespace(MODULES[1:2], (0,), 1)
     shape = map(Number, (tiles.programs, count, tiles.shared, k_tiles))
@@ -203,7 +203,7 @@ def test_stages_go_round_by_warpgroup(n, k, group, minimum, programs):
     """A warpgroup releases a step when it has the next, and meets the same stages again and again."""
     for m in (1, 17, 33, 65, 4096):
         device = replace(H100, num_sms=programs)
-        tiles = int4_hopper.choose_tiles(m, n, k, group, minimum, device)
+        tiles = int4_tiles.choose_tiles(m, n, k, group, minimum, device)
         assert tiles.stages % tiles.turns == 0 and tiles.stages >= 2 * tiles.turns
         assert tiles.sides * tiles.turns in (2, 4)
 
@@ -211,7 +211,7 @@ def test_stages_go_round_by_warpgroup(n, k, group, minimum, programs):
 @pytest.mark.parametrize(("n", "k"), [(8192, 8192), (28672, 4096), (4096, 14336), (6144, 4096)])
 def test_a_warm_up_at_powers_of_two_meets_every_kernel(n, k):
     def kernel(m):
-        tiles = int4_hopper.choose_tiles(m, n, k, 128, False, H100)
+        tiles = int4_tiles.choose_tiles(m, n, k, 128, False, H100)
         return replace(tiles, programs=0, shared=tiles.shared > 0, width=0)
 
     for m in range(1, 5000, 37):

@@ -27,7 +27,7 @@ from octavo.kernels.moe.grouped_linear import check_weight
 from octavo.kernels.moe.grouped_tiles import Scales, Tiles, choose_int4, choose_tiles, rows_of
 from octavo.kernels.moe.schedule import gather_and_plan
 from octavo.kernels.moe.sort import check_pairs, sort_by_expert
-from octavo.kernels.quant.int4_hopper import groups_of_step
+from octavo.kernels.quant.int4_tiles import groups_of_step
 from octavo.kernels.quant.packing import packed_shape
 from octavo.kernels.quant.quantize import _quantize_cuda
 from octavo.kernels.quant.rounding import check_supported

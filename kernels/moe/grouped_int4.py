@@ -18,9 +18,9 @@ from octavo.kernels.moe.grouped_tiles import Tiles
 from octavo.kernels.moe.schedule import unit_at
 from octavo.kernels.quant.epilogue import silu_times
 from octavo.kernels.quant.int4_compute import sum_steps
-from octavo.kernels.quant.int4_hopper import groups_of_step
 from octavo.kernels.quant.int4_loads import fetch_scales
 from octavo.kernels.quant.int4_shares import stage_of
+from octavo.kernels.quant.int4_tiles import groups_of_step
 from octavo.kernels.quant.int4_unpack import words_layout
 from octavo.kernels.quant.w8a8_parts import steps_of
 from octavo.kernels.tiles import cdiv, chains, let_next_start, wait_for_previous

@@ -20,18 +20,18 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.kernels.launch import empty, launch
-from octavo.kernels.quant.int4_hopper import (
+from octavo.kernels.quant.int4_hopper import add_parts, token_stride
+from octavo.kernels.quant.int4_tiles import (
     OTHER_BYTES,
     STAGE_BYTES,
     Cut,
     Cuts,
     Tiles,
+    fastest_of,
     groups_of_step,
     share_tiles,
     time_of,
-    token_stride,
 )
-from octavo.kernels.quant.int4_parts import _int4_parts_kernel
 from octavo.kernels.quant.int8_compute import compute_bytes
 from octavo.kernels.quant.int8_loads import load_bytes_of_weights, load_parts_of_tokens
 from octavo.kernels.tiles import DeviceProperties, cdiv, chains, device_properties, next_power_of_2
@@ -178,12 +178,7 @@ def _fastest(m: int, n: int, k: int, per_step: int, scale_sums: bool, properties
     def time(choice: Cut) -> float:
         return time_of(cut(m, n, k, *choice, properties, scale_sums), m, n, k, CUTS, TILE_BYTES)
 
-    def may_share(groups: tuple[int, int, int], tokens: int) -> bool:
-        tiles = cdiv(n, 64 * groups[0] * groups[2]) * cdiv(m, tokens)
-        return groups != (4, 1, 1) and tiles <= 5 * properties.num_sms
-
-    choices = [(*of, False) for of in possible] + [(*of, True) for of in possible if may_share(*of)]
-    return min(choices, key=time)
+    return fastest_of(possible, m, n, properties, time)
 
 
 def choose_tiles(m: int, n: int, k: int, group_size: int, properties: DeviceProperties) -> Tiles:
@@ -210,7 +205,7 @@ def linear(
     m, k_tiles = x.numel() // k, cdiv(k, 128)
     if tiles is None:
         tiles = choose_tiles(m, n, k, group_size, device_properties(device))
-    outputs, chained = tiles.outputs, chains(device)
+    outputs = tiles.outputs
     row_tiles, token_tiles = cdiv(n, outputs), cdiv(m, tiles.tokens)
     # Never None, or the kernel would be compiled twice.
     parts = 2 * tiles.programs if tiles.shared else 0
@@ -250,29 +245,7 @@ def linear(
         TURNS=tiles.turns,
         INPUTS=inputs,
         STAGES=tiles.stages,
-        CHAINED=chained,
+        CHAINED=chains(device),
     )
     if tiles.shared:
-        launch(
-            _int4_parts_kernel,
-            (tiles.shared, cdiv(min(m, tiles.tokens) * outputs, tiles.parts_block)),
-            out,
-            bias,
-            None,
-            workspace,
-            m,
-            n,
-            k_tiles,
-            tiles.shared,
-            tiles.programs,
-            row_tiles,
-            token_tiles,
-            tiles.width,
-            device=device,
-            num_warps=4,
-            OUTPUTS=outputs,
-            TOKENS=tiles.tokens,
-            BLOCK=tiles.parts_block,
-            ACTIVATED=False,
-            CHAINED=chained,
-        )
+        add_parts(out, bias, None, workspace, m, n, k_tiles, tiles, None)
