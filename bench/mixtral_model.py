@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from octavo.bench.quantized_model import milliseconds
 from octavo.bench.shapes import MIXTRAL_8X7B, linears
-from octavo.engine import LLM, SamplingParams
+from octavo.engine import LLM
 from octavo.engine.experts import MixtureOfExperts
 
 GROUP = 128
@@ -155,16 +156,8 @@ def main() -> None:
     assert isinstance(mixture, MixtureOfExperts)
     experts = type(mixture.experts).__name__  # computed by one call, or one by one
     note(load_and_warm_up_s=round(time.perf_counter() - start, 1), load=str(llm.load_report), experts=experts)
-    prompt = [list(range(100, 228))]
-
-    def seconds(tokens: int) -> float:
-        start = time.perf_counter()
-        llm.generate(prompt, SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True))
-        return time.perf_counter() - start
-
-    seconds(8)
-    first, whole = (sorted(seconds(tokens) for _ in range(5))[2] for tokens in (1, 1 + args.tokens))
-    note(ms_per_token=round((whole - first) / args.tokens * 1e3, 3), first_token_ms=round(first * 1e3, 2))
+    first, token = milliseconds(llm, args.tokens)
+    note(ms_per_token=round(token, 3), first_token_ms=round(first, 2))
     if args.device.startswith("cuda"):
         peak = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         note(gpu=torch.cuda.get_device_name(), peak_gb=peak)
