@@ -4,8 +4,8 @@
 
 Five kernels: `sort_by_expert`, which has three where there are many pairs of a token and an expert; one that gathers
 rows and describes tiles; the products, gate and up in one; and the weighted sum. Weights of 8 bits take two more, which
-quantise tokens, and what lies between the products, by row. What an expert makes of a row is added
-up in the order of a token's experts, without atomics, so that results have the same bits each time.
+quantise tokens, and what lies between the products, by row. What an expert makes of a row is added up in the order of a
+token's experts, without atomics, so that results have the same bits each time.
 https://arxiv.org/abs/2401.04088 (Mixtral)
 """
 

@@ -89,14 +89,31 @@ def cut(
     stages: int | None = None,
 ) -> Tiles:
     """Tiles of so many `sides`, `turns` and `blocks`, and of so many tokens; fewer stages where memory is short."""
+    stage_bytes = warpgroups[0] * warpgroups[2] * TILE_BYTES + tokens * 256
+    if stages is None and tokens > 64:
+        stages = 5
+    return cut_into(stage_bytes, m, n, k, warpgroups, tokens, sharing, properties, scale_sums, stages)
+
+
+def cut_into(
+    stage_bytes: int,
+    m: int,
+    n: int,
+    k: int,
+    warpgroups: tuple[int, int, int],
+    tokens: int,
+    sharing: bool,
+    properties: DeviceProperties,
+    scale_sums: bool,
+    stages: int | None,
+) -> Tiles:
+    """The same, of stages of so many bytes; None: as many as `STAGE_BYTES` has room for, up to 8."""
     sides, turns, blocks = warpgroups
     token_tiles = cdiv(m, tokens)
     programs, shared = share_tiles(cdiv(n, 64 * sides * blocks) * token_tiles, k, sharing, properties)
     room = properties.shared_memory - (sides + 1) * OTHER_BYTES - (turns - 1) * sides * blocks * tokens * 256
-    stage_bytes = sides * blocks * TILE_BYTES + tokens * 256
-    if stages is None:
-        stages = min(STAGE_BYTES // stage_bytes, 8) if tokens <= 64 else 5
-    stages = min(room // stage_bytes, stages) // turns * turns
+    wanted = min(STAGE_BYTES // stage_bytes, 8) if stages is None else stages
+    stages = min(room // stage_bytes, wanted) // turns * turns
     return Tiles(sides, turns, blocks, tokens, stages, scale_sums, programs, shared, min(token_tiles, 4))
 
 

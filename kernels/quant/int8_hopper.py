@@ -22,14 +22,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.quant.int4_hopper import add_parts, token_stride
 from octavo.kernels.quant.int4_tiles import (
-    OTHER_BYTES,
-    STAGE_BYTES,
     Cut,
     Cuts,
     Tiles,
+    cut_into,
     fastest_of,
     groups_of_step,
-    share_tiles,
     time_of,
 )
 from octavo.kernels.quant.int8_compute import compute_bytes
@@ -155,15 +153,10 @@ def cut(
     stages: int | None = None,
 ) -> Tiles:
     """Tiles of so many `sides`, `turns` and `blocks`, and of so many tokens; fewer stages where memory is short."""
-    sides, turns, blocks = warpgroups
-    token_tiles = cdiv(m, tokens)
-    programs, shared = share_tiles(cdiv(n, 64 * sides * blocks) * token_tiles, k, sharing, properties)
-    room = properties.shared_memory - (sides + 1) * OTHER_BYTES - (turns - 1) * sides * blocks * tokens * 256
-    stage_bytes = (sides * blocks * 64 + tokens * 2) * inputs_of_stage(tokens)
-    if stages is None:
-        stages = min(STAGE_BYTES // stage_bytes, 8) if tokens <= 64 else 10
-    stages = min(room // stage_bytes, stages) // turns * turns
-    return Tiles(sides, turns, blocks, tokens, stages, scale_sums, programs, shared, min(token_tiles, 4))
+    stage_bytes = (warpgroups[0] * warpgroups[2] * 64 + tokens * 2) * inputs_of_stage(tokens)
+    if stages is None and tokens > 64:
+        stages = 10
+    return cut_into(stage_bytes, m, n, k, warpgroups, tokens, sharing, properties, scale_sums, stages)
 
 
 @cache
