@@ -17,6 +17,7 @@ from octavo.kernels.checks import (
     check_same_dtype,
     check_shape,
 )
+from octavo.kernels.debug import assert_offsets
 from octavo.kernels.launch import empty
 from octavo.kernels.moe.combine import add_parts
 from octavo.kernels.moe.grouped import grouped, may_copy
@@ -87,7 +88,8 @@ def grouped_linear(
         x: `[S, K]`, fp16, bf16 or fp32, rows sorted by expert (`octavo.moe_permute`); last dimension contiguous.
         weight: `[E, N, K]`, x's dtype, contiguous. E: 1 to 512.
         offsets: `[E + 1]`, int32, contiguous, rising: where the rows of each expert begin, and where the last end.
-            Values are not looked at here; rows past x's last are left out on a GPU.
+            Rows that x has not are left out; values are looked at under `OCTAVO_DEBUG=1` alone
+            (`octavo.kernels.debug`).
         bias: None, or `[E, N]`, fp16, bf16 or fp32, contiguous.
 
     Returns:
@@ -114,6 +116,7 @@ def grouped_linear(
     check_shape("offsets", offsets, (experts + 1,), "[experts + 1]: where each expert's rows begin, and the last end")
     check_contiguous("offsets", offsets)
     check_device("offsets", offsets, "x", x)
+    assert_offsets("offsets", offsets, x.shape[0])
     if bias is not None:
         check_dtype("bias", bias, FLOATS)
         check_shape("bias", bias, (experts, n), "[experts, outputs]")
