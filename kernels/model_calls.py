@@ -233,7 +233,7 @@ def _experts(
     fused_moe(x, w1, w2, topk_weights, topk_ids, **given)
     if weights == "int4" and w1_scale is not None and w2_scale is not None:
         for of_minima in {dtype, torch.float32}:
-            minima = dict(w1_minimum=w1_scale.to(of_minima), w2_minimum=w2_scale.to(of_minima))
+            minima: dict[str, Any] = dict(w1_minimum=w1_scale.to(of_minima), w2_minimum=w2_scale.to(of_minima))
             fused_moe(x, w1, w2, topk_weights, topk_ids, **given, **minima)
 
 

@@ -25,7 +25,6 @@ from octavo.engine.gguf_file import GgufTensor, _by_expert, _hugging_face_name
 from octavo.engine.gguf_writer import gguf_name
 from octavo.engine.layers import dequantize
 from octavo.engine.loader import load_model
-from octavo.engine.quantize import Settings, quantize
 from octavo.testing import assert_accurate
 
 CPU, F32 = torch.device("cpu"), torch.float32
@@ -198,12 +197,6 @@ def test_experts_of_a_gguf_are_three_dimensional(tmp_path):
     (tmp_path / "m.gguf").write_bytes(content)
     with pytest.raises(ValueError, match=r"m\.gguf: blk\.0\.ffn_up_exps\.weight: shape \(256, 256\); expected three"):
         open_checkpoint(tmp_path / "m.gguf")
-
-
-def test_quantising_one_is_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match="num_local_experts: 4; octavo quantize takes dense models"):
-        quantize(str(folder), tmp_path / "made", Settings("int4", "rtn", group_size=32))
-    assert not (tmp_path / "made").exists()
 
 
 CONFIG = ModelConfig.from_hf(
