@@ -102,8 +102,14 @@ def _products(
 
 
 def grouped_linear(
-    x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    offsets: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    if scale is not None:
+        weight = torch.stack([dequantize_int8(w, s, w.shape[1] // len(s)) for w, s in zip(weight, scale, strict=True)])
     return _products(x, weight, offsets, bias).to(x.dtype)
 
 

@@ -269,6 +269,11 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
         ),
         "grouped_linear": (octavo.grouped_linear, grouped, {}),
         "grouped_linear with bias": (octavo.grouped_linear, grouped | dict(bias=new(4, 80)), {}),
+        "grouped_linear of int8": (
+            octavo.grouped_linear,
+            grouped | dict(weight=new(4, 80, 128, dtype=torch.int8), scale=new(4, 1, 80)),
+            {},
+        ),
         "fused_moe": (octavo.fused_moe, moe, {}),
         "fused_moe of some experts": (octavo.fused_moe, moe | dict(expert_map=offsets), {}),
         "fused_moe of int8": (octavo.fused_moe, moe | int8_moe | dict(w1_scale=ones(4, 160), w2_scale=ones(4)), {}),

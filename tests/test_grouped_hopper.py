@@ -219,12 +219,12 @@ def wide(of_groups, k):
     return of_groups.double().transpose(1, 2).repeat_interleave(k // of_groups.shape[1], 2)
 
 
-def check_grouped(out, x, weight, offsets, gated):
+def check_grouped(out, x, weight, offsets, gated, bias=None):
     end = int(offsets[-1])
     assert out[end:].isnan().all()  # they are not written
 
     def products(weight):
-        gate, *up = reference._products(x, weight, offsets)[:end].chunk(2 if gated else 1, -1)
+        gate, *up = reference._products(x, weight, offsets, bias)[:end].chunk(2 if gated else 1, -1)
         return torch.nn.functional.silu(gate) * up[0] if gated else gate
 
     assert_accurate(out[:end], products(weight).double(), products(weight.to(HALF)).to(HALF))
@@ -245,7 +245,7 @@ def test_source_of_int4(counts, k, n, groups, tile, stages, parts, gated, zeros)
     check_grouped(int4_in_python(*args), x, weight, offsets, gated)
 
 
-def int8_in_python(x, weight, scale, offsets, tile, stages, parts, gated, programs, early):
+def int8_in_python(x, weight, bias, scale, offsets, tile, stages, parts, gated, programs, early):
     """As `grouped_int8.grouped_int8` launches it."""
     (s, k), (_, groups, outputs) = x.shape, scale.shape
     n, k_tiles, group = outputs // 2 if gated else outputs, cdiv(k, 128), k // groups
@@ -262,6 +262,7 @@ def int8_in_python(x, weight, scale, offsets, tile, stages, parts, gated, progra
             Descriptor(weight.flatten(0, 1).numpy(), "int8", (64, 128)),
             descriptor(x, tile),
             out,
+            pointer(bias),
             pointer(plan),
             pointer(scale),
             *map(Number, (s, n, cdiv(n, 128 if gated else 256), k_tiles, part_steps, groups - 1, group // 32)),
@@ -283,5 +284,6 @@ def test_source_of_int8_alone(counts, k, n, groups, tile, stages, parts, gated):
     x, offsets, scale = grouped_case(counts, k, n, groups, gated)
     weight = torch.randint(-128, 128, (len(counts), scale.shape[2], k), dtype=torch.int8)
     scale = scale.float() / 16
-    args = x, weight, scale, offsets, tile, stages, parts, gated, 3, random.random() < 0.5
-    check_grouped(int8_in_python(*args), x, weight.double() * wide(scale, k), offsets, gated)
+    bias = None if gated or random.random() < 0.5 else torch.randn(len(counts), n)
+    args = x, weight, bias, scale, offsets, tile, stages, parts, gated, 3, random.random() < 0.5
+    check_grouped(int8_in_python(*args), x, weight.double() * wide(scale, k), offsets, gated, bias)

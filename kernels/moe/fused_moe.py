@@ -23,11 +23,11 @@ from octavo.kernels.launch import empty
 from octavo.kernels.moe.combine import combine
 from octavo.kernels.moe.fused_moe_check import BYTES, check_weights
 from octavo.kernels.moe.grouped import grouped, may_copy
+from octavo.kernels.moe.grouped_linear import most_rows
 from octavo.kernels.moe.grouped_tiles import Scales, Tiles, choose_int4, choose_int8, choose_tiles, rows_of
 from octavo.kernels.moe.schedule import gather_and_plan
 from octavo.kernels.moe.sort import check_pairs, sort_by_expert
 from octavo.kernels.quant.int4_tiles import groups_of_step
-from octavo.kernels.quant.int8_hopper import scales_of_step
 from octavo.kernels.quant.quantize import _quantize_cuda
 from octavo.kernels.quant.rounding import check_supported
 from octavo.kernels.registry import register
@@ -59,8 +59,8 @@ def _choose(
     if weights_only and w1_scale is not None and w2_scale is not None:
         copied = may_copy(properties, w1, w2) and x.dtype != torch.float32
         sizes = hidden // w1_scale.shape[1], intermediate // w2_scale.shape[1]
-        most = 64 if max(scales_of_step(hidden, sizes[0]), scales_of_step(intermediate, sizes[1])) <= 2 else 32
-        tile = rows_of(pairs, experts, copied=copied, most=most if copied else 32)
+        most = most_rows(copied, (hidden, sizes[0]), (intermediate, sizes[1]))
+        tile = rows_of(pairs, experts, copied=copied, most=most)
         first = choose_int8(*up, tile, properties, gated=True, copied=copied, group_size=sizes[0])
         return tile, first, choose_int8(*down, tile, properties, gated=False, copied=copied, group_size=sizes[1])
     if w1.dtype == torch.int16 and w1_scale is not None and w2_scale is not None:

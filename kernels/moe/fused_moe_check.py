@@ -3,7 +3,7 @@
 import torch
 
 from octavo.kernels.checks import FLOATS, check_contiguous, check_device, check_dtype, check_ndim, check_shape
-from octavo.kernels.moe.grouped_linear import check_weight
+from octavo.kernels.moe.grouped_linear import check_given, check_groups, check_weight
 from octavo.kernels.quant.packing import packed_shape
 from octavo.reference.w8a8 import BLOCK
 
@@ -42,19 +42,10 @@ def check_weights(
     check_weight("w1", w1, w1, "[experts, gate and up, hidden]", "w1")
     check_shape("w1", w1, (experts, 2 * intermediate, hidden), "[experts, gate and up, hidden], as w2")
     if weights_only:
-        _check_groups("w1_scale", w1_scale, x, experts, 2 * intermediate, hidden)
-        _check_groups("w2_scale", w2_scale, x, experts, hidden, intermediate)
+        check_groups("w1_scale", w1_scale, x, experts, 2 * intermediate, hidden)
+        check_groups("w2_scale", w2_scale, x, experts, hidden, intermediate)
     else:
         _check_scales(x, w1, w2, w1_scale, w2_scale)
-
-
-def _check_given(name: str, scale: Maybe, dtypes: tuple[torch.dtype, ...], x: torch.Tensor) -> torch.Tensor:
-    if scale is None:
-        raise ValueError(f"{name}: None beside quantised weights; expected their scales")
-    check_dtype(name, scale, dtypes)
-    check_contiguous(name, scale)
-    check_device(name, scale, "x", x)
-    return scale
 
 
 def _check_scales(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, w1_scale: Maybe, w2_scale: Maybe) -> None:
@@ -62,7 +53,7 @@ def _check_scales(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, w1_scale:
     experts, hidden, intermediate = w2.shape
     for name, scale, outputs in (("w1_scale", w1_scale, 2 * intermediate), ("w2_scale", w2_scale, hidden)):
         if w1.dtype in BYTES:
-            _check_given(name, scale, (torch.float32,), x)
+            check_given(name, scale, (torch.float32,), x)
         if scale is not None and w1.dtype not in BYTES:
             raise ValueError(f"{name}: given beside weights of x's dtype; expected None")
         if scale is None:
@@ -81,16 +72,6 @@ def _check_scales(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, w1_scale:
         )
 
 
-def _check_groups(name: str, scale: Maybe, x: torch.Tensor, experts: int, n: int, k: int) -> None:
-    """Checks the scales, or minima, of weights alone."""
-    scale = _check_given(name, scale, FLOATS, x)
-    check_ndim(name, scale, 3, "[experts, inputs / group size, outputs]")
-    groups = scale.shape[1]
-    if groups == 0 or k % groups or k // groups % 32:
-        raise ValueError(f"{name}: {groups} groups of {k} inputs; expected a group size, a multiple of 32")
-    check_shape(name, scale, (experts, groups, n), "[experts, groups, outputs]")
-
-
 def _check_int4(
     x: torch.Tensor,
     w1: torch.Tensor,
@@ -103,15 +84,15 @@ def _check_int4(
     layout = "[experts, ceil(outputs/64), ceil(inputs/128), 64, 32]: what int4_pack makes of each expert's"
     check_dtype("w2", w2, (torch.int16,))
     experts, hidden = w1.shape[0] if w1.dim() else 0, x.shape[1]
-    check_ndim("w1_scale", _check_given("w1_scale", w1_scale, FLOATS, x), 3, "[experts, inputs / group size, outputs]")
+    check_ndim("w1_scale", check_given("w1_scale", w1_scale, FLOATS, x), 3, "[experts, inputs / group size, outputs]")
     intermediate = w1_scale.shape[2] // 2  # type: ignore[union-attr]
     for name, w, scale, minimum, n, k in (
         ("w1", w1, w1_scale, w1_minimum, 2 * intermediate, hidden),
         ("w2", w2, w2_scale, w2_minimum, hidden, intermediate),
     ):
-        _check_groups(f"{name}_scale", scale, x, experts, n, k)
+        check_groups(f"{name}_scale", scale, x, experts, n, k)
         if minimum is not None:
-            _check_groups(f"{name}_minimum", minimum, x, experts, n, k)
+            check_groups(f"{name}_minimum", minimum, x, experts, n, k)
             check_shape(f"{name}_minimum", minimum, scale.shape, f"that of {name}_scale")  # type: ignore[union-attr]
         check_shape(name, w, (experts, *packed_shape(n, k)), layout)
         check_contiguous(name, w)

@@ -168,10 +168,10 @@ def grouped(
         grouped_int4_plain(out, x, weight, scales, plan, tiles, programs, gated)
         return
     if tiles.kernel == "int8":
-        grouped_int8(out, x, weight, scales.weight, plan, tiles, programs, gated, planned_before)
+        grouped_int8(out, x, weight, bias, scales.weight, plan, tiles, programs, gated, planned_before)
         return
     if tiles.kernel == "int8_plain":
-        grouped_int8_plain(out, x, weight, scales.weight, plan, tiles, programs, gated)
+        grouped_int8_plain(out, x, weight, bias, scales.weight, plan, tiles, programs, gated)
         return
     if tiles.kernel == "few":
         grouped_few(out, x, weight, bias, scales, plan, tiles, n_tiles, programs, gated, planned_before)

@@ -113,16 +113,17 @@ def _compute(
             write_turned(acc, epilogue, None, expert, 0, first_row, rows, row)
             mbarrier.arrive(taken.index(pair), count=1)  # behind the use of what was loaded, so that it has come
         else:
-            write_turned(acc, epilogue, None, expert, work % PARTS, first_row, rows, row)
+            write_turned(acc, epilogue, epilogue[1], expert, work % PARTS, first_row, rows, row)
         phase_of_pair ^= 1
 
 
 @gluon.jit(do_not_specialize=["S", "part_steps", "last_group", "group_planes", "k_tiles"])
 def _grouped_int8_kernel(
     # Bound by reading the weights, a byte each. One program a multiprocessor.
-    weight_desc, x_desc, out_ptr, plan_ptr, scale_ptr, S, N, n_tiles, k_tiles, part_steps, last_group, group_planes,
-    stride_expert, stride_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, SCALE_SUMS: gl.constexpr, ROWS: gl.constexpr,
-    STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, EARLY: gl.constexpr, CHAINED: gl.constexpr,
+    weight_desc, x_desc, out_ptr, bias_ptr, plan_ptr, scale_ptr, S, N, n_tiles, k_tiles, part_steps, last_group,
+    group_planes, stride_expert, stride_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, SCALE_SUMS: gl.constexpr, ROWS:
+    gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, EARLY: gl.constexpr, CHAINED:
+    gl.constexpr,
 ):
     x = gl.allocate_shared_memory(x_desc.dtype, [2 * STAGES, ROWS, 64], x_desc.layout)
     read = gl.allocate_shared_memory(gl.int8, [4 * STAGES, 64, 128], weight_desc.layout)
@@ -142,7 +143,7 @@ def _grouped_int8_kernel(
         mbarrier.init(left.index(i), count=1)
         mbarrier.init(taken.index(i), count=1)
     fence_async_shared()
-    epilogue = (out_ptr, None, None, None, 0, 0, S, N)
+    epilogue = (out_ptr, bias_ptr, None, None, 0, 0, S, N)
     gl.warp_specialize([
         (_compute, (
             0, epilogue, plan_ptr, scale_ptr, weights, x, full, empty, handed, left, taken, n_tiles, k_tiles,
@@ -173,6 +174,7 @@ def grouped_int8(
     out: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
+    bias: torch.Tensor | None,
     scale: torch.Tensor | None,
     plan: torch.Tensor,
     tiles: Tiles,
@@ -192,6 +194,7 @@ def grouped_int8(
         TensorDescriptor(weight, [weight.shape[0] * weight.shape[1], k], [k, 1], [64, 128], layout),
         described(x, tiles.rows),
         out,
+        bias,
         plan,
         scale,
         s,

@@ -21,6 +21,7 @@ def _grouped_int8_plain_kernel(
     out_ptr,
     x_ptr,
     weight_ptr,
+    bias_ptr,
     scale_ptr,
     plan_ptr,
     N,
@@ -61,6 +62,8 @@ def _grouped_int8_plain_kernel(
             if GATED:
                 w = tl.load(up_ptrs + k).to(x.dtype)
                 up += tl.dot(w, x, input_precision="ieee") * tl.load(group_ptrs + N).to(tl.float32)[:, None]
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + expert.to(tl.int64) * N + inside).to(tl.float32)[:, None]
         if GATED:
             acc = silu_times(acc, up)
         out_ptrs = out_ptr + (first_row + m).to(tl.int64)[None, :] * N + n[:, None]
@@ -71,6 +74,7 @@ def grouped_int8_plain(
     out: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
+    bias: torch.Tensor | None,
     scale: torch.Tensor | None,
     plan: torch.Tensor,
     tiles: Tiles,
@@ -86,6 +90,7 @@ def grouped_int8_plain(
         out,
         x,
         weight,
+        bias,
         scale,
         plan,
         n,

@@ -330,6 +330,38 @@ def test_experts_of_any_format_compute_what_each_would(makers, kind, where, monk
         assert_accurate(got, computed(torch.float64), computed(dtype))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_experts_of_fp8_in_blocks(device, monkeypatch):
+    """One call computes what their layers do one by one."""
+    config, device = replace(CONFIG, hidden_size=128, intermediate_size=256), torch.device(device)
+    torch.manual_seed(0)
+
+    def fp8_blocks(n, k):
+        q, scale = torch.randn(n, k).to(torch.float8_e4m3fn), torch.rand(n // 128, k // 128) * 0.05 + 0.01
+        return Fp8Weight(q, scale, (128, 128), Activations("group"))
+
+    sizes = dict(w1=(256, 128), w2=(128, 256), w3=(256, 128))
+    weights = {(e, w): fp8_blocks(*size) for e in range(3) for w, size in sizes.items()}
+    x, topk_weights = torch.randn(7, 128).to(device, torch.float16), torch.rand(7, 2, device=device)
+    topk_ids = torch.tensor([[0, 2]] * 4 + [[2, 0]] * 3, dtype=torch.int32, device=device)
+    made = []
+    for fused in (True, False):
+        monkeypatch.setattr(experts_of_models, "_fuses_dequantised", lambda device, fused=fused: fused)
+        loader = ExpertLoader(config, device, torch.float16)
+        for (e, w), weight in weights.items():
+            loader.add(f"model.layers.0.block_sparse_moe.experts.{e}.{w}.weight", weight)
+        experts = loader.finish()
+        assert isinstance(experts, StackedExperts if fused else ExpertLoop)
+        made.append(experts(x, topk_weights, topk_ids).float())
+    assert (made[0] - made[1]).norm() < 1e-2 * made[1].norm()
+    mixed = ExpertLoader(config, device, torch.float16)  # in one stack, another format: each is a layer
+    monkeypatch.setattr(experts_of_models, "_fuses_dequantised", lambda device: True)
+    for (e, w), weight in weights.items():
+        other = dequantize(weight, CPU) if (e, w) == (1, "w3") else weight
+        mixed.add(f"model.layers.0.block_sparse_moe.experts.{e}.{w}.weight", other)
+    assert (mixed.finish()(x, topk_weights, topk_ids).float() - made[1]).norm() < 1e-2 * made[1].norm()
+
+
 def test_the_router_chooses_as_softmax_over_the_largest():
     torch.manual_seed(0)
     router, seen = torch.randn(3, 64), []
