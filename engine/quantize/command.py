@@ -84,7 +84,7 @@ def print_report(report: Report, console: Console) -> None:
         if "kept" in row:
             continue
         module = row["name"].removesuffix(".weight").split(".", 3)[-1]
-        rows[re.sub(r"experts\.\d+", "experts.*", module)].append(row)
+        rows[re.sub(r"block_sparse_moe\.experts\.\d+", "experts.*", module)].append(row)
     with_outputs = any("output_error" in row for row in report.layers)
     table = Table("module", "weight error", "worst layer", *(["output error"] if with_outputs else []))
     for module, of in rows.items():

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
 from tiny_models import TINY, from_config, save_tokenizer, tiny_mixtral
+from typer.testing import CliRunner
 
-from octavo.engine import LLM
+from octavo.engine import LLM, cli
 from octavo.engine.checkpoint import open_checkpoint
 from octavo.engine.experts import ExpertLoop, StackedExperts
 from octavo.engine.layers import dequantize
@@ -213,6 +214,19 @@ def test_experts_that_are_kept(source, tmp_path):
     assert ignored[-4:] == kept
     tensors, before = load_file(tmp_path / "model/model.safetensors"), load_file(source / "model.safetensors")
     assert all(torch.equal(tensors[f"{name}.weight"], before[f"{name}.weight"]) for name in kept)
+
+
+def test_the_command_tells_of_experts_that_saw_few_tokens(source, tmp_path):
+    (tmp_path / "calibration.txt").write_text(text(1))
+    target, options = tmp_path / "model", ["--scheme", "int4", "--group-size", "32", "--evaluation", "none"]
+    calibration = ["--calibration", str(tmp_path / "calibration.txt"), "--device", "cpu"]
+    with without_interpreter():
+        done = CliRunner().invoke(cli.app, ["quantize", str(source), str(target), *options, *calibration])
+    assert done.exit_code == 0, done.output
+    rows = json.loads((target / "quantize_report.json").read_text())["layers"]
+    few = sum("rounded" in row for row in rows)
+    assert few and f"{few} weights of experts that saw fewer than 128 tokens rounded to nearest" in done.output
+    assert "experts.*.w2" in done.output and "experts.0" not in done.output
 
 
 def test_what_does_not_fit_is_named(tmp_path):
