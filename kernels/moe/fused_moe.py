@@ -190,8 +190,8 @@ def fused_moe(
         w1_minimum: None, or beside int4 the value of q = 0, of w1_scale's shape, fp16, bf16 or fp32, contiguous:
             `w = q · scale + minimum`; −zero · scale for a zero point.
         w2_minimum: the same of w2; one may be None.
-        weights_only: whether int8 weights are the only integers, beside x as it is (W8A16), instead of x being
-            quantised too (W8A8). Their scales are by groups then.
+        weights_only: whether int8 weights stand beside x as it is (W8A16), with scales by groups, instead of x being
+            quantised too (W8A8). int4 weights always do.
         expert_map: None, or `[all experts]`, int32, contiguous: the number on this device (of E) of each expert that
             topk_ids may name, or -1 for one that is elsewhere, whose share is left out (expert parallelism).
 
