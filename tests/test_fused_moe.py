@@ -467,23 +467,10 @@ def launches(dtype):
             ids, weights = new(tokens, top_k, dtype=torch.int32), new(tokens, top_k, dtype=torch.float32)
             w1, w2 = new(experts, 2 * intermediate, hidden), new(experts, hidden, intermediate)
             fused_moe._fused_moe_cuda(new(tokens, hidden), w1, w2, weights, ids, None)
-            for group in (128, 64, 32) if tokens in (16, 64, 256) and hidden > 161 else ():
-                w1 = new(experts, *packed_shape(2 * intermediate, hidden), dtype=torch.int16)
-                w2 = new(experts, *packed_shape(hidden, intermediate), dtype=torch.int16)
-                scales = new(experts, hidden // group, 2 * intermediate), new(experts, intermediate // group, hidden)
-                args = new(tokens, hidden), w1, w2, weights, ids, None, *scales
-                fused_moe._fused_moe_cuda(*args)
-                fused_moe._fused_moe_cuda(*args, *scales)
             for group in (None, 128, 64, 32) if tokens in (16, 64, 256) and hidden > 161 else ():
-                sizes = (hidden, intermediate) if group is None else (group, group)
-                w1 = new(experts, 2 * intermediate, hidden, dtype=torch.int8)
-                w2 = new(experts, hidden, intermediate, dtype=torch.int8)
-                scales = [
-                    new(experts, hidden // sizes[0], 2 * intermediate, dtype=torch.float32 if group is None else dtype)
-                ]
-                scales.append(new(experts, intermediate // sizes[1], hidden, dtype=scales[0].dtype))
-                args = new(tokens, hidden), w1, w2, weights, ids, None, *scales
-                fused_moe._fused_moe_cuda(*args, weights_only=True)
+                launches_alone(new, dtype, experts, ids, weights, hidden, intermediate, group)
+                if group == 128 and experts == 8 and tokens < 256:  # in fp32, too
+                    launches_alone(new, torch.float32, experts, ids, weights, hidden, intermediate, group)
             if tokens % 3 == 1:  # of each kernel's tiles one or two
                 for of_weights in _bytes_here():
                     scales = new(experts, 2 * intermediate, dtype=torch.float32), new(experts, dtype=torch.float32)
@@ -493,6 +480,20 @@ def launches(dtype):
                     if of_weights == torch.float8_e4m3fn and hidden > 161:
                         scales = [new(experts, *(s // 128 for s in w.shape[1:]), dtype=torch.float32) for w in (w1, w2)]
                         fused_moe._fused_moe_cuda(new(tokens, hidden), w1, w2, weights, ids, None, *scales)
+
+
+def launches_alone(new, dtype, experts, ids, weights, hidden, intermediate, group):
+    """Weights alone, int8 and int4 with minima or without; None: a scale an output, in fp32."""
+    x, scale_dtype = new(len(ids), hidden, dtype=dtype), torch.float32 if group is None else dtype
+    scales, packed, plain = [], [], []
+    for n, k in ((2 * intermediate, hidden), (hidden, intermediate)):
+        scales.append(new(experts, k // (group or k), n, dtype=scale_dtype))
+        packed.append(new(experts, *packed_shape(n, k), dtype=torch.int16))
+        plain.append(new(experts, n, k, dtype=torch.int8))
+    fused_moe._fused_moe_cuda(x, *plain, weights, ids, None, *scales, weights_only=True)
+    if group is not None:
+        for minima in ((), scales):
+            fused_moe._fused_moe_cuda(x, *packed, weights, ids, None, *scales, *minima)
 
 
 def _bytes_here():

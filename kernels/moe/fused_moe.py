@@ -61,13 +61,16 @@ def _choose(
         sizes = hidden // w1_scale.shape[1], intermediate // w2_scale.shape[1]
         most = most_rows(copied, (hidden, sizes[0]), (intermediate, sizes[1]))
         tile = rows_of(pairs, experts, copied=copied, most=most)
-        first = choose_int8(*up, tile, properties, gated=True, copied=copied, group_size=sizes[0])
-        return tile, first, choose_int8(*down, tile, properties, gated=False, copied=copied, group_size=sizes[1])
+        itemsize, (of_up, of_down) = x.element_size(), sizes
+        first = choose_int8(*up, tile, properties, gated=True, copied=copied, itemsize=itemsize, group_size=of_up)
+        second = choose_int8(*down, tile, properties, gated=False, copied=copied, itemsize=itemsize, group_size=of_down)
+        return tile, first, second
     if w1.dtype == torch.int16 and w1_scale is not None and w2_scale is not None:
         copied = may_copy(properties, w1, w2) and x.dtype != torch.float32 and intermediate % 64 == 0
         # Scales of four groups a step take registers, and so do minima.
         sizes = hidden // w1_scale.shape[1], intermediate // w2_scale.shape[1]
         most = 64 if copied and not with_minimum and max(map(groups_of_step, sizes)) <= 2 else 32
+        most = 16 if with_minimum and x.dtype == torch.float32 else most
         tile = rows_of(pairs, experts, copied=copied, most=most)
         first = choose_int4(*up, tile, properties, gated=True, copied=copied)
         return tile, first, choose_int4(*down, tile, properties, gated=False, copied=copied)

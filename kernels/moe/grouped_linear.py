@@ -44,7 +44,8 @@ def _choose(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, r
         group_size = k // scale.shape[1]
         tile = rows_of(rows, experts, copied=copied, most=most_rows(copied, (k, group_size)))
         sizes = rows, experts, n, k, tile, properties
-        return choose_int8(*sizes, gated=False, copied=copied, group_size=group_size)
+        itemsize = x.element_size()
+        return choose_int8(*sizes, gated=False, copied=copied, itemsize=itemsize, group_size=group_size)
     tile = rows_of(rows, experts, copied=copied)
     sizes = rows, experts, n, k, tile, properties
     return choose_tiles(*sizes, gated=False, copied=copied, itemsize=x.element_size())

@@ -161,11 +161,13 @@ def choose_int8(
     *,
     gated: bool,
     copied: bool,
+    itemsize: int,
     group_size: int,
 ) -> Tiles:
     """The same for int8 weights beside floating point; the other kernel's steps lie in one group of inputs."""
-    if not copied:
-        block_k = max(size for size in (32, 64, 128) if group_size % size == 0)
+    if not copied:  # in fp32, where no tensor cores multiply, longer steps spill
+        sizes = (32, 64, 128) if itemsize == 2 else (32,)
+        block_k = max(size for size in sizes if group_size % size == 0)
         return Tiles("int8_plain", tile, 128, block_k, 8, 2, 1)
     handed = 2 * 64 * tile * 4 if gated else 0
     stages = min((properties.shared_memory - handed - 5 * _OTHER_BYTES) // (4 * 8192 + tile * 256), 6)
