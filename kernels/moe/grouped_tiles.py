@@ -22,7 +22,9 @@ class Scales:
     """`[S, 1]`: one a row; or `[S, K / 128]`."""
     weight: torch.Tensor | None = None
     """`[E, outputs]` (gate's, then up's), or `[E]`; beside `[S, K / 128]` those of blocks of 128 outputs and inputs,
-    `[E, outputs / 128, K / 128]`."""
+    `[E, outputs / 128, K / 128]`. Of weights alone those of groups of inputs, `[E, groups, outputs]`."""
+    minimum: torch.Tensor | None = None
+    """Of groups of int4 weights, as their scales."""
 
     @property
     def blocks(self) -> int:
@@ -42,8 +44,8 @@ class Tiles:
     """Rows of x and outputs of a tile, inputs of a step, and the schedule of programs."""
 
     kernel: str
-    """"few", "many" (`octavo.kernels.moe.grouped_few`, `grouped_hopper`) or "triton" (`grouped`); with int4 weights
-    "int4" (`grouped_int4`) or "int4_plain" (`grouped_int4_plain`)."""
+    """"few", "many" (`octavo.kernels.moe.grouped_few`, `grouped_hopper`) or "triton" (`grouped`); of weights alone
+    "int4", "int8" (`grouped_int4`, `grouped_int8`), or "int4_plain" and "int8_plain" (`grouped_int4_plain`, ...)."""
     rows: int
     outputs: int
     """With SiLU and gate those of gate and of up together."""
@@ -56,7 +58,7 @@ class Tiles:
 
     def parts_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Of results that are added up afterwards: where there are few, they are not rounded before."""
-        return torch.float32 if self.kernel in ("few", "int4") or self.parts > 1 else dtype
+        return torch.float32 if self.kernel in ("few", "int4", "int8") or self.parts > 1 else dtype
 
 
 def rows_of(rows: int, experts: int, *, copied: bool, most: int = 128) -> int:
@@ -147,3 +149,28 @@ def choose_int4(
     count = min(experts, rows) * cdiv(outputs, 256)
     parts = 1 if gated else _parts(count, inputs, properties.num_sms, 128 * inputs, 128)
     return Tiles("int4", tile, 256, 128, 4, stages, 1, parts)
+
+
+def choose_int8(
+    rows: int,
+    experts: int,
+    outputs: int,
+    inputs: int,
+    tile: int,
+    properties: DeviceProperties,
+    *,
+    gated: bool,
+    copied: bool,
+    itemsize: int,
+    group_size: int,
+) -> Tiles:
+    """The same for int8 weights beside floating point; the other kernel's steps lie in one group of inputs."""
+    if not copied:  # in fp32, where no tensor cores multiply, longer steps spill
+        sizes = (32, 64, 128) if itemsize == 2 else (32,)
+        block_k = max(size for size in sizes if group_size % size == 0)
+        return Tiles("int8_plain", tile, 128, block_k, 8, 2, 1)
+    handed = 2 * 64 * tile * 4 if gated else 0
+    stages = min((properties.shared_memory - handed - 5 * _OTHER_BYTES) // (4 * 8192 + tile * 256), 6)
+    count = min(experts, rows) * cdiv(outputs, 256)
+    parts = 1 if gated else _parts(count, inputs, properties.num_sms, 256 * inputs, 128)
+    return Tiles("int8", tile, 256, 128, 4, stages, 1, parts)
