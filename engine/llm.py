@@ -257,18 +257,17 @@ class LLM:
     def _run(
         self, requests: list[tuple[list[int], SamplingParams, int]], progress: bool | None, return_errors: bool
     ) -> list[Completion]:
-        with self._requests(requests) as added, show_progress(len(added), progress) as show:
+        total = sum(params.n for _, params, _ in requests)
+        with self._requests(requests) as added, show_progress(total, progress) as show:
             done = read = made = 0
-            left = len(added)
-            while left:
+            while done < total:
                 for event in self.core.step():
                     made += event.token_id is not None
                     if event.finish_reason == "error" and not return_errors:
                         raise RuntimeError(event.request.completion.error)
-                    if event.finish_reason is not None and event.request.unfinished == 0:
+                    if event.finish_reason is not None:
                         done += 1
-                        left -= 1
-                        read += len(event.request.completion.prompt_token_ids)
+                        read += len(event.request.completion.prompt_token_ids) if event.output.index == 0 else 0
                 show(done, read, made)
             return [request.completion for request in added]
 
