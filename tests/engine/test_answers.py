@@ -92,7 +92,7 @@ def test_a_ring_gives_the_same_text(tmp_path):
     save_tokenizer(tmp_path, 64)
     prompts = prompts_of(64)[:12]
     whole = LLM(str(tmp_path), device="cpu", max_num_batched_tokens=256, page_size=4)
-    whole.runner.ring = whole.blocks.ring_pages = None
+    assert whole.blocks.ring_pages * 4 > 128, "longer than the context: nothing is written over"
     expected = answers(whole, prompts)
     rings = LLM(str(tmp_path), device="cpu", max_num_batched_tokens=9, page_size=4, cache_tokens=80)
     assert rings.blocks.ring_pages == 6 and not rings.blocks.enable_prefix_caching
@@ -104,7 +104,11 @@ def serve(folder, count):
     """Requests of random lengths, with aborts, and steps that fail before or after they were computed."""
     chance = random.Random(3)
     llm = LLM(folder, device="cpu", max_num_seqs=16, page_size=4, cache_tokens=400, max_num_batched_tokens=64)
-    core, start = llm.core, llm.runner.start
+    core, start, forget, forgotten = llm.core, llm.runner.start, llm.runner.forget, set()
+
+    def forgetting(sequence):
+        forgotten.add(sequence.id)
+        forget(sequence)
 
     def failing(step):
         if chance.random() < 0.005:
@@ -114,7 +118,7 @@ def serve(folder, count):
             raise RuntimeError("an illegal memory access was encountered")
         return pending
 
-    llm.runner.start = failing
+    llm.runner.start, llm.runner.forget = failing, forgetting
     beginning = [chance.randrange(64) for _ in range(20)]
     waiting, ended, memory = [], [], []
     for number in range(count):
@@ -134,8 +138,7 @@ def serve(folder, count):
             memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     core.drain()
     llm.runner.start = start
-    assert llm.blocks.num_used == 0 and not core.has_work and not core._requests and not llm.runner._prompts
-    assert not llm.runner.sampler._seeds
+    assert llm.blocks.num_used == 0 and not core.has_work and not core._requests and len(forgotten) == count
     return ended, memory
 
 
