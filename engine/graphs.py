@@ -1,10 +1,11 @@
 """CUDA graphs of whole steps: one for each padded size and way of sampling, all in one pool of memory.
 
 A captured step runs for what its kernels take: nothing is launched from Python. What is captured depends on a `Shape`
-and a `Mode` alone. Since only one graph runs at a time, all of them share memory: the largest is captured first, and the
-others fit into what it took.
+and a `Mode` alone. Since only one graph runs at a time, all of them share memory: the largest is captured first, and
+the others fit into what it took.
 """
 
+import gc
 from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
@@ -52,7 +53,9 @@ class Sizes:
 
     def every(self) -> list[Shape]:
         """All of them, the largest first."""
-        mixed = [Shape(t, s, False) for t in self.tokens for s in sorted({self.few, self.all}) if s == self.few or t > FEW]
+        mixed = [
+            Shape(t, s, False) for t in self.tokens for s in sorted({self.few, self.all}) if s == self.few or t > FEW
+        ]
         shapes = mixed + [Shape(size, size, True) for size in self.decodes]
         return sorted(shapes, key=lambda shape: (-shape.tokens, -shape.sequences))
 
@@ -94,11 +97,15 @@ class Graphs:
         torch.cuda.synchronize(self.stream.device)
         free, _ = torch.cuda.mem_get_info(self.stream.device)
         graph = torch.cuda.CUDAGraph()
+        collects = gc.isenabled()
+        gc.disable()  # what it finds may call CUDA in its last moment, which ends a capture
         graph.capture_begin(self.pool, capture_error_mode="thread_local")
         try:
             result = self.compute(shape, mode)
         finally:
             graph.capture_end()
+            if collects:
+                gc.enable()
         torch.cuda.synchronize(self.stream.device)
         self.nbytes += free - torch.cuda.mem_get_info(self.stream.device)[0]
         self._captured[shape, mode] = graph, result

@@ -3,11 +3,12 @@
 The pages of a sequence lie in the row of its slot in a table on the device, to which each step adds the few that are
 new; the token that a sequence sampled last is in `tokens_of_slot`, from where the next step takes it, so that the host
 need not know it. All else of a step is a few numbers a token and a sequence, computed here with numpy and packed into
-pinned memory. Sizes are padded to a `Shape`, which a CUDA graph can be captured for: padding is tokens whose slot in the
-cache is -1 and sequences of no keys.
+pinned memory. Sizes are padded to a `Shape`, which a CUDA graph can be captured for: padding is tokens whose slot in
+the cache is -1 and sequences of no keys.
 """
 
-from collections.abc import Iterator, Sequence as Items
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -269,3 +270,10 @@ class StepInputs:
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the host on the device, without waiting for the copy."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
+def to_host(x: Any) -> Any:
+    """A copy that is on its way, on a GPU; its memory is given to no one else before it has arrived."""
+    if x is None or x.device.type == "cpu":
+        return x if x is None else x.clone()
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)

@@ -95,7 +95,8 @@ class W8A8Linear:
         given = self.activations.scale
         if given is not None:
             return Quantized(quantize(x, given), given, x.dtype)
-        return Quantized(*quantize(x, granularity=self.activations.granularity), x.dtype)
+        q, scale = quantize(x, granularity=self.activations.granularity)
+        return Quantized(q, scale, x.dtype)
 
     @property
     def takes_quantized(self) -> bool:
@@ -108,7 +109,8 @@ class W8A8Linear:
         if given is not None:
             return Quantized(quantize(dtype=self.weight.dtype, scale=given), given, dtype)
         group_size = BLOCK if self.activations.granularity == "group" else None
-        return Quantized(*quantize(dtype=self.weight.dtype, group_size=group_size), dtype)
+        q, scale = quantize(dtype=self.weight.dtype, group_size=group_size)
+        return Quantized(q, scale, dtype)
 
 
 @dataclass(frozen=True)

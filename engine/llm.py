@@ -13,7 +13,6 @@ from octavo.engine.hub import resolve
 from octavo.engine.load_report import measure_load
 from octavo.engine.loader import load_model
 from octavo.engine.runner import ModelRunner
-from octavo.engine.sampler import Sampler
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.sequence import SamplingParams, Sequence
 from octavo.engine.tokenizer import TokenStream
@@ -109,7 +108,6 @@ class LLM:
         self.blocks = BlockManager(-(-cache_tokens // page_size), page_size)
         self.runner = ModelRunner(self.model, self.blocks)
         self.scheduler = Scheduler(self.blocks, max_num_seqs, max_num_batched_tokens)
-        self.sampler = Sampler(self.device)
         self._next_id = 0
         if warmup and self.device.type == "cuda":
             self.warmup()

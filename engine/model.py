@@ -73,11 +73,12 @@ class Decoder:
         residual = embed(self.embedding, token_ids, self.dtype)
         if self._shares_scales:
             residual.masked_fill_((metadata.slot_mapping < 0).unsqueeze(1), 0)  # padding has no say in a maximum
-        x = normed(self.layers[0].qkv, residual, self.layers[0].input_norm, eps)
+        x: Any = normed(self.layers[0].qkv, residual, self.layers[0].input_norm, eps)
         plan = self._plan(residual, cache, metadata)
         for index, layer in enumerate(self.layers):
-            attended = self._attention(layer, x, cache.layer(index, layer.k_scale, layer.v_scale), metadata, plan)
-            x = layer.mlp(normed(layer.mlp, attended, layer.post_attention_norm, eps, residual))
+            x = self._attention(layer, x, cache.layer(index, layer.k_scale, layer.v_scale), metadata, plan)
+            x = normed(layer.mlp, x, layer.post_attention_norm, eps, residual)
+            x = layer.mlp(x)
             if index + 1 < len(self.layers):
                 following = self.layers[index + 1]
                 x = normed(following.qkv, x, following.input_norm, eps, residual)

@@ -5,7 +5,8 @@ tokens that it needs are on the device already. On a GPU a step is one copy, one
 the same code runs at once, and sizes are not padded.
 """
 
-from collections.abc import Callable, Iterator, Sequence as Items
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -14,16 +15,17 @@ import numpy as np
 import torch
 
 import octavo
-from octavo.engine.experts import ExpertLoop, MixtureOfExperts
+from octavo.engine.experts import ExpertLoop
 from octavo.engine.graphs import Graphs, Sizes, modes
-from octavo.engine.inputs import Shape, StepInputs, to_device
+from octavo.engine.inputs import Shape, StepInputs, to_device, to_host
 from octavo.engine.kv_cache import KVCache
 from octavo.engine.model import AttentionMetadata, Decoder
+from octavo.engine.pending import Parts, Pending, Prompts
 from octavo.engine.sampler import Drawn, EditedSampler, Mode, SlotSettings, drawn_settings, prompt_logprobs
-from octavo.engine.sequence import Chunk, Sampled, Sequence, Step, TokenLogprobs
+from octavo.engine.sequence import Chunk, Sequence, Step
 from octavo.engine.warmup import step_calls
 
-NOT_CAPTURED = "its experts are computed one after another, which no CUDA graph can hold: steps are launched from Python"
+NOT_CAPTURED = "experts are computed one by one, which no CUDA graph can hold: steps are launched from Python"
 
 
 class ModelRunner:
@@ -82,12 +84,12 @@ class ModelRunner:
         if on_gpu:
             self.stream = torch.cuda.Stream(self.device)
             self.stream.wait_stream(torch.cuda.current_stream(self.device))  # the weights, and the zeros of the tables
-            loops = any(isinstance(x.mlp, MixtureOfExperts) and isinstance(x.mlp.experts, ExpertLoop) for x in model.layers)
+            loops = any(isinstance(getattr(layer.mlp, "experts", None), ExpertLoop) for layer in model.layers)
             if loops and not enforce_eager:
                 self.notes = (NOT_CAPTURED,)
             elif not enforce_eager:
                 self.graphs = Graphs(self._compute, self._prepare, self.stream)
-        self._prompts: dict[int, list[TokenLogprobs]] = {}
+        self._prompts = Prompts()
 
     @property
     def num_graphs(self) -> int:
@@ -122,7 +124,7 @@ class ModelRunner:
             torch.cuda.empty_cache()
         return report
 
-    def start(self, step: Step) -> "Pending":
+    def start(self, step: Step) -> Pending:
         """Enqueues a step; nothing waits for the device, but where a graph is captured that no warm-up has.
 
         Raises:
@@ -138,17 +140,17 @@ class ModelRunner:
     def forget(self, sequence: Sequence) -> None:
         """Drops what is kept of a sequence that has ended."""
         self.settings.forget(sequence)
-        self._prompts.pop(sequence.id, None)
+        self._prompts.take(sequence.id)
 
     def shape_of(self, chunks: Items[Chunk]) -> Shape:
         """The sizes that a step of these chunks is computed with."""
         tokens = sum([chunk.length for chunk in chunks])
-        decode = tokens == len(chunks) and all([chunk.samples for chunk in chunks])
+        decode = tokens == len(chunks) and all(chunk.samples for chunk in chunks)
         if self.sizes is None:
             return Shape(tokens, len(chunks), decode)
         return self.sizes.shape(tokens, len(chunks), decode)
 
-    def _start(self, chunks: list[Chunk]) -> "Pending":
+    def _start(self, chunks: list[Chunk]) -> Pending:
         sequences = [chunk.sequence for chunk in chunks]
         slots = np.array([sequence.slot for sequence in sequences], np.int32)
         starts = np.array([chunk.start for chunk in chunks], np.int32)
@@ -166,9 +168,11 @@ class ModelRunner:
             self.settings.pack(host, slots, ends)
         fields = self.inputs.send(shape)
         result = self.graphs.replay(shape, mode) if self.graphs else self._compute(shape, mode)
-        if mode is not Mode.EDITED:
-            return Pending(self, chunks, Drawn(result))
-        return Pending(self, chunks, *self._edit(result, fields, shape, chunks))
+        drawn = Drawn(result)
+        following: dict[int, tuple[list[int], Parts]] = {}
+        if mode is Mode.EDITED:
+            drawn, following = self._edit(result, fields, shape, chunks)
+        return Pending(chunks, Drawn(*map(to_host, drawn)), following, self._prompts, self.stream)
 
     def _compute(self, shape: Shape, mode: Mode) -> torch.Tensor:
         """Enqueues a step whose inputs have been sent: this is what a graph holds.
@@ -194,7 +198,8 @@ class ModelRunner:
         if mode is Mode.EDITED:
             return hidden
         logits = self._logits(hidden, fields, shape)
-        tokens = octavo.sample(logits, **(drawn_settings(fields) if mode is Mode.DRAWN else {}))
+        settings: dict[str, Any] = drawn_settings(fields) if mode is Mode.DRAWN else {}
+        tokens = octavo.sample(logits, **settings)
         self._keep(tokens, fields)
         return tokens
 
@@ -208,21 +213,20 @@ class ModelRunner:
 
     def _edit(
         self, hidden: torch.Tensor, fields: SimpleNamespace, shape: Shape, chunks: list[Chunk]
-    ) -> tuple[Drawn, dict[int, Any]]:
-        """Samples behind the graph, and looks at prompts."""
+    ) -> tuple[Drawn, dict[int, tuple[list[int], Parts]]]:
+        """Samples behind the graph, and looks at prompts: at the tokens that follow each chunk's."""
         drawn = self.edited.sample(self._logits(hidden, fields, shape), fields, chunks)
         self._keep(drawn.tokens, fields)
-        prompts = {}
+        following = {}
         row = 0
         for i, (sequence, start, length, _) in enumerate(chunks):
             count, rows = sequence.params.prompt_logprobs, hidden[row : row + length]
-            following = sequence.token_ids[start + 1 : min(start + length + 1, sequence.prompt_length)]
-            if count is not None and following:
-                targets = to_device(torch.tensor(following), self.device)
-                found = prompt_logprobs(self.model.head, rows[: len(following)], targets, count)
-                prompts[i] = following, [tuple(map(_to_host, parts)) for parts in found]
+            tokens = sequence.token_ids[start + 1 : min(start + length + 1, sequence.prompt_length)]
+            if count is not None and tokens:
+                targets = to_device(torch.tensor(tokens), self.device)
+                following[i] = tokens, prompt_logprobs(self.model.head, rows[: len(tokens)], targets, count)
             row += length
-        return drawn, prompts
+        return drawn, following
 
     def _prepare(self, shape: Shape) -> None:
         """Inputs of a step of nothing but padding."""
@@ -238,57 +242,6 @@ class ModelRunner:
             else:
                 with torch.cuda.stream(self.stream):
                     yield
-
-    def _add_prompt(self, chunk: Chunk, following: list[int], parts: list[Any]) -> None:
-        """Notes log-probabilities of a prompt's tokens, which come chunk by chunk."""
-        entries = self._prompts.setdefault(chunk.sequence.id, [])
-        del entries[chunk.start :]  # after a preemption they come again
-        logprobs, ids, tops = ([x for part in of for x in part.tolist()] for of in zip(*parts, strict=True))
-        for token, logprob, its_ids, its_tops in zip(following, logprobs, ids, tops, strict=True):
-            entries.append(TokenLogprobs(token, logprob, list(zip(its_ids, its_tops, strict=True))))
-
-
-class Pending:
-    """A step that runs."""
-
-    def __init__(
-        self, runner: ModelRunner, chunks: list[Chunk], drawn: Drawn, prompts: dict[int, Any] | None = None
-    ) -> None:
-        self._runner, self._chunks, self._prompts, self._edited = runner, chunks, prompts or {}, prompts is not None
-        self._drawn = [None if x is None else _to_host(x) for x in drawn]
-        self._done: torch.cuda.Event | None = None
-        if runner.stream is not None:
-            self._done = torch.cuda.Event(blocking=True)
-            self._done.record(runner.stream)
-        self._results: list[Sampled] | None = None
-
-    def wait(self) -> list[Sampled]:
-        """What the step's chunks have sampled, of those that sample, in order."""
-        if self._results is None:
-            if self._done is not None:
-                self._done.synchronize()
-            self._results = self._collect()
-        return self._results
-
-    def _collect(self) -> list[Sampled]:
-        tokens, *logprobs = (None if x is None else x.tolist() for x in self._drawn)
-        for i, (following, parts) in self._prompts.items():
-            self._runner._add_prompt(self._chunks[i], following, parts)
-        chunks = [(i, chunk) for i, chunk in enumerate(self._chunks) if chunk.samples]
-        if not self._edited:
-            return [Sampled(tokens[i]) for i, _ in chunks]
-        return [self._sampled(chunk, tokens[i], [x and x[i] for x in logprobs]) for i, chunk in chunks]
-
-    def _sampled(self, chunk: Chunk, token: int, logprobs: list[Any]) -> Sampled:
-        params = chunk.sequence.params
-        its_own = of_prompt = None
-        if params.logprobs is not None:
-            logprob, ids, tops = logprobs
-            top = [(t, p) for t, p in zip(ids, tops, strict=True) if t >= 0]
-            its_own = TokenLogprobs(token, logprob, top[: params.logprobs])
-        if params.prompt_logprobs is not None and chunk.end == chunk.sequence.prompt_length:
-            of_prompt = self._runner._prompts.pop(chunk.sequence.id, [])
-        return Sampled(token, its_own, of_prompt)
 
 
 def activation_bytes(model: Decoder, **limits: Any) -> int:
@@ -310,10 +263,3 @@ def activation_bytes(model: Decoder, **limits: Any) -> int:
         runner._compute(shape, Mode.DRAWN)
         torch.cuda.synchronize(model.device)
     return torch.cuda.max_memory_allocated(model.device) - before
-
-
-def _to_host(x: torch.Tensor) -> torch.Tensor:
-    """A copy that is on its way, on a GPU; its memory is given to no one else before it has arrived."""
-    if x.device.type == "cpu":
-        return x.clone()
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)

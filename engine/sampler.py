@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import octavo
-from octavo.engine.inputs import to_device
+from octavo.engine.inputs import to_device, to_host
 from octavo.engine.sequence import Chunk, Sequence
 
 GREEDY_BELOW = 1e-5  # as octavo.sample has it
@@ -103,8 +103,8 @@ class EditedSampler:
     """Sampling with penalties, biases and log-probabilities.
 
     The tokens of a prompt and of what was sampled so far are counted on the device, since the latest are not known
-    here; the memory for it, 4 bytes and a bit for each slot and token of the vocabulary, is taken when the first request
-    has penalties.
+    here; the memory for it, 4 bytes and a bit for each slot and token of the vocabulary, is taken when the first
+    request has penalties.
     """
 
     def __init__(self, device: torch.device, max_num_seqs: int, vocab: int) -> None:
@@ -133,9 +133,10 @@ class EditedSampler:
             drawn = Drawn(*octavo.sample(logits, **options, num_logprobs=most))
         if any(counted):
             assert self._counts is not None
-            samples = [chunk.sequence if chunk.samples else None for chunk in chunks]
-            slots = [s.slot if s is not None and c is not None else self.nobody for s, c in zip(samples, counted)]
-            slots += [self.nobody] * (rows - len(slots))
+            slots = [self.nobody] * rows
+            for row, sequence in enumerate(counted):
+                if sequence is not None and sequence.slot is not None and chunks[row].samples:
+                    slots[row] = sequence.slot
             at = self._send(slots, np.int64) * self.vocab + drawn.tokens.clamp(min=0)
             self._counts.view(-1).scatter_add_(0, at, torch.ones_like(at, dtype=torch.int32))
         return drawn
@@ -197,11 +198,12 @@ def prompt_logprobs(
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Log-probabilities `[n]` of the tokens that follow each row, and ids and values of the `count` most probable.
 
-    A few rows at a time, since those of a vocabulary take much memory.
+    A few rows at a time, since those of a vocabulary take much memory; on their way to the host.
     """
     results = []
     for rows, target in zip(hidden.split(at_once), targets.split(at_once), strict=True):
         logprobs = logits_of(rows).float().log_softmax(-1)
         top, ids = logprobs.topk(count, dim=-1)
-        results.append((logprobs.gather(1, target.unsqueeze(1)).squeeze(1), ids, top))
+        found = logprobs.gather(1, target.unsqueeze(1)).squeeze(1)
+        results.append((to_host(found), to_host(ids), to_host(top)))
     return results
