@@ -13,6 +13,11 @@ from hashlib import blake2b
 from octavo.engine.sequence import Sequence
 
 
+def ring_pages(window: int, longest_chunk: int, page_size: int) -> int:
+    """Pages of the ring of a sequence whose queries see `window` tokens: what those of a chunk see, where it begins."""
+    return -(-(window + longest_chunk) // page_size) + 1
+
+
 class BlockManager:
     """Hands out pages of `page_size` tokens from a pool of `num_pages`.
 

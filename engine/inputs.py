@@ -106,26 +106,27 @@ class StepInputs:
         rolling: bool,
     ) -> None:
         self.page_size, self.width, self.rolling, self.device = page_size, width, rolling, device
-        self.nobody = max_num_seqs  # a slot for what belongs to no sequence
-        self.table = torch.zeros(max_num_seqs + 1, width, dtype=torch.int32, device=device)
+        self.spare, self.nobody = max_num_seqs, max_num_seqs + 1  # slots of no request, and of no sequence at all
+        slots = max_num_seqs + 2
+        self.table = torch.zeros(slots, width, dtype=torch.int32, device=device)
         most = Layout(Shape(max_num_batched_tokens, max_num_seqs, False), page_size).nbytes
-        self._first = -(-(max_num_seqs + 1) * 8 // ALIGNMENT) * ALIGNMENT  # bytes of tokens_of_slot
+        self._first = -(-slots * 8 // ALIGNMENT) * ALIGNMENT  # bytes of tokens_of_slot
         self._buffer = torch.zeros(self._first + most, dtype=torch.uint8, device=device)
         self.tokens_of_slot = self._buffer[: self._first].view(torch.int64)
         pinned = device.type == "cuda"
         self._staging = [_Staging(most, pinned) for _ in range(2 if pinned else 1)]
         self._layouts: dict[Shape, tuple[Layout, SimpleNamespace]] = {}
         self._turn = 0
-        self._table = np.zeros((max_num_seqs + 1, width), np.int32)
-        self._owners: list[Sequence | None] = [None] * (max_num_seqs + 1)
-        self._known = np.zeros(max_num_seqs + 1, np.int32)  # pages of each slot that the table has
-        self._next = np.zeros(max_num_seqs + 1, np.int32)  # where its next chunk begins
-        self._seen = np.zeros(max_num_seqs + 1, np.int64)  # the last step that it was in
+        self._table = np.zeros((slots, width), np.int32)
+        self._owners: list[Sequence | None] = [None] * slots
+        self._known = np.zeros(slots, np.int32)  # pages of each slot that the table has
+        self._next = np.zeros(slots, np.int32)  # where its next chunk begins
+        self._seen = np.zeros(slots, np.int64)  # the last step that it was in
         self._step = 0
 
-    def forget(self) -> None:
-        """Nothing that the tables hold counts any more: a step has failed."""
-        self._owners = [None] * len(self._owners)
+    def forget(self, sequence: Sequence | None = None) -> None:
+        """What the tables hold of a sequence, or of all after a step that failed, counts no more."""
+        self._owners = [None if sequence in (None, owner) else owner for owner in self._owners]
 
     def newcomers(self, sequences: Items[Sequence], slots: np.ndarray, starts: np.ndarray) -> Iterator[Sequence]:
         """Those of a step that have just been given their slots, again perhaps, after a preemption.

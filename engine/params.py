@@ -111,6 +111,8 @@ def _check_real(name: str, value: Any) -> None:
 
 
 def _strings(name: str, values: Iterable[Any] | None) -> tuple[str, ...]:
+    if values is not None and not isinstance(values, Iterable):
+        raise TypeError(f"{name}: {values!r}; expected strings")
     strings = tuple(values or ())
     for value in strings:
         if not isinstance(value, str):
@@ -121,6 +123,8 @@ def _strings(name: str, values: Iterable[Any] | None) -> tuple[str, ...]:
 
 
 def _ids(name: str, values: Iterable[Any] | None) -> tuple[int, ...]:
+    if values is not None and not isinstance(values, Iterable):
+        raise TypeError(f"{name}: {values!r}; expected several integers")
     ids = tuple(values or ())
     for value in ids:
         _check_int(name, value, 0)

@@ -68,12 +68,11 @@ class Pending:
 
     def _sampled(self, row: int, chunk: Chunk, token: int) -> Sampled:
         params = chunk.sequence.params
-        its_own = of_prompt = None
+        logprob: Any = None
+        top = of_prompt = None
         if params.logprobs is not None:
-            logprob: Any
             logprob, ids, tops = (x[row].tolist() for x in self._drawn[1:])  # type: ignore[index]
-            top = [(t, p) for t, p in zip(ids, tops, strict=True) if t >= 0]
-            its_own = TokenLogprobs(token, logprob, top[: params.logprobs])
+            top = [(t, p) for t, p in zip(ids, tops, strict=True) if t >= 0][: params.logprobs]
         if params.prompt_logprobs is not None and chunk.end == chunk.sequence.prompt_length:
             of_prompt = self._prompts.take(chunk.sequence.id)
-        return Sampled(token, its_own, of_prompt)
+        return Sampled(token, logprob, top, of_prompt)

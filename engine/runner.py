@@ -8,6 +8,7 @@ the same code runs at once, and sizes are not padded.
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -139,8 +140,31 @@ class ModelRunner:
 
     def forget(self, sequence: Sequence) -> None:
         """Drops what is kept of a sequence that has ended."""
+        self.inputs.forget(sequence)
         self.settings.forget(sequence)
         self._prompts.take(sequence.id)
+
+    def logits(self, chunk: Chunk) -> torch.Tensor:
+        """Computes a chunk of a sequence that has pages and no slot: the logits of all its tokens, `[length, vocab]` fp32.
+
+        Raises:
+            ValueError: more tokens than a step has.
+        """
+        if chunk.length > self.max_num_batched_tokens:
+            raise ValueError(
+                f"chunk: {chunk.length} tokens; expected at most {self.max_num_batched_tokens}, as of a step"
+            )
+        chunk = Chunk(replace(chunk.sequence, slot=self.inputs.spare), chunk.start, chunk.length, False)
+        with self._on_stream():
+            slots, starts = np.array([self.inputs.spare], np.int32), np.array([chunk.start], np.int32)
+            list(self.inputs.newcomers([chunk.sequence], slots, starts))
+            shape = self.shape_of([chunk])
+            self.inputs.pack([chunk], shape, slots, starts)
+            self.inputs.send(shape)
+            logits = self.model.logits(self._compute(shape, Mode.EDITED)[: chunk.length])
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        return logits
 
     def shape_of(self, chunks: Items[Chunk]) -> Shape:
         """The sizes that a step of these chunks is computed with."""

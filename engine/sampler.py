@@ -34,7 +34,7 @@ class SlotSettings:
     """How each slot samples, as arrays over the slots."""
 
     def __init__(self, max_num_seqs: int) -> None:
-        size = max_num_seqs + 1
+        size = max_num_seqs + 2  # those of StepInputs
         self.temperature, self.top_p, self.min_p = (np.zeros(size, np.float32) for _ in range(3))
         self.top_k = np.zeros(size, np.int32)
         self.seeds = np.zeros(size, np.int64)
@@ -108,10 +108,10 @@ class EditedSampler:
     """
 
     def __init__(self, device: torch.device, max_num_seqs: int, vocab: int) -> None:
-        self.device, self.vocab, self.nobody = device, vocab, max_num_seqs
+        self.device, self.vocab, self.nobody = device, vocab, max_num_seqs + 1
         self._counts: torch.Tensor | None = None  # [slots, vocab] int32
         self._prompts: torch.Tensor | None = None  # [slots, ceil(vocab / 32)] int32
-        self._counted: list[Sequence | None] = [None] * (max_num_seqs + 1)
+        self._counted: list[Sequence | None] = [None] * (max_num_seqs + 2)
 
     def adopt(self, sequence: Sequence) -> None:
         """What was counted in its slot was another's."""

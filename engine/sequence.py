@@ -102,11 +102,13 @@ class TokenLogprobs(NamedTuple):
 class Sampled(NamedTuple):
     """What a chunk that samples has sampled.
 
-    `token_id` is -1 where no token could be drawn, since logits hold NaN, say. `logprobs` are there where the request
-    wants them. `prompt_logprobs`, where it wants those, are of the prompt's tokens but the first, computed by this
-    sequence's chunks from position 0 on; they come with the first token, and again after a preemption.
+    `token_id` is -1 where no token could be drawn, since logits hold NaN, say; the next step, which has been started,
+    must put up with it, but nobody looks at what it computes for this sequence. `logprob` and `top`, the most probable
+    as (id, log-probability), are there where the request wants them. `prompt_logprobs`, where it wants those, are of
+    the prompt's tokens but the first; they come with the first token.
     """
 
     token_id: int
-    logprobs: TokenLogprobs | None = None
+    logprob: float | None = None
+    top: list[tuple[int, float]] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None

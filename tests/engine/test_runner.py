@@ -135,7 +135,7 @@ def test_logprobs(llama, budget, padded):
         expected = logits_of(model, tuple(sequence.token_ids)).log_softmax(-1)
         results = engine.results[sequence.id]
         assert [r.token_id for r in results] == sequence.generated
-        entries = results[0].prompt_logprobs + [r.logprobs for r in results]
+        entries = results[0].prompt_logprobs + [(r.token_id, r.logprob, r.top) for r in results]
         assert len(entries) == len(sequence.token_ids) - 1 and results[1].prompt_logprobs is None
         for row, (token, logprob, top) in enumerate(entries):
             assert token == sequence.token_ids[row + 1]
@@ -144,7 +144,7 @@ def test_logprobs(llama, budget, padded):
             assert [t for t, _ in top] == best.indices.tolist()
             assert [p for _, p in top] == pytest.approx(best.values.tolist(), **TOLERANCE)
     assert plain.generated == continued(model, PROMPTS[2], 4)
-    assert {(r.logprobs, r.prompt_logprobs) for r in engine.results[plain.id]} == {(None, None)}
+    assert all(r == (r.token_id, None, None, None) for r in engine.results[plain.id])
 
 
 @pytest.mark.parametrize("budget", [7, 64])
