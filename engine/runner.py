@@ -145,7 +145,7 @@ class ModelRunner:
         self._prompts.take(sequence.id)
 
     def logits(self, chunk: Chunk) -> torch.Tensor:
-        """Computes a chunk of a sequence that has pages and no slot: the logits of all its tokens, `[length, vocab]` fp32.
+        """The logits of all tokens of a chunk, `[length, vocab]` fp32; its sequence has pages and no slot.
 
         Raises:
             ValueError: more tokens than a step has.
