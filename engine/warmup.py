@@ -26,7 +26,11 @@ def step_calls(
         width: pages of a row of the table.
         rolling: whether rows are rings.
     """
-    model, cache = _distinct_layers(_meta(model)), _meta(cache)
+    model = _distinct_layers(_meta(model))
+    data, scales = (None if x is None else x[:1].to("meta") for x in (cache.data, cache.scales))
+    layers = len(model.layers), *(-1,) * 4
+    assert data is not None
+    cache = KVCache(data.expand(*layers, -1), None if scales is None else scales.expand(layers))
     calls: list[Callable[[], Any]] = []
     most = 1
     for shape in shapes:
@@ -103,7 +107,9 @@ def _look(value: Any) -> Any:
 
 
 def _distinct_layers(model: Decoder) -> Decoder:
-    layers = {_look(layer): layer for layer in model.layers}.values()
+    layers = list({_look(layer): layer for layer in model.layers}.values())
+    if len(model.layers) > 1:
+        layers.append(layers[0])  # so that each follows another, whose last norm goes into it
     return replace(model, layers=tuple(replace(layer, mlp=_distinct_experts(layer.mlp)) for layer in layers))
 
 
