@@ -85,7 +85,8 @@ class Graphs:
         self.nbytes = 0
         self._captured: dict[tuple[Shape, Mode], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
         return len(self._captured)
 
     def capture(self, shape: Shape, mode: Mode) -> None:

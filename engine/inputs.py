@@ -38,9 +38,11 @@ class Shape:
 class Layout:
     """Where each field of a shape lies in the buffer; all are vectors, aligned for the kernels that read them."""
 
-    def __init__(self, shape: Shape, page_size: int) -> None:
+    def __init__(self, shape: Shape, page_size: int, width: int = 0) -> None:
         tokens, sequences = shape.tokens, shape.sequences
-        self.updates = sequences + tokens // page_size
+        self.updates = sequences
+        if not shape.decode:  # and a prefix that was in the cache
+            self.updates += tokens // page_size + min(width, 1024)
         self.fields: dict[str, tuple[str, int, int]] = {}
         self.nbytes = 0
         for name, dtype, count in (
@@ -109,7 +111,7 @@ class StepInputs:
         self.spare, self.nobody = max_num_seqs, max_num_seqs + 1  # slots of no request, and of no sequence at all
         slots = max_num_seqs + 2
         self.table = torch.zeros(slots, width, dtype=torch.int32, device=device)
-        most = Layout(Shape(max_num_batched_tokens, max_num_seqs, False), page_size).nbytes
+        most = Layout(Shape(max_num_batched_tokens, max_num_seqs, False), page_size, width).nbytes
         self._first = -(-slots * 8 // ALIGNMENT) * ALIGNMENT  # bytes of tokens_of_slot
         self._buffer = torch.zeros(self._first + most, dtype=torch.uint8, device=device)
         self.tokens_of_slot = self._buffer[: self._first].view(torch.int64)
@@ -261,7 +263,7 @@ class StepInputs:
                 self._layouts.clear()
                 for staging in self._staging:
                     staging.fields.clear()
-            layout = Layout(shape, self.page_size)
+            layout = Layout(shape, self.page_size, self.width)
             fields = layout.views(self._buffer[self._first :], torch)
             fields.pool = self._buffer[: self._first + shape.tokens * 8].view(torch.int64)
             found = self._layouts[shape] = layout, fields

@@ -94,7 +94,7 @@ class ModelRunner:
 
     @property
     def num_graphs(self) -> int:
-        return 0 if self.graphs is None else len(self.graphs)
+        return 0 if self.graphs is None else self.graphs.count
 
     @property
     def memory(self) -> dict[str, int]:
@@ -116,7 +116,7 @@ class ModelRunner:
         report = octavo.warmup(calls, device=self.device, progress=progress)
         every = [(shape, mode) for shape in self.sizes.every() for mode in modes(shape)]
         with self._on_stream():
-            for done, (shape, mode) in enumerate(every if self.graphs else [], 1):
+            for done, (shape, mode) in enumerate(every if self.graphs is not None else [], 1):
                 assert self.graphs is not None
                 self.graphs.capture(shape, mode)
                 if progress is not None:
@@ -191,7 +191,7 @@ class ModelRunner:
         if mode is not Mode.GREEDY:
             self.settings.pack(host, slots, ends)
         fields = self.inputs.send(shape)
-        result = self.graphs.replay(shape, mode) if self.graphs else self._compute(shape, mode)
+        result = self._compute(shape, mode) if self.graphs is None else self.graphs.replay(shape, mode)
         drawn = Drawn(result)
         following: dict[int, tuple[list[int], Parts]] = {}
         if mode is Mode.EDITED:
@@ -268,22 +268,27 @@ class ModelRunner:
                     yield
 
 
-def activation_bytes(model: Decoder, **limits: Any) -> int:
+def activation_bytes(model: Decoder, progress: Callable[[int, int], None] | None = None, **limits: Any) -> int:
     """What the largest step takes beside weights and cache, found by running it over a cache of one page.
 
+    Kernels are compiled for all steps before, so that nothing of this is done twice.
+
     Args:
+        progress: called with (kernels done, kernels in all).
         limits: what ModelRunner will be given, but for num_pages.
     """
     if model.device.type != "cuda":
         return 0
     runner = ModelRunner(model, num_pages=1, **limits | {"enforce_eager": True})
     assert runner.sizes is not None
+    runner.warmup(progress)
     shape = runner.sizes.every()[0]
-    torch.cuda.synchronize(model.device)
     torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device)
     with runner._on_stream():
         runner._prepare(shape)
         runner._compute(shape, Mode.DRAWN)
         torch.cuda.synchronize(model.device)
-    return torch.cuda.max_memory_allocated(model.device) - before
+    most = torch.cuda.max_memory_allocated(model.device) - before
+    torch.cuda.empty_cache()
+    return most
