@@ -26,7 +26,6 @@ from octavo.engine.scheduler import Scheduler
 from octavo.engine.sequence import Chunk
 from octavo.engine.sequence import Sequence as TokenSequence
 from octavo.engine.tokenizer import Tokenizer
-from octavo.engine.warmup import step_calls
 
 Message = dict[str, str]
 Prompt = str | Sequence[int]
@@ -169,7 +168,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=self.max_model_len,
-            rolling=ring is not None,
+            ring_pages=ring,
         )
         self.scheduler = Scheduler(self.blocks, max_num_seqs, max_num_batched_tokens, max_waiting=max_waiting)
         ends = frozenset(self.config.eos_token_ids) | frozenset(tokenizer.eos_token_ids if tokenizer else ())
@@ -190,10 +189,10 @@ class LLM:
         return self.core.eos_token_ids
 
     def warmup(self, progress: Callable[[int, int], None] | None = None) -> octavo.WarmupReport:
-        """Compiles, and loads, every kernel that batches of this model need, in parallel processes.
+        """Compiles, and loads, every kernel that batches of this model need, and captures CUDA graphs of them.
 
         Args:
-            progress: called with (kernels done, kernels in all).
+            progress: called with (kernels done, kernels in all), then with (graphs done, graphs in all).
 
         Returns:
             What was compiled, what Triton's cache had, and how long it took.
@@ -201,12 +200,7 @@ class LLM:
         Raises:
             ValueError: the model is not on a GPU.
         """
-        if self.device.type != "cuda":
-            raise ValueError(f"device: {self.device}; only a GPU's kernels are compiled")
-        calls = step_calls(
-            self.model, self.runner.kv_cache, self.scheduler.max_num_batched_tokens, self.scheduler.max_num_seqs
-        )
-        return octavo.warmup(calls, device=self.device, progress=progress)
+        return self.runner.warmup(progress)
 
     def generate(
         self,

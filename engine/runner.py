@@ -1,33 +1,50 @@
-"""One step of the model on the device: chunks in, tokens out."""
+"""Steps on the device: chunks of sequences in, sampled tokens out, without waiting in between.
 
-from dataclasses import dataclass
+`start` enqueues a step and returns; `Pending.wait` gives what it has sampled. The next step can be started before: the
+tokens that it needs are on the device already. On a GPU a step is one copy, one CUDA graph, and one copy back. On a CPU
+the same code runs at once, and sizes are not padded.
+"""
 
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import torch
 
-from octavo.engine.block_manager import ring_pages
+import octavo
+from octavo.engine.experts import ExpertLoop
+from octavo.engine.graphs import Graphs, Sizes, modes
+from octavo.engine.inputs import Shape, StepInputs, to_device, to_host
+from octavo.engine.kv_cache import KVCache
 from octavo.engine.model import AttentionMetadata, Decoder
-from octavo.engine.sampler import Sampler
-from octavo.engine.sequence import Chunk, Sampled, Sequence, Step, TokenLogprobs
+from octavo.engine.pending import Parts, Pending, Prompts
+from octavo.engine.sampler import Drawn, EditedSampler, Mode, SlotSettings, drawn_settings, prompt_logprobs
+from octavo.engine.sequence import Chunk, Sequence, Step
+from octavo.engine.warmup import step_calls
 
-
-@dataclass(frozen=True)
-class Done:
-    """A step that was computed when it was started."""
-
-    sampled: list[Sampled]
-
-    def wait(self) -> list[Sampled]:
-        return self.sampled
+NOT_CAPTURED = "experts are computed one by one, which no CUDA graph can hold: steps are launched from Python"
 
 
 class ModelRunner:
-    """Owns the paged cache and turns chunks of sequences into tensors.
+    """Owns the cache and all that a step needs on the device.
 
     Args:
         model: the decoder.
         num_pages, page_size: of the cache.
-        max_num_seqs, max_num_batched_tokens, max_model_len: of a step, at most.
-        rolling: whether block tables are rings.
+        max_num_seqs: sequences of a step, at most; their slots are 0 to max_num_seqs - 1.
+        max_num_batched_tokens: tokens of a step, at most.
+        max_model_len: tokens of a sequence, at most.
+        cache_dtype: of the cache; by default the model's. float8_e4m3fn, float8_e5m2 or int8 take half the memory.
+        enforce_eager: launch every kernel from Python instead of replaying CUDA graphs.
+        ring_pages: None, or of a model with a sliding window the pages of a sequence (`BlockManager`'s).
+        padded: whether steps are padded to the sizes that graphs have; by default on a GPU, with graphs or without.
+
+    Raises:
+        ValueError: a ring that is too short, or beside a model without a window.
     """
 
     def __init__(
@@ -39,104 +56,239 @@ class ModelRunner:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
-        rolling: bool = False,
+        cache_dtype: torch.dtype | None = None,
+        enforce_eager: bool = False,
+        ring_pages: int | None = None,
+        padded: bool | None = None,
     ) -> None:
-        self.model = model
-        self.page_size = page_size
-        window = model.config.sliding_window
-        self.ring = ring_pages(window, max_num_batched_tokens, page_size) if window is not None and rolling else None
-        c = model.config
-        self.kv_cache = torch.empty(
-            (c.num_hidden_layers, 2, num_pages, page_size, c.num_key_value_heads, c.head_dim),
-            dtype=model.dtype,
-            device=model.device,
-        )
-        self.sampler = Sampler(model.device)
-        self._last = [0] * max_num_seqs  # what each slot has sampled last, perhaps not known to its sequence yet
-        self._prompts: dict[int, list[TokenLogprobs]] = {}
+        self.model, self.device, c = model, model.device, model.config
+        self.rolling = ring_pages is not None
+        width = -(-max_model_len // page_size)
+        if ring_pages is not None:
+            needed = (c.sliding_window or 0) + max_num_batched_tokens - 1
+            if c.sliding_window is None or ring_pages * page_size < needed:
+                raise ValueError(
+                    f"ring_pages: {ring_pages} pages of {page_size}; expected at least {needed} tokens, a window and a "
+                    f"step, or None for a model without a window (sliding_window: {c.sliding_window})"
+                )
+            width = ring_pages
+        on_gpu = self.device.type == "cuda"
+        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self.cache = KVCache.empty(c, num_pages, page_size, cache_dtype or model.dtype, self.device)
+        self.inputs = StepInputs(self.device, max_num_seqs, max_num_batched_tokens, width, page_size, self.rolling)
+        self.settings = SlotSettings(max_num_seqs)
+        self.edited = EditedSampler(self.device, max_num_seqs, c.vocab_size)
+        self.sizes = Sizes(max_num_seqs, max_num_batched_tokens) if (on_gpu if padded is None else padded) else None
+        self.notes: tuple[str, ...] = ()
+        self.graphs: Graphs | None = None
+        self.stream: torch.cuda.Stream | None = None
+        if on_gpu:
+            self.stream = torch.cuda.Stream(self.device)
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))  # the weights, and the zeros of the tables
+            loops = any(isinstance(getattr(layer.mlp, "experts", None), ExpertLoop) for layer in model.layers)
+            if loops and not enforce_eager:
+                self.notes = (NOT_CAPTURED,)
+            elif not enforce_eager:
+                self.graphs = Graphs(self._compute, self._prepare, self.stream)
+        self._prompts = Prompts()
 
-    @torch.inference_mode()
-    def start(self, step: Step) -> Done:
-        """Computes a step, and samples."""
-        chunks = step.chunks
-        hidden, metadata = self._forward(chunks)
-        begin = 0
-        for chunk in chunks:
-            if chunk.sequence.params.prompt_logprobs is not None and chunk.start < chunk.sequence.prompt_length - 1:
-                self._note_prompt(chunk, hidden[begin : begin + chunk.length])
-            begin += chunk.length
-        rows = [i for i, chunk in enumerate(chunks) if chunk.samples]
-        if not rows:
-            return Done([])
-        logits = self.model.logits(hidden[metadata.cu_seqlens_q[1:][rows].long() - 1])
-        sampling = [chunks[row] for row in rows]
-        outputs = [self._tokens(c.sequence, c.sequence.prompt_length, c.end) for c in sampling]
-        sampled = self.sampler.sample(logits, sampling, outputs)
-        for i, chunk in enumerate(sampling):
-            assert chunk.sequence.slot is not None
-            self._last[chunk.sequence.slot] = max(sampled[i].token_id, 0)
-            if chunk.sequence.id in self._prompts:
-                sampled[i] = sampled[i]._replace(prompt_logprobs=self._prompts.pop(chunk.sequence.id))
-        return Done(sampled)
+    @property
+    def num_graphs(self) -> int:
+        return 0 if self.graphs is None else self.graphs.count
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes of the cache, and of what graphs took when they were captured."""
+        return {"cache": self.cache.nbytes, "graphs": 0 if self.graphs is None else self.graphs.nbytes}
+
+    def warmup(self, progress: Callable[[int, int], None] | None = None) -> octavo.WarmupReport:
+        """Compiles every kernel that steps of this model need, in parallel processes, and captures their graphs.
+
+        Args:
+            progress: called with (kernels done, kernels in all), then with (graphs done, graphs in all).
+
+        Raises:
+            ValueError: the model is not on a GPU.
+        """
+        if self.device.type != "cuda" or self.sizes is None:
+            raise ValueError(f"device: {self.device}; only a GPU's kernels are compiled")
+        calls = step_calls(self.model, self.cache, self.sizes.every(), self.inputs.width, self.rolling)
+        report = octavo.warmup(calls, device=self.device, progress=progress)
+        every = [(shape, mode) for shape in self.sizes.every() for mode in modes(shape)]
+        with self._on_stream():
+            for done, (shape, mode) in enumerate(every if self.graphs is not None else [], 1):
+                assert self.graphs is not None
+                self.graphs.capture(shape, mode)
+                if progress is not None:
+                    progress(done, len(every))
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+        return report
+
+    def start(self, step: Step) -> Pending:
+        """Enqueues a step; nothing waits for the device, but where a graph is captured that no warm-up has.
+
+        Raises:
+            Exception: whatever goes wrong; the sequences of this step must not be continued then.
+        """
+        try:
+            with self._on_stream():
+                return self._start(step.chunks)
+        except BaseException:
+            self.inputs.forget()
+            raise
 
     def forget(self, sequence: Sequence) -> None:
-        """Drops the state of a sequence."""
-        self.sampler.forget(sequence)
-        self._prompts.pop(sequence.id, None)
+        """Drops what is kept of a sequence that has ended."""
+        self.inputs.forget(sequence)
+        self.settings.forget(sequence)
+        self._prompts.take(sequence.id)
 
-    @torch.inference_mode()
     def logits(self, chunk: Chunk) -> torch.Tensor:
-        """The logits at every position of a chunk, `[length, vocab]`."""
-        return self.model.logits(self._forward([chunk])[0])
+        """The logits of all tokens of a chunk, `[length, vocab]` fp32; its sequence has pages and no slot.
 
-    def _note_prompt(self, chunk: Chunk, hidden: torch.Tensor) -> None:
-        """Log-probabilities of the prompt's tokens that follow those of a chunk."""
-        sequence, k = chunk.sequence, chunk.sequence.params.prompt_logprobs
-        targets = sequence.token_ids[chunk.start + 1 : min(chunk.end + 1, sequence.prompt_length)]
-        logprobs = self.model.logits(hidden[: len(targets)]).log_softmax(-1)
-        top, ids = logprobs.topk(k or 0)
-        own = logprobs[range(len(targets)), targets]
-        if chunk.start == 0:
-            self._prompts[sequence.id] = []
-        for token, p, i, t in zip(targets, own.tolist(), ids.tolist(), top.tolist(), strict=True):
-            self._prompts[sequence.id].append(TokenLogprobs(token, p, list(zip(i, t, strict=True))))
+        Raises:
+            ValueError: more tokens than a step has.
+        """
+        if chunk.length > self.max_num_batched_tokens:
+            raise ValueError(
+                f"chunk: {chunk.length} tokens; expected at most {self.max_num_batched_tokens}, as of a step"
+            )
+        chunk = Chunk(replace(chunk.sequence, slot=self.inputs.spare), chunk.start, chunk.length, False)
+        with self._on_stream():
+            slots, starts = np.array([self.inputs.spare], np.int32), np.array([chunk.start], np.int32)
+            list(self.inputs.newcomers([chunk.sequence], slots, starts))
+            shape = self.shape_of([chunk])
+            self.inputs.pack([chunk], shape, slots, starts)
+            self.inputs.send(shape)
+            logits = self.model.logits(self._compute(shape, Mode.EDITED)[: chunk.length])
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        return logits
 
-    def _tokens(self, sequence: Sequence, start: int, end: int) -> list[int]:
-        """Token ids of positions, of which the last may be known here alone."""
-        ids = sequence.token_ids[start:end]
-        if end > len(sequence.token_ids):
-            assert sequence.slot is not None
-            ids.append(self._last[sequence.slot])
-        return ids
+    def shape_of(self, chunks: Items[Chunk]) -> Shape:
+        """The sizes that a step of these chunks is computed with."""
+        tokens = sum([chunk.length for chunk in chunks])
+        decode = tokens == len(chunks) and all(chunk.samples for chunk in chunks)
+        if self.sizes is None:
+            return Shape(tokens, len(chunks), decode)
+        return self.sizes.shape(tokens, len(chunks), decode)
 
-    def _forward(self, chunks: list[Chunk]) -> tuple[torch.Tensor, AttentionMetadata]:
-        token_ids = [t for c in chunks for t in self._tokens(c.sequence, c.start, c.end)]
-        metadata = self._metadata(chunks)
-        return self.model.hidden(self._tensor(token_ids, torch.int64), self.kv_cache, metadata), metadata
+    def _start(self, chunks: list[Chunk]) -> Pending:
+        sequences = [chunk.sequence for chunk in chunks]
+        slots = np.array([sequence.slot for sequence in sequences], np.int32)
+        starts = np.array([chunk.start for chunk in chunks], np.int32)
+        for sequence in self.inputs.newcomers(sequences, slots, starts):
+            self.settings.adopt(sequence)
+            self.edited.adopt(sequence)
+        shape = self.shape_of(chunks)
+        ends = starts + np.array([chunk.length for chunk in chunks], np.int32)
+        mode = self.settings.mode(slots, starts, ends)
+        if self.graphs is not None:
+            mode = mode if mode in (*modes(shape), Mode.EDITED) else Mode.DRAWN
+            self.graphs.capture(shape, mode)
+        host = self.inputs.pack(chunks, shape, slots, starts)
+        if mode is not Mode.GREEDY:
+            self.settings.pack(host, slots, ends)
+        fields = self.inputs.send(shape)
+        result = self._compute(shape, mode) if self.graphs is None else self.graphs.replay(shape, mode)
+        drawn = Drawn(result)
+        following: dict[int, tuple[list[int], Parts]] = {}
+        if mode is Mode.EDITED:
+            drawn, following = self._edit(result, fields, shape, chunks)
+        return Pending(chunks, Drawn(*map(to_host, drawn)), following, self._prompts, self.stream)
 
-    def _metadata(self, chunks: list[Chunk]) -> AttentionMetadata:
-        page_size = self.page_size
-        positions, slots, cu_seqlens = [], [], [0]
-        for chunk in chunks:
-            table = chunk.sequence.block_table
-            for position in range(chunk.start, chunk.end):
-                positions.append(position)
-                index = position // page_size
-                page = table[index if self.ring is None else index % self.ring]
-                slots.append(page * page_size + position % page_size)
-            cu_seqlens.append(len(positions))
-        width = self.ring or max(-(-chunk.end // page_size) for chunk in chunks)
-        tables = [chunk.sequence.block_table[:width] for chunk in chunks]
-        tables = [table + [0] * (width - len(table)) for table in tables]
-        return AttentionMetadata(
-            positions=self._tensor(positions, torch.int64),
-            slot_mapping=self._tensor(slots, torch.int64),
-            block_table=self._tensor(tables, torch.int32),
-            seq_lens=self._tensor([chunk.end for chunk in chunks], torch.int32),
-            cu_seqlens_q=self._tensor(cu_seqlens, torch.int32),
-            max_seqlen_q=max(chunk.length for chunk in chunks),
-            rolling=self.ring is not None,
+    def _compute(self, shape: Shape, mode: Mode) -> torch.Tensor:
+        """Enqueues a step whose inputs have been sent: this is what a graph holds.
+
+        Returns:
+            The tokens, `[sequences]`, or with Mode.EDITED the hidden states of all tokens.
+        """
+        fields = self.inputs.fields(shape)
+        self.inputs.table.view(-1).scatter_(0, fields.update_at, fields.update_to)
+        hidden = self.model.hidden(
+            fields.pool.index_select(0, fields.sources),
+            self.cache,
+            AttentionMetadata(
+                positions=fields.positions,
+                slot_mapping=fields.slot_mapping,
+                block_table=self.inputs.table.index_select(0, fields.slots),
+                seq_lens=fields.seq_lens,
+                cu_seqlens_q=fields.cu_seqlens_q,
+                max_seqlen_q=shape.max_seqlen_q,
+                rolling=self.rolling,
+            ),
         )
+        if mode is Mode.EDITED:
+            return hidden
+        logits = self._logits(hidden, fields, shape)
+        settings: dict[str, Any] = drawn_settings(fields) if mode is Mode.DRAWN else {}
+        tokens = octavo.sample(logits, **settings)
+        self._keep(tokens, fields)
+        return tokens
 
-    def _tensor(self, values: list, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype).to(self.model.device, non_blocking=True)
+    def _logits(self, hidden: torch.Tensor, fields: SimpleNamespace, shape: Shape) -> torch.Tensor:
+        """`[sequences, vocab]`, in the model's dtype: octavo.sample reads that as it is."""
+        return self.model.head(hidden if shape.decode else hidden.index_select(0, fields.last_rows))
+
+    def _keep(self, tokens: torch.Tensor, fields: SimpleNamespace) -> None:
+        """Keeps what was sampled for the next step. A row without a distribution has -1: it goes on with 0, unseen."""
+        self.inputs.tokens_of_slot.scatter_(0, fields.targets, tokens.clamp(min=0))
+
+    def _edit(
+        self, hidden: torch.Tensor, fields: SimpleNamespace, shape: Shape, chunks: list[Chunk]
+    ) -> tuple[Drawn, dict[int, tuple[list[int], Parts]]]:
+        """Samples behind the graph, and looks at prompts: at the tokens that follow each chunk's."""
+        drawn = self.edited.sample(self._logits(hidden, fields, shape), fields, chunks)
+        self._keep(drawn.tokens, fields)
+        following = {}
+        row = 0
+        for i, (sequence, start, length, _) in enumerate(chunks):
+            count, rows = sequence.params.prompt_logprobs, hidden[row : row + length]
+            tokens = sequence.token_ids[start + 1 : min(start + length + 1, sequence.prompt_length)]
+            if count is not None and tokens:
+                targets = to_device(torch.tensor(tokens), self.device)
+                following[i] = tokens, prompt_logprobs(self.model.head, rows[: len(tokens)], targets, count)
+            row += length
+        return drawn, following
+
+    def _prepare(self, shape: Shape) -> None:
+        """Inputs of a step of nothing but padding."""
+        nothing = np.zeros(0, np.int32)
+        self.settings.pack(self.inputs.pack([], shape, nothing, nothing), nothing, nothing)
+        self.inputs.send(shape)
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        with torch.inference_mode():
+            if self.stream is None:
+                yield
+            else:
+                with torch.cuda.stream(self.stream):
+                    yield
+
+
+def activation_bytes(model: Decoder, progress: Callable[[int, int], None] | None = None, **limits: Any) -> int:
+    """What the largest step takes beside weights and cache, found by running it over a cache of one page.
+
+    Kernels are compiled for all steps before, so that nothing of this is done twice.
+
+    Args:
+        progress: called with (kernels done, kernels in all).
+        limits: what ModelRunner will be given, but for num_pages.
+    """
+    if model.device.type != "cuda":
+        return 0
+    runner = ModelRunner(model, num_pages=1, **limits | {"enforce_eager": True})
+    assert runner.sizes is not None
+    runner.warmup(progress)
+    shape = runner.sizes.every()[0]
+    torch.cuda.reset_peak_memory_stats(model.device)
+    before = torch.cuda.memory_allocated(model.device)
+    with runner._on_stream():
+        runner._prepare(shape)
+        runner._compute(shape, Mode.DRAWN)
+        torch.cuda.synchronize(model.device)
+    most = torch.cuda.max_memory_allocated(model.device) - before
+    torch.cuda.empty_cache()
+    return most

@@ -19,6 +19,8 @@ from octavo.kernels import launch as launching
 STEPS = """
 import torch
 from octavo.engine import LLM
+from octavo.engine.graphs import Sizes
+from octavo.engine.inputs import Shape
 from octavo.engine.warmup import _meta, _step, step_calls
 from octavo.kernels.tiles import KNOWN_DEVICES
 from octavo.kernels.launch import launch_key
@@ -31,14 +33,17 @@ def keys(calls):
     }
 
 llm = LLM("smollm2", device="cpu", dtype=torch.bfloat16)
-warm = keys(step_calls(llm.model, llm.runner.kv_cache, 2048, 64))
-whole, cache = _meta(llm.model), llm.runner.kv_cache.to("meta")
-for tokens, sequences in ((1, 1), (7, 7), (64, 64), (50, 1), (300, 1), (2000, 1), (40, 4)):
-    missing = keys([lambda: _step(whole, cache, tokens, sequences)]) - warm
+width, cache = llm.runner.inputs.width, llm.runner.cache
+sizes = Sizes(64, 2048)
+warm = keys(step_calls(llm.model, cache, sizes.every(), width))
+whole, meta = _meta(llm.model), _meta(cache)
+for tokens, sequences in ((1, 1), (7, 7), (64, 64), (50, 1), (300, 1), (2000, 1), (40, 4), (900, 40)):
+    shape = sizes.shape(tokens, sequences, tokens == sequences)
+    missing = keys([lambda: _step(whole, meta, shape, width, False)]) - warm
     assert not missing, (tokens, sequences, missing)
 assert len(warm) > 10
-fewer = keys(step_calls(llm.model, llm.runner.kv_cache, 8, 8))
-assert keys([lambda: _step(whole, cache, 2000, 1)]) - fewer, "sizes make no difference, so the test shows nothing"
+fewer = keys(step_calls(llm.model, cache, Sizes(8, 8).every(), width))
+assert keys([lambda: _step(whole, meta, Shape(2048, 64, False), width, False)]) - fewer, "sizes make no difference"
 print("covered")
 """
 
@@ -91,6 +96,7 @@ EXPERTS = """
 import sys, torch, octavo
 from octavo.engine import LLM, experts
 from octavo.engine.experts import ExpertLoop
+from octavo.engine.graphs import Sizes
 from octavo.engine.warmup import _meta, _step, step_calls
 from octavo.kernels.tiles import KNOWN_DEVICES
 from octavo.kernels.launch import launch_key
@@ -108,16 +114,18 @@ weights = weights.split()[0]
 dtype = torch.float16 if weights in ("int4", "int8") else torch.bfloat16  # that of the scales
 experts._fuses_dequantised = lambda device: True  # as on a GPU
 llm = LLM(folder, device="cpu", dtype=dtype, cache_tokens=4096)
-warm = keys(step_calls(llm.model, llm.runner.kv_cache, 256, 64))
-whole, cache = _meta(llm.model), llm.runner.kv_cache.to("meta")
+width, sizes = llm.runner.inputs.width, Sizes(64, 256)
+warm = keys(step_calls(llm.model, llm.runner.cache, sizes.every(), width))
+whole, cache = _meta(llm.model), _meta(llm.runner.cache)
 for tokens, sequences in ((1, 1), (7, 7), (64, 64), (250, 1), (40, 4)):
-    missing = keys([lambda: _step(whole, cache, tokens, sequences)]) - warm
+    shape = sizes.shape(tokens, sequences, tokens == sequences)
+    missing = keys([lambda: _step(whole, cache, shape, width, False)]) - warm
     assert not missing, (tokens, sequences, missing)
 options = dict(weights=weights, group_size=32, max_num_batched_tokens=256)
 listed = keys(octavo.model_calls(llm.config, dtype=dtype, **options))
 mixture, hidden = whole.layers[0].mlp, llm.config.hidden_size
 assert alone == isinstance(mixture.experts, ExpertLoop)
-for tokens in (1, 7, 50, 250):
+for tokens in (1, 8, 64, 256):
     x = torch.empty(tokens, hidden, dtype=dtype, device="meta")
     called = keys([lambda: mixture(x)])
     assert called <= warm, tokens
