@@ -22,8 +22,8 @@ import torch
 
 import octavo
 from octavo.engine.llm import LLM, Token
+from octavo.engine.params import SamplingParams
 from octavo.engine.quantize.command import quantize_command
-from octavo.engine.sequence import SamplingParams
 
 app = typer.Typer(
     help="Run Llama, Mistral and Mixtral models on octavo's kernels.",

@@ -30,6 +30,7 @@ class AttentionMetadata:
     seq_lens: torch.Tensor  # [B] int32, keys including this step's
     cu_seqlens_q: torch.Tensor  # [B + 1] int32
     max_seqlen_q: int
+    rolling: bool = False  # whether rows of block_table are rings
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Decoder:
             metadata.cu_seqlens_q,
             max_seqlen_q=metadata.max_seqlen_q,
             window_size=c.sliding_window,
+            rolling=metadata.rolling,
         )
 
     def _attention(
@@ -113,6 +115,7 @@ class Decoder:
             metadata.cu_seqlens_q,
             max_seqlen_q=metadata.max_seqlen_q,
             window_size=c.sliding_window,
+            rolling=metadata.rolling,
             plan=plan,
         )
         return layer.o(out.flatten(1))

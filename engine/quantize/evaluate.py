@@ -6,8 +6,8 @@ from functools import partial
 import torch
 
 from octavo.engine.checkpoint import Checkpoint
+from octavo.engine.devices import choose_dtype
 from octavo.engine.layers import dequantize
-from octavo.engine.llm import choose_dtype
 from octavo.engine.quantize.forward import Forward, Stream, cut
 from octavo.engine.quantize.source import half_weights, layer_names, layer_weights, outer_weights
 

@@ -14,9 +14,9 @@ import torch
 import octavo
 from octavo.engine.checkpoint import Checkpoint, FolderCheckpoint, open_checkpoint, read_json
 from octavo.engine.config import ModelConfig
+from octavo.engine.devices import choose_device, choose_dtype
 from octavo.engine.hub import resolve
 from octavo.engine.layers import dequantize
-from octavo.engine.llm import choose_device, choose_dtype
 from octavo.engine.quantize.evaluate import layerwise_perplexity, sequences_of
 from octavo.engine.quantize.forward import Forward, Stream, cut
 from octavo.engine.quantize.layer import LayerQuantizer

@@ -123,7 +123,7 @@ def test_quantised_experts_of_qwen(tmp_path, name):
         exact = model.double()(ids).logits[0]
     llm = LLM(str(tmp_path), device="cpu", dtype=F32)
     assert isinstance(llm.model.layers[0].mlp.experts, StackedExperts if name == "float8" else ExpertLoop)
-    assert_accurate(torch.cat(list(llm.runner.prompt_logits(ids[0].tolist(), 7))), exact, plain)
+    assert_accurate(torch.cat(list(llm.prompt_logits(ids[0].tolist(), 7))), exact, plain)
 
 
 def test_generates_what_transformers_does(folder):

@@ -1,5 +1,7 @@
 """The front door, on a tiny random model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -66,16 +68,16 @@ def test_a_seed_reproduces_in_any_batch(llm):
     params = SamplingParams(max_tokens=6, temperature=1.5, seed=11, ignore_eos=True)
     alone = llm.generate([[5, 6]], params)[0].token_ids
     assert llm.generate([[9], [5, 6], [1, 2, 3]], params)[1].token_ids == alone
-    assert llm.generate([[5, 6]], SamplingParams(6, 1.5, 12, True))[0].token_ids != alone
+    assert llm.generate([[5, 6]], replace(params, seed=12))[0].token_ids != alone
 
 
 def test_generation_stops_at_eos_and_says_so(llm):
     free = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=30, temperature=0, ignore_eos=True))[0].token_ids
-    eos, llm.eos_token_ids = llm.eos_token_ids, frozenset({free[2]})
+    eos, llm.core.eos_token_ids = llm.eos_token_ids, frozenset({free[2]})
     try:
         stopped = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=30, temperature=0))[0]
     finally:
-        llm.eos_token_ids = eos
+        llm.core.eos_token_ids = eos
     assert stopped.finish_reason == "stop"
     assert stopped.token_ids == free[: free.index(free[2]) + 1]
 
@@ -97,7 +99,7 @@ def test_a_stream_left_early_gives_its_pages_back(llm):
 def test_prompt_logprobs_are_those_of_generation(llm):
     ids = [5, 6, 7, *llm.generate([[5, 6, 7]], GREEDY)[0].token_ids]
     logprobs = llm.prompt_logprobs(ids)
-    logits = torch.cat(list(llm.runner.prompt_logits(ids, 100)))
+    logits = torch.cat(list(llm.prompt_logits(ids, 100)))
     expected = [logits[i].log_softmax(-1)[ids[i + 1]].item() for i in range(len(ids) - 1)]
     assert logprobs == pytest.approx(expected, abs=1e-4)
 

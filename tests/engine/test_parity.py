@@ -142,7 +142,7 @@ def test_tiny_models_give_the_same_logits_at_every_position(tiny, chunk, where):
         exact = copy.deepcopy(model).double()(ids).logits[0]
         plain = copy.deepcopy(model).to(device, dtype)(ids.to(device)).logits[0].cpu()
     llm = LLM(str(folder), device=device, dtype=dtype, page_size=5)
-    logits = torch.cat(list(llm.runner.prompt_logits(ids[0].tolist(), chunk))).cpu()
+    logits = torch.cat(list(llm.prompt_logits(ids[0].tolist(), chunk))).cpu()
     assert_accurate(logits.to(dtype), exact, plain)
     assert llm.blocks.num_free == llm.blocks.num_pages
 
