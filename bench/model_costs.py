@@ -104,8 +104,8 @@ def _keys(first: int, last: int, window: int | None) -> int:
     return seen + (last - free) * (window or 0)
 
 
-def costs_of(model: Decoder, kv_itemsize: int) -> Costs:
-    """The costs of a model as it lies on the device, with a cache of that many bytes an element."""
+def costs_of(model: Decoder, kv_bytes: int) -> Costs:
+    """The costs of a model as it lies on the device, with a cache of that many bytes a token, all layers."""
     c = model.config
     mixtures = [layer.mlp for layer in model.layers if isinstance(layer.mlp, MixtureOfExperts)]
     expert_bytes = sum(_bytes(mixture.experts) for mixture in mixtures)
@@ -121,7 +121,7 @@ def costs_of(model: Decoder, kv_itemsize: int) -> Costs:
         expert_bytes=expert_bytes,
         experts=c.num_local_experts,
         experts_per_token=c.num_experts_per_tok,
-        kv_bytes=2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * kv_itemsize,
+        kv_bytes=kv_bytes,
         window=c.sliding_window,
         dtype=_product_dtype(model),
     )

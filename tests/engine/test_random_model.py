@@ -129,7 +129,7 @@ def test_random_weights_have_no_tokenizer():
 
 def test_operations_of_a_token_are_those_that_torch_counts(decoders):
     model = decoders("tiny", "bf16")
-    costs, layer = costs_of(model, 4), model.layers[0]
+    costs, layer = costs_of(model, 512), model.layers[0]
     x = torch.randn(3, TINY.hidden)
     with FlopCounterMode(display=False) as layers, torch.inference_mode(False):
         for layer in model.layers:
@@ -142,7 +142,7 @@ def test_operations_of_a_token_are_those_that_torch_counts(decoders):
 
 
 def test_a_mixture_costs_its_router_and_the_experts_that_a_token_takes(decoders):
-    dense, mixture = (costs_of(decoders(name, "bf16"), 4) for name in ("tiny", "tiny-mixture"))
+    dense, mixture = (costs_of(decoders(name, "bf16"), 512) for name in ("tiny", "tiny-mixture"))
     mlp, router = 2 * 3 * TINY.hidden * TINY.intermediate, 2 * TINY.hidden * TINY_MIXTURE.experts
     assert mixture.token_flops == dense.token_flops + TINY.layers * (mlp + router)
     assert mixture.expert_bytes == TINY.layers * TINY_MIXTURE.experts * 4 * mlp // 2
@@ -152,14 +152,14 @@ def test_a_mixture_costs_its_router_and_the_experts_that_a_token_takes(decoders)
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-mixture"])
 def test_a_step_reads_all_weights_but_the_embedding(decoders, name):
-    costs, model = costs_of(decoders(name, "bf16"), 4), SERVED[name].model
+    costs, model = costs_of(decoders(name, "bf16"), 512), SERVED[name].model
     assert costs.weight_bytes + costs.expert_bytes == 4 * (parameters(model) - model.vocab * model.hidden)
 
 
 @pytest.mark.parametrize(("scheme", "dtype"), [("bf16", "float32"), ("int4", "float32"), ("int8", "int8")])
 def test_peaks_are_those_of_what_is_multiplied(decoders, scheme, dtype):
-    assert costs_of(decoders("tiny", scheme), 4).dtype == dtype
-    assert costs_of(decoders("tiny-mixture", scheme), 4).dtype == dtype
+    assert costs_of(decoders("tiny", scheme), 512).dtype == dtype
+    assert costs_of(decoders("tiny-mixture", scheme), 512).dtype == dtype
 
 
 @given(st.integers(1, 40), st.integers(0, 60), st.one_of(st.none(), st.integers(1, 50)))
@@ -169,7 +169,7 @@ def test_keys_that_tokens_see(first, count, window):
 
 
 def test_operations_and_bytes_of_requests(decoders):
-    costs = replace(costs_of(decoders("tiny", "bf16"), 4), token_flops=100, head_flops=10, key_flops=1)
+    costs = replace(costs_of(decoders("tiny", "bf16"), 512), token_flops=100, head_flops=10, key_flops=1)
     # The first computes tokens 3 to 5, which see 3 + 4 + 5 keys, and samples 3; the second computes and samples one.
     loads = [Load(3, 3, cached=2), Load(1, 1)]
     assert costs.flops(loads) == (3 * 100 + 3 * 10 + 12) + (100 + 10 + 1)
@@ -180,7 +180,7 @@ def test_operations_and_bytes_of_requests(decoders):
 
 
 def test_b_star_is_where_computing_takes_as_long_as_reading(decoders):
-    costs = costs_of(decoders("tiny", "bf16"), 4)
+    costs = costs_of(decoders("tiny", "bf16"), 512)
     b_star = costs.critical_batch(PEAKS)
     assert b_star == pytest.approx(8e9 / 2e9 * 4 / 2, rel=0.01), "peak / bandwidth · bytes a weight / 2"
     below, at, above = (costs.decode_seconds(batch, 0, PEAKS) for batch in (1, round(b_star), 4 * round(b_star)))
