@@ -1,6 +1,7 @@
 """The engine's four loads for one model of random weights, beside what vLLM took for them.
 
     python -m bench.engine_table --model Llama-3-8B --scheme fp8 [--budget 300] [--cells single b32] [--out FOLDER]
+    python -m bench.engine_table --show
 
 | cell | requests | tokens in, out | figure |
 | --- | --- | --- | --- |
@@ -12,8 +13,8 @@
 The short ones come first, then all again up to `--repeats` times, and no run is begun that is not likely to end within
 `--budget` seconds, loading included. The figure is the median of the runs. FOLDER/<gpu>/engine.json, FOLDER being
 bench/results by default, is written after each run; a row replaces the one of the same model, scheme, cell, GPU and
-commit, all others stay. vLLM's figures are recorded ones (0.26.0, CUDA graphs, greedy, the same loads), not of this
-run.
+commit, all others stay. `--show` prints the latest rows of all models instead. vLLM's figures are recorded ones (of
+0.26.0, CUDA graphs, greedy, the same loads), not of this run.
 """
 
 import argparse
@@ -25,7 +26,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from octavo.bench.engine_bench import Bench, Result, Setup
 from octavo.bench.random_model import SCHEMES, SERVED, find
@@ -100,19 +100,29 @@ def row(cell: str, runs: Sequence[Result]) -> Result:
     return figures | {"values": [of.value(run) for run in runs]} | middle
 
 
+def read(path: Path) -> list[Result]:
+    """The rows of a file, none where there is no file.
+
+    Raises:
+        ValueError: it is not one of rows.
+    """
+    try:
+        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        whole = all(name in of for of in rows for name in (*KEY, "value", "unit", "date"))
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path}: not a file of the engine's results")
+    return rows
+
+
 def merge(path: Path, rows: Sequence[Result]) -> None:
     """Writes rows into a file of them, in place of those with the same key; an interruption leaves the old file.
 
     Raises:
-        ValueError: the file is there and not one of rows.
+        ValueError: see `read`.
     """
-    merged: dict[tuple[Any, ...], Result] = {}
-    try:
-        old = json.loads(path.read_text())["rows"] if path.exists() else []
-        for one in [*old, *rows]:
-            merged[tuple(one[name] for name in KEY)] = one
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a file of the engine's results: {error!r}") from None
+    merged = {tuple(one[name] for name in KEY): one for one in [*read(path), *rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".new")
     beside.write_text(json.dumps({"rows": list(merged.values())}, indent=1) + "\n")
@@ -159,9 +169,29 @@ def measure(
 def line(of: Result) -> str:
     """A row for the eye."""
     beside = f", {of['times_vllm']:.2f} times vLLM's {of['vllm']:,g}" if of["vllm"] else ""
-    number = f"{of['value']:.2f}" if of["unit"] == "ms a token" else f"{of['value']:,.0f}"
     tpot = f"{of['tpot_ms']['median']:.2f}" if of["tpot_ms"] else "-"
-    return f"{of['cell']:>9}: {number} {of['unit']}{beside} (TPOT {tpot} ms, {len(of['values'])} runs)"
+    return f"{of['cell']:>9}: {_number(of)} {of['unit']}{beside} (TPOT {tpot} ms, {len(of['values'])} runs)"
+
+
+def table(rows: Sequence[Result]) -> str:
+    """The latest row of each model and cell as a Markdown table: octavo's figure, and how many times vLLM's it is."""
+    latest: dict[tuple[str, ...], dict[str, Result]] = {}
+    for of in sorted(rows, key=lambda row: row["date"]):
+        cut = "" if of["layers"] == find(of["model"]).model.layers else f", {of['layers']} layers"
+        latest.setdefault((f"{of['model']} {of['scheme']}{cut}", of["gpu"]), {})[of["cell"]] = of
+    lines = [f"| model, weights, GPU | {' | '.join(CELLS)} |", "| --- |" + " --- |" * len(CELLS)]
+    for (name, gpu), cells in latest.items():
+        texts = []
+        for cell in CELLS:
+            of = cells.get(cell, {})
+            times = f" ({of['times_vllm']:.2f}x)" if of and of["times_vllm"] else ""
+            texts.append(f"{_number(of)}{times}" if of else "")
+        lines.append(f"| {name}, {gpu} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def _number(of: Result) -> str:
+    return f"{of['value']:.2f}" if of["unit"] == "ms a token" else f"{of['value']:,.0f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -180,10 +210,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache-tokens", type=int)
     parser.add_argument("--measure-peaks", action="store_true", help="measure the machine's peaks if they are unknown")
     parser.add_argument("--out", type=Path, default=default_folder(), help="where <gpu>/engine.json goes")
+    parser.add_argument("--show", action="store_true", help="measure nothing; print the rows of --out as a table")
     args = parser.parse_args(arguments)
     names = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "cache_tokens")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     try:
+        if args.show:
+            print(table([row for path in sorted(args.out.glob("*/engine.json")) for row in read(path)]))
+            return 0
         if args.repeats < 1:
             raise ValueError(f"repeats: {args.repeats}; expected at least 1")
         setup = Setup(None, args.model, args.scheme, args.layers, args.device, options)

@@ -211,6 +211,20 @@ def test_the_table_has_a_row_a_cell_beside_vllms(cells, tmp_path, capsys):
     assert capsys.readouterr().out.count("times vLLM's") == 4
 
 
+def test_the_table_is_shown_as_markdown(cells, tmp_path, capsys):
+    _, rows = table(tmp_path, "--cells", "single", "b32", "--repeats", "1")
+    newer = rows[0] | {"commit": "later", "date": "9999", "value": 0.25, "times_vllm": 4.0}
+    engine_table.merge(
+        tmp_path / "cpu" / "engine.json", [newer, rows[1] | {"layers": 1, "value": 12345.6, "vllm": None}]
+    )
+    capsys.readouterr()
+    assert engine_table.main(["--show", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| model, weights, GPU | single | b32 | 1024/128 |"
+    assert lines[2].startswith("| tiny bf16, cpu | 0.25 (4.00x) | ") and lines[2].endswith("x) |  |")
+    assert lines[3].startswith("| tiny bf16, 1 layers, cpu |  | 12,346")
+
+
 def test_rows_of_other_keys_stay(cells, tmp_path):
     path = tmp_path / "cpu" / "engine.json"
     table(tmp_path, "--cells", "single", "--repeats", "1")
