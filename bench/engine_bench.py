@@ -24,7 +24,7 @@ from octavo.bench.floors import Ceilings
 from octavo.bench.model_costs import Costs, costs_of
 from octavo.bench.random_model import find, random_checkpoint, random_decoder
 from octavo.bench.serving import Recording, serve
-from octavo.bench.serving_metrics import Timeline, spread, summarize
+from octavo.bench.serving_metrics import Timeline, reading_seconds_per_token, spread, summarize
 from octavo.bench.store import commit, default_folder, folder_name
 from octavo.bench.workload import Request, Workload
 from octavo.engine.devices import choose_device
@@ -248,7 +248,7 @@ def latency(bench: Bench, workload: Workload, iterations: int = 5, warmup: int =
     for _ in range(warmup):
         bench.warm_up(workload, workload.num_prompts)
     recordings = [bench.serve(workload, f"batch {i + 1} of {iterations}") for i in range(iterations)]
-    times = [max(t.token_times[-1] for t in r.timelines if t.completed) for r in recordings]
+    times = [summarize(recording.timelines)["seconds"] for recording in recordings]
     whole = _joined(recordings, times)
     found = bench.results(whole) | {"iterations": iterations, "batch_ms": spread(times)}
     return bench.describe() | workload.describe() | found
@@ -299,10 +299,20 @@ def sweep(
     rows = []
     for size in batch_sizes:
         recording = bench.serve(workload.of(size * rounds), f"batch of {size}", concurrency=size)
+        found = bench.results(recording)
         context = sum(load.prompt + load.output / 2 for load in recording.loads) / len(recording.loads)
         floor = bench.costs.decode_seconds(size, context, bench.ceilings)
-        row = {"batch_size": size, "floor_tpot_ms": floor and floor * 1e3} | bench.results(recording)
+        row = {"batch_size": size, "floor_tpot_ms": floor and floor * 1e3} | found
         rows.append(row)
         done(row)
     b_star = bench.costs.critical_batch(bench.ceilings)
-    return bench.describe() | workload.describe() | {"rounds": rounds, "b_star": b_star, "rows": rows}
+    return (
+        bench.describe()
+        | workload.describe()
+        | {
+            "rounds": rounds,
+            "b_star": b_star,
+            "reading_tpot_ms": reading_seconds_per_token() * 1e3,
+            "rows": rows,
+        }
+    )

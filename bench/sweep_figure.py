@@ -92,8 +92,7 @@ def plane(result: Result) -> bytes:
         )
         _measured(ax, rows)
         _floor(ax, rows)
-        reading = reading_seconds_per_token() * 1e3
-        ax.axhline(reading, color="#D55E00", lw=1.8, label=reading_line())
+        ax.axhline(result["reading_tpot_ms"], color="#D55E00", lw=1.8, label=reading_line())
         if result["b_star"]:
             _diagonal(ax, result["b_star"], rows)
         for axis in (ax.xaxis, ax.yaxis):

@@ -115,7 +115,7 @@ def test_sweep_writes_json_a_figure_and_a_page(run, tmp_path):
         assert (row["completed"], row["input_tokens"], row["output_tokens"]) == (count, count * 8, count * 4)
         assert row["floor_tpot_ms"] > 0
         check_figures(row | {k: v for k, v in result.items() if k != "rows"})
-    assert result["b_star"] > 1 and "batch    3:" in err
+    assert result["b_star"] > 1 and result["reading_tpot_ms"] == pytest.approx(180) and "batch    3:" in err
     image = np.asarray(Image.open(at.with_suffix(".png")).convert("RGB")).astype(int)
     for colour in ("#0072B2", "#D55E00", "#009E73", "#8c8c8c"):  # measured, reading speed, B*, floor
         wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
@@ -288,3 +288,15 @@ def test_the_figure_is_a_png_of_its_size(cells):
     bench = Bench(Setup(random_weights="tiny", layers=1, device="cpu", options=dict(cache_tokens=256)))
     png = sweep_figure.plane(engine_bench.sweep(bench, Workload(Lengths(3, 2)), [1]))
     assert Image.open(io.BytesIO(png)).size == (900, 560)
+
+
+def test_a_run_of_which_nothing_was_completed_says_why(monkeypatch):
+    bench = Bench(Setup(random_weights="tiny", layers=1, device="cpu", options=dict(cache_tokens=256)))
+
+    def broken(step):
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(bench.llm.runner, "start", broken)
+    for command in (engine_bench.latency, lambda *load: engine_bench.sweep(*load, [1])):
+        with pytest.raises(ValueError, match="no request was completed: request bench-0: MemoryError: out of memory"):
+            command(bench, Workload(Lengths(3, 2)))
