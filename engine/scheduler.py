@@ -115,11 +115,11 @@ class Scheduler:
                 continue
             if budget <= 0:
                 break
-            length = min(sequence.remaining, budget)
-            if self.blocks.missing(sequence, sequence.num_computed + length) > self.blocks.num_free:
-                room = (len(sequence.block_table) + self.blocks.num_free) * self.blocks.page_size
-                length = min(length, max(room - sequence.num_computed, 1))
-            if self._make_room(sequence, sequence.num_computed + length, decodes):
+            if self._make_room(sequence, sequence.num_computed + 1, decodes):
+                length = min(sequence.remaining, budget)
+                if self.blocks.missing(sequence, sequence.num_computed + length) > self.blocks.num_free:
+                    room = (len(sequence.block_table) + self.blocks.num_free) * self.blocks.page_size
+                    length = room - sequence.num_computed
                 self.blocks.extend(sequence, sequence.num_computed + length)
                 chunks.append(self._take(sequence, length))
                 taken += length
