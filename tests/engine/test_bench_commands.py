@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_models import save_tiny_llama
 
@@ -18,6 +19,7 @@ from octavo.engine import cli
 
 PEAKS = Ceilings({"read_bytes_per_s": 2e10, "gemm_fp32_flops_per_s": 1e11, "gemm_int8_ops_per_s": 1e11})
 SMALL = ["--device", "cpu", "--max-model-len", "64", "--cache-tokens", "2048"]
+find_ceilings = engine_bench.find_ceilings
 LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2el_ms")
 
 
@@ -163,6 +165,23 @@ def test_unknown_peaks_are_named(monkeypatch):
     assert row["peaks"]["note"].startswith("unknown: GEMM peak in float32, bandwidth of reading; run python -m")
     page = sweep_figure.page(result, sweep_figure.plane(result))
     assert "No B*: unknown: GEMM peak in float32" in page
+
+
+def test_peaks_are_measured_where_they_are_unknown_and_wanted(monkeypatch, tmp_path, capsys):
+    def measure(arguments):
+        assert arguments[:2] == ["--out", str(tmp_path)]
+        print("a table")
+        (tmp_path / "cpu").mkdir()
+        (tmp_path / "cpu" / "ceilings.json").write_text(json.dumps(PEAKS.values))
+
+    monkeypatch.setattr(engine_bench, "default_folder", lambda: tmp_path)
+    monkeypatch.setattr(engine_bench.ceilings, "main", measure)
+    cpu = torch.device("cpu")
+    assert find_ceilings(cpu).values == {}
+    assert find_ceilings(cpu, measure=True) == PEAKS == find_ceilings(cpu)
+    monkeypatch.delattr(engine_bench.ceilings, "main")
+    assert find_ceilings(cpu, measure=True) == PEAKS, "not again"
+    assert capsys.readouterr().out == "", "stdout is for JSON"
 
 
 def test_prompts_that_begin_alike_are_found_in_the_cache(run):
