@@ -87,20 +87,34 @@ def plane(result: Result) -> bytes:
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(9, 5.6), layout="constrained")
         ax = figure.add_subplot()
-        ax.set(
-            xscale="log", yscale="log", xlabel="output tokens/s", ylabel="time per output token, median and p95 (ms)"
-        )
+        x, y = _limits(rows, result["reading_tpot_ms"])
+        ax.set(xscale="log", yscale="log", xlim=x, ylim=y)
+        ax.set(xlabel="output tokens/s", ylabel="time per output token, median and p95 (ms)")
         _measured(ax, rows)
         _floor(ax, rows)
         ax.axhline(result["reading_tpot_ms"], color="#D55E00", lw=1.8, label=reading_line())
-        if result["b_star"]:
-            _diagonal(ax, result["b_star"], rows)
+        if b_star := result["b_star"]:
+            diagonal = [b_star / milliseconds * 1e3 for milliseconds in y]
+            ax.plot(diagonal, y, color="#009E73", ls="--", lw=1.4, label=f"B* = {b_star:.0f}")
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
             axis.set_minor_formatter(NullFormatter())
         figure.suptitle(title(result), x=0.01, ha="left", fontsize=10)
         figure.legend(loc="outside lower left", fontsize=8.5)
         return to_png(figure)
+
+
+def _floor_rate(row: Result) -> float:
+    return row["batch_size"] / row["floor_tpot_ms"] * 1e3
+
+
+def _limits(rows: Sequence[Result], reading: float) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The ends of both axes, with room around all that is drawn."""
+    known = [row for row in rows if row["floor_tpot_ms"]]
+    rates = [row["output_tokens_per_s"] for row in rows] + [_floor_rate(row) for row in known]
+    times = [row["tpot_ms"][which] for row in rows for which in ("median", "p95")]
+    times += [row["floor_tpot_ms"] for row in known] + [reading]
+    return (min(rates) / 1.5, max(rates) * 1.5), (min(times) / 1.4, max(times) * 1.4)
 
 
 def _measured(ax: Axes, rows: Sequence[Result]) -> None:
@@ -117,26 +131,9 @@ def _measured(ax: Axes, rows: Sequence[Result]) -> None:
 def _floor(ax: Axes, rows: Sequence[Result]) -> None:
     """Where decoding would be if it took no more than the machine's peaks allow."""
     known = [row for row in rows if row["floor_tpot_ms"]]
-    x = [row["batch_size"] / row["floor_tpot_ms"] * 1e3 for row in known]
     if known:
-        y = [row["floor_tpot_ms"] for row in known]
+        x, y = [_floor_rate(row) for row in known], [row["floor_tpot_ms"] for row in known]
         ax.plot(x, y, color="#8c8c8c", marker=".", lw=1, label="floor of decoding, by the measured peaks")
-
-
-def _diagonal(ax: Axes, b_star: float, rows: Sequence[Result]) -> None:
-    low, high = ax.get_ylim()
-    ax.plot(
-        [b_star / y * 1e3 for y in (low, high)],
-        [low, high],
-        color="#009E73",
-        ls="--",
-        lw=1.2,
-        label=f"B* = {b_star:.0f}",
-    )
-    ax.set_ylim(low, high)
-    rates = [row["output_tokens_per_s"] for row in rows]
-    rates += [row["batch_size"] / row["floor_tpot_ms"] * 1e3 for row in rows if row["floor_tpot_ms"]]
-    ax.set_xlim(min(rates) / 1.5, max(rates) * 1.5)
 
 
 def page(result: Result, png: bytes) -> str:
