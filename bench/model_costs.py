@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from octavo.bench.floors import Ceilings
-from octavo.engine.experts import MixtureOfExperts, StackedExperts
+from octavo.engine.experts import ExpertLoop, MixtureOfExperts, StackedExperts
 from octavo.engine.layers import W8A8Linear
 from octavo.engine.model import Decoder
 
@@ -146,9 +146,11 @@ def _product_dtype(model: Decoder) -> str:
     """int8 or fp8 where both sides of a layer's down projection have a byte, else the activations' own."""
     mlp = model.layers[0].mlp
     layer: Any = mlp.experts if isinstance(mlp, MixtureOfExperts) else mlp.down
-    weight: torch.Tensor | None = None
+    if isinstance(layer, ExpertLoop):
+        layer = layer.experts[0].down
+    dtype = model.dtype
     if isinstance(layer, W8A8Linear):
-        weight = layer.weight
-    elif isinstance(layer, StackedExperts) and layer.w2.dtype in (torch.int8, torch.float8_e4m3fn):
-        weight = layer.w2
-    return str(model.dtype if weight is None else weight.dtype).removeprefix("torch.")
+        dtype = layer.weight.dtype
+    elif isinstance(layer, StackedExperts) and not getattr(layer, "weights_only", False):
+        dtype = layer.w2.dtype if layer.w2.dtype in (torch.int8, torch.float8_e4m3fn) else dtype
+    return str(dtype).removeprefix("torch.")
