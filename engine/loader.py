@@ -74,7 +74,7 @@ def check_index(checkpoint: Checkpoint) -> None:
     Raises:
         ValueError: a tensor that is missing, unexpected or of another shape; names it and its file.
     """
-    expected = _expected_shapes(checkpoint.config, checkpoint.index)
+    expected = expected_shapes(checkpoint.config, checkpoint.index)
     index = {name: at for name, at in checkpoint.index.items() if not _is_ignored(name, checkpoint.config)}
     for name, at in index.items():
         if name not in expected:
@@ -98,7 +98,7 @@ class _Collector:
 
     def __init__(self, config: ModelConfig, names: Collection[str], device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device, self.dtype = config, device, dtype
-        self.expected = _expected_shapes(config, names)
+        self.expected = expected_shapes(config, names)
         self.groups = _groups(config, names)
         self.group_of = {member: group for group, members in self.groups.items() for member in members}
         self.pending: dict[str, Weight] = {}
@@ -176,7 +176,7 @@ def _groups(config: ModelConfig, names: Collection[str]) -> dict[str, list[str]]
     return groups
 
 
-def _expected_shapes(config: ModelConfig, names: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: ModelConfig, names: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
     """Every tensor of the model and its shape, by Hugging Face's names: of several for experts those among `names`."""
     c = config
     hidden, inner, layout = c.hidden_size, c.intermediate_size, Layout.of(c, names)
