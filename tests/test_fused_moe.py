@@ -231,7 +231,7 @@ def test_gather(device):
     order = torch.tensor([3, 9, 0, 1, 8, 2, 4, 5, 6, 7], dtype=torch.int32, device=device)
     offsets = torch.tensor([0, 4, 10], dtype=torch.int32, device=device)
     scale = torch.rand(5, 3, device=device)
-    rows, scales, plan = schedule.gather_and_plan(x, order, offsets, 2, 16, scale)
+    rows, scales, plan = schedule.gather_and_plan(x, order, offsets, 2, 16, 0, scale)
     assert torch.equal(rows, x[order.long() // 2]) and torch.equal(scales, scale[order.long() // 2])
     assert torch.equal(plan[:21].cpu()[[0, 8, 9, 10, 16, 17, 18]], torch.tensor([2, 0, 0, 4, 1, 4, 6]))
 

@@ -17,7 +17,10 @@ from octavo.reference import moe as reference
 from octavo.testing import assert_accurate
 
 HALF, INT8, FP8 = torch.float16, torch.int8, torch.float8_e4m3fn
-MODULES = "quant/epilogue", "quant/w8a8_loads", "quant/w8a8_parts", "moe/schedule", "moe/grouped_loads"
+MODULES = (
+    *("quant/epilogue", "quant/stream_k", "quant/w8a8_loads", "quant/w8a8_parts", "quant/w8a8_epilogue"),
+    *("quant/w8a8_promoted", "moe/schedule", "moe/grouped_loads"),
+)
 
 
 def pointer(tensor):
@@ -44,7 +47,7 @@ def in_python(
     step = 128 // x.element_size() * (chunks or 1)
     steps = cdiv(x.shape[1], step)
     part_steps = cdiv(steps, parts)
-    blocks = [Scales(*scales).blocks] if chunks else []
+    blocks = [Scales(*scales).blocks] if chunks or module == "grouped_hopper" else []
     assert cdiv(steps, part_steps) == parts
     out = torch.full((parts, s, n), torch.nan)
     if parts == 1:
@@ -59,8 +62,9 @@ def in_python(
             pointer(bias),
             pointer(plan),
             *map(pointer, scales),
-            *map(Number, (s, n, *Scales(*scales).strides, *blocks)),
+            *map(Number, (s, n, *Scales(*scales).strides, *(blocks if chunks else []))),
             *map(Number, (cdiv(n, outputs // 2 if gated else outputs), steps, part_steps)),
+            *map(Number, [] if chunks else blocks),
             *(tile, outputs, step, *([chunks] if chunks else []), stages, parts, gated, *more),
         )
     return torch.from_numpy(out.memory).view(parts, s, n).sum(0).to(HALF)
@@ -161,8 +165,74 @@ def test_source_of_many(counts, k, n, outputs, stages, parts, bias, gated, opera
     parts, bias = (1, False) if gated else (parts, bias)
     k = k if operand == HALF else 2 * k  # as many steps
     args = case(counts, k, n, gated, bias, operand)
-    out = in_python("grouped_hopper", *args, 128, outputs, stages, parts, gated, 3, ())
+    out = in_python("grouped_hopper", *args, 128, outputs, stages, parts, gated, 3, (False,))
     check(out, *args, gated)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("counts", "k", "n", "stages", "parts"),
+    [([5, 0, 130, 1], 256, 384, 2, 1), ([0, 300], 640, 128, 3, 2), ([64, 65], 128, 256, 2, 1)],
+)
+def test_source_of_many_in_blocks(counts, k, n, stages, parts, gated):
+    """Scales of 128 × 128 weights, of which the last tile may have half as many, and of 128 inputs of a row."""
+    parts = 1 if gated else parts
+    x, weight, _, offsets, _ = case(counts, k, n, gated, False, FP8)
+    experts, outputs, _ = weight.shape
+    scales = torch.rand(len(x), k // 128) / 30, torch.rand(experts, outputs // 128, k // 128) / 60
+    more = (True,)
+    out = in_python("grouped_hopper", x, weight, None, offsets, scales, 128, 256, stages, parts, gated, 3, more)
+    x = x.double() * scales[0].repeat_interleave(128, 1)
+    scale = scales[1].repeat_interleave(128, 1).repeat_interleave(128, 2)
+    check(out, x, weight.double() * scale, None, offsets, (None, None), gated)
+
+
+def eight_by_eight(weight):
+    """As `grouped_tall._gate_beside_up` describes it."""
+    experts, outputs, k = weight.shape
+    n, flat = outputs // 2, weight.flatten(0, 1)
+    values = (flat if weight.dtype == INT8 else flat.float()).contiguous()
+    values = values.as_strided(((2 * experts - 1) * n // 8, 2, 8, k), (8 * k, n * k, k, 1)).numpy()
+    name = {HALF: "float16", INT8: "int8", FP8: FP8_IN_PYTHON}[weight.dtype]
+    return Descriptor(values, name, (8, 2, 8, 128 // weight.element_size()))
+
+
+@pytest.mark.parametrize("operand", [HALF, INT8, FP8], ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("counts", "k", "n", "rows", "tail", "stages", "parts", "bias"),
+    [
+        ([5, 0, 33, 49], 136, 72, 32, 16, 3, 1, True),
+        ([0, 97, 160, 64], 320, 200, 64, 32, 2, 1, False),
+        ([128, 129, 193, 50], 64, 144, 128, 64, 2, 1, False),
+        ([20, 48, 96], 520, 128, 32, 16, 4, 3, True),
+    ],
+)
+def test_source_of_tall(counts, k, n, rows, tail, stages, parts, bias, gated, operand):
+    """Tiles of half as many rows, of as many, with a tail and with more; outputs that end within a tile."""
+    parts, bias = (1, False) if gated else (parts, bias)
+    k = k if operand == HALF else 2 * k  # as many steps
+    x, weight, bias, offsets, scales = args = case(counts, k, n, gated, bias, operand)
+    plan = schedule.plan_and_clear(torch.empty(len(x), 1), offsets, rows, tail)
+    step = 128 // x.element_size()
+    steps = cdiv(k, step)
+    assert cdiv(steps, cdiv(steps, parts)) == parts
+    out = torch.full((parts, len(x), n), torch.nan)
+    out = pointer(out if parts > 1 else out.half())
+    for program in random.sample(range(3), 3):
+        names = namespace([f"{name}.py" for name in (*MODULES, "moe/grouped_few", "moe/grouped_tall")], (program,), 3)
+        names["_grouped_tall_kernel"](
+            descriptor(x, min(tail, 64)),
+            eight_by_eight(weight) if gated else descriptor(weight, 128),
+            out,
+            pointer(bias),
+            pointer(plan),
+            *map(pointer, scales),
+            *map(Number, (len(x), n, *Scales(*scales).strides, cdiv(n, 64 if gated else 128), steps)),
+            Number(cdiv(steps, parts)),
+            *(rows, tail, min(tail, 64), step, stages, parts, gated, random.random() < 0.5, False),
+        )
+    check(torch.from_numpy(out.memory).view(parts, len(x), n).sum(0).to(HALF), *args, gated)
 
 
 INT4 = "shares", "loads", "unpack", "compute"
@@ -195,6 +265,39 @@ def int4_in_python(x, packed, scale, offsets, tile, stages, parts, gated, progra
     return torch.from_numpy(out.memory).view(parts, s, n).sum(0).to(HALF)
 
 
+def int4_tall_in_python(x, packed, scale, offsets, rows, stages, parts, gated, programs, early):
+    """As `grouped_int4_tall.grouped_int4_tall` launches it."""
+    s, (_, groups, outputs) = x.shape[0], scale.shape
+    n, k_tiles = outputs // 2 if gated else outputs, packed.shape[2]
+    group, part_steps = x.shape[1] // groups, cdiv(k_tiles, parts)
+    assert cdiv(k_tiles, part_steps) == parts
+    plan = schedule.plan_and_clear(torch.empty(s, 1), offsets, rows)
+    out = torch.full((parts, s, n), torch.nan)
+    out = pointer(out if parts > 1 else out.half())
+    modules = [f"quant/int4_{name}" for name in INT4]
+    modules = [*MODULES[:1], *modules, *MODULES[2:]]
+    modules += ["moe/grouped_few", "moe/grouped_tall", "moe/grouped_int4_tall"]
+    lines, per_step = packed.view(-1, 64), groups_of_step(group)
+    described = Descriptor(lines.numpy(), "int16", (32, 64))
+    if gated:
+        up = packed.stride(0) // 2
+        shape = (2 * packed.shape[0] - 1) * up // 256, 2, 4, 64
+        described = Descriptor(packed.as_strided(shape, (256, up, 64, 1)).numpy(), "int16", (4, 2, 4, 64))
+    for program in random.sample(range(programs), programs):
+        names = namespace([f"{name}.py" for name in modules], (program,), programs)
+        names["_grouped_int4_tall_kernel"](
+            described,
+            descriptor(x, rows // 2),
+            out,
+            pointer(plan),
+            pointer(scale),
+            *map(Number, (s, n, packed.shape[1], cdiv(n, 64 if gated else 128), k_tiles, part_steps, groups - 1)),
+            *map(Number, (group // 32, *scale.stride()[:2])),
+            *(per_step, per_step == 1 or per_step * group == 128, rows, stages, parts, gated, early, False),
+        )
+    return torch.from_numpy(out.memory).view(parts, s, n).sum(0).to(HALF)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(
     ("counts", "k", "n", "groups", "tile", "stages", "parts"),
@@ -208,6 +311,25 @@ def int4_in_python(x, packed, scale, offsets, tile, stages, parts, gated, progra
 )
 def test_source_of_int4(counts, k, n, groups, tile, stages, parts, gated):
     """Groups of a step, of several and of all, outputs and inputs that end within a tile, parts, an early start."""
+    check_int4(int4_in_python, counts, k, n, groups, tile, stages, parts, gated)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("counts", "k", "n", "groups", "rows", "stages", "parts"),
+    [
+        ([5, 0, 33, 49], 256, 192, 2, 32, 3, 1),
+        ([0, 97, 160, 64], 512, 320, 2, 64, 2, 2),
+        ([130, 64], 320, 64, 5, 128, 4, 3),
+        ([17, 16], 480, 128, 15, 32, 2, 1),
+    ],
+)
+def test_source_of_int4_tall(counts, k, n, groups, rows, stages, parts, gated):
+    """The same, tiles of half as many rows and of as many."""
+    check_int4(int4_tall_in_python, counts, k, n, groups, rows, stages, parts, gated)
+
+
+def check_int4(in_python, counts, k, n, groups, tile, stages, parts, gated):
     parts = 1 if gated else parts
     experts, outputs = len(counts), n * (2 if gated else 1)
     offsets = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32)
@@ -217,7 +339,7 @@ def test_source_of_int4(counts, k, n, groups, tile, stages, parts, gated):
     packed = torch.stack([int4_pack(of_expert) for of_expert in q])
     args = x, packed, scale, offsets, tile, stages, parts, gated, 3, random.random() < 0.5
     weight = (q.double() - 8) * scale.double().transpose(1, 2).repeat_interleave(k // groups, 2)
-    out, end = int4_in_python(*args), int(offsets[-1])
+    out, end = in_python(*args), int(offsets[-1])
     assert out[end:].isnan().all()
 
     def products(weight):

@@ -21,6 +21,7 @@ from octavo.kernels.checks import (
     check_shape,
 )
 from octavo.kernels.launch import empty
+from octavo.kernels.moe.arrange import MOST_PAIRS, arrange
 from octavo.kernels.moe.combine import combine
 from octavo.kernels.moe.grouped import grouped, may_copy
 from octavo.kernels.moe.grouped_linear import check_weight
@@ -67,7 +68,8 @@ def _choose(
         first = choose_int4(*up, tile, properties, gated=True, copied=copied)
         return tile, first, choose_int4(*down, tile, properties, gated=False, copied=copied)
     copied, blocks, itemsize = may_copy(properties, w1, w2), _in_blocks(w1, w1_scale), w1.element_size()
-    tile = rows_of(pairs, experts, copied=copied, most=32 if blocks else 128)
+    few = copied and blocks and pairs <= 32 * min(experts, pairs)
+    tile = rows_of(pairs, experts, copied=copied, most=32 if few or (blocks and not copied) else 128)
     first = choose_tiles(*up, tile, properties, gated=True, copied=copied, itemsize=itemsize, blocks=blocks)
     second = choose_tiles(*down, tile, properties, gated=False, copied=copied, itemsize=itemsize, blocks=blocks)
     return tile, first, second
@@ -102,8 +104,12 @@ def _fused_moe_cuda(
         check_supported("w1", w1.dtype, x.device, "quantise to int8")
         granularity = "group" if _in_blocks(w1, w1_scale) else "token"
         x, x_scale = _quantize_cuda(x, None, granularity, BLOCK, w1.dtype)
-    order, offsets, positions = sort_by_expert(topk_ids, experts, expert_map)
-    rows, row_scales, plan = gather_and_plan(x, order, offsets, top_k, tile, x_scale)
+    if likely <= MOST_PAIRS:
+        plan_of = tile, first.tail, likely
+        rows, row_scales, plan, positions = arrange(x, topk_ids, experts, expert_map, *plan_of, x_scale)
+    else:
+        order, offsets, positions = sort_by_expert(topk_ids, experts, expert_map)
+        rows, row_scales, plan = gather_and_plan(x, order, offsets, top_k, tile, first.tail, x_scale)
     between = empty((pairs, intermediate), out.dtype, x.device)
     grouped(between, rows, w1, None, plan, first, gated=True, scales=Scales(row_scales, w1_scale))
     if w2.dtype in BYTES:

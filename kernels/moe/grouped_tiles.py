@@ -42,8 +42,8 @@ class Tiles:
     """Rows of x and outputs of a tile, inputs of a step, and the schedule of programs."""
 
     kernel: str
-    """"few", "many" (`octavo.kernels.moe.grouped_few`, `grouped_hopper`) or "triton" (`grouped`); with int4 weights
-    "int4" (`grouped_int4`) or "int4_plain" (`grouped_int4_plain`)."""
+    """"few", "tall", "many" (`octavo.kernels.moe.grouped_few`, `grouped_tall`, `grouped_hopper`) or "triton"
+    (`grouped`); with int4 weights "int4", "int4_tall" or "int4_plain" (`grouped_int4` and the like)."""
     rows: int
     outputs: int
     """With SiLU and gate those of gate and of up together."""
@@ -53,6 +53,13 @@ class Tiles:
     programs_per_sm: int
     parts: int = 1
     """Programs that a tile's inputs are dealt out to; none is without a step."""
+    tail: int = 0
+    """Rows that an expert's last tile may have beyond `rows`."""
+
+    @property
+    def box(self) -> int:
+        """Rows that one copy of a tall tile brings."""
+        return min(self.tail, 64)
 
     def parts_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Of results that are added up afterwards: where there are few, they are not rounded before."""
@@ -111,7 +118,7 @@ def choose_tiles(
     """
     mean = rows / max(min(experts, rows), 1)
     active = min(experts, rows)
-    if copied and (mean <= 64 or blocks):
+    if copied and mean <= (32 if blocks else 64):
         # Two programs a multiprocessor, with half the memory each, took 0.5 to 2 % more on an H100.
         step = 2 * COPIED_BYTES
         stages = (properties.shared_memory - _OTHER_BYTES) // ((tile + 128) * step)
