@@ -55,8 +55,8 @@ def sum_steps(
 ):
     """Adds every TURNS-th step from `k` to `end` of a tile to acc; `stage` and `phase` are the first's.
 
-    Of x as many tokens are taken as acc has. SCALE_SUMS: not the weights are scaled, but each step's sums. That is fewer
-    instructions for few tokens.
+    Of x as many tokens are taken as acc has. SCALE_SUMS: not the weights are scaled, but each step's sums: that is
+    fewer instructions for few tokens.
     """
     dtype: gl.constexpr = x.dtype
     TOKENS: gl.constexpr = acc.shape[1]
