@@ -38,6 +38,16 @@ def descriptor(tensor, rows):
     return Descriptor(tensor.float().numpy(), name, (rows, width))
 
 
+def eight_by_eight(weight, outputs):
+    """As `grouped_loads.gate_beside_up` describes it."""
+    experts, rows, k = weight.shape
+    n, flat = rows // 2, weight.flatten(0, 1)
+    values = (flat if weight.dtype == INT8 else flat.float()).contiguous()
+    values = values.as_strided(((2 * experts - 1) * n // 8, 2, 8, k), (8 * k, n * k, k, 1)).numpy()
+    name = {HALF: "float16", INT8: "int8", FP8: FP8_IN_PYTHON}[weight.dtype]
+    return Descriptor(values, name, (outputs // 16, 2, 8, 128 // weight.element_size()))
+
+
 def in_python(
     module, x, weight, bias, offsets, scales, tile, outputs, stages, parts, gated, programs, more, chunks=None
 ):
@@ -53,11 +63,15 @@ def in_python(
     if parts == 1:
         out = out.half()
     out = pointer(out)
+    if chunks:
+        weights = eight_by_eight(weight, outputs) if gated else descriptor(weight, outputs)
+    else:
+        weights = descriptor(weight, outputs // 2)
     for program in random.sample(range(programs), programs):
         names = namespace([f"{name}.py" for name in (*MODULES, f"moe/{module}")], (program,), programs)
         names[f"_{module}_kernel"](
             descriptor(x, tile),
-            descriptor(weight, outputs // 2),
+            weights,
             out,
             pointer(bias),
             pointer(plan),
@@ -116,17 +130,18 @@ COUNTS = ([5, 0, 16, 17, 0, 1], [0, 40], [33, 1, 2])
         (COUNTS[0], 320, 200, 16, 2, 2, 2, True),
         (COUNTS[1], 256, 128, 32, 1, 4, 4, True),
         (COUNTS[1], 520, 128, 32, 4, 2, 3, True),
-        (COUNTS[2], 64, 140, 64, 2, 3, 1, True),
-        (COUNTS[2], 200, 300, 128, 1, 2, 1, False),
+        (COUNTS[2], 64, 136, 64, 2, 3, 1, True),
+        (COUNTS[2], 200, 304, 128, 1, 2, 1, False),
     ],
 )
-def test_source_of_few(counts, k, n, tile, chunks, stages, parts, bias, gated, operand):
+@pytest.mark.parametrize("outputs", [64, 128])
+def test_source_of_few(outputs, counts, k, n, tile, chunks, stages, parts, bias, gated, operand):
     """Experts without rows and of several tiles, outputs and inputs that end within a tile, parts, an early start."""
     parts, bias = (1, False) if gated else (parts, bias)
     k = k if operand == HALF else 2 * k  # as many steps
     args = case(counts, k, n, gated, bias, operand)
     more = operand == FP8 and tile < 128, False, random.random() < 0.5, 128, False
-    out = in_python("grouped_few", *args, tile, 128, stages, parts, gated, 3, more, chunks)
+    out = in_python("grouped_few", *args, tile, outputs, stages, parts, gated, 3, more, chunks)
     check(out, *args, gated)
 
 
@@ -135,17 +150,18 @@ def test_source_of_few(counts, k, n, tile, chunks, stages, parts, bias, gated, o
     ("counts", "k", "n", "tile", "chunks", "stages", "parts"),
     [(COUNTS[0], 640, 328, 16, 2, 2, 1), (COUNTS[1], 512, 128, 32, 1, 3, 2), (COUNTS[2], 128, 72, 64, 2, 3, 1)],
 )
-def test_source_of_few_in_blocks(counts, k, n, tile, chunks, stages, parts, gated):
+@pytest.mark.parametrize("outputs", [64, 128])
+def test_source_of_few_in_blocks(outputs, counts, k, n, tile, chunks, stages, parts, gated):
     """Scales of 128 × 128 weights, which end within a tile, and of 128 inputs of a row."""
     parts = 1 if gated else parts
     x, weight, _, offsets, _ = case(counts, k, n, gated, False, FP8)
-    experts, outputs, _ = weight.shape
-    scales = torch.rand(len(x), k // 128) / 30, torch.rand(experts, cdiv(outputs, 128), k // 128) / 60
+    experts, rows, _ = weight.shape
+    scales = torch.rand(len(x), k // 128) / 30, torch.rand(experts, cdiv(rows, 128), k // 128) / 60
     more = True, True, random.random() < 0.5, 128, False
-    args = x, weight, None, offsets, scales, tile, 128, stages, parts, gated, 3, more, chunks
+    args = x, weight, None, offsets, scales, tile, outputs, stages, parts, gated, 3, more, chunks
     out = in_python("grouped_few", *args)
     x = x.double() * scales[0].repeat_interleave(128, 1)
-    scale = scales[1].repeat_interleave(128, 1)[:, :outputs].repeat_interleave(128, 2)
+    scale = scales[1].repeat_interleave(128, 1)[:, :rows].repeat_interleave(128, 2)
     check(out, x, weight.double() * scale, None, offsets, (None, None), gated)
 
 
@@ -187,34 +203,24 @@ def test_source_of_many_in_blocks(counts, k, n, stages, parts, gated):
     check(out, x, weight.double() * scale, None, offsets, (None, None), gated)
 
 
-def eight_by_eight(weight):
-    """As `grouped_tall._gate_beside_up` describes it."""
-    experts, outputs, k = weight.shape
-    n, flat = outputs // 2, weight.flatten(0, 1)
-    values = (flat if weight.dtype == INT8 else flat.float()).contiguous()
-    values = values.as_strided(((2 * experts - 1) * n // 8, 2, 8, k), (8 * k, n * k, k, 1)).numpy()
-    name = {HALF: "float16", INT8: "int8", FP8: FP8_IN_PYTHON}[weight.dtype]
-    return Descriptor(values, name, (8, 2, 8, 128 // weight.element_size()))
-
-
 @pytest.mark.parametrize("operand", [HALF, INT8, FP8], ids=str)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(
-    ("counts", "k", "n", "rows", "tail", "stages", "parts", "bias"),
+    ("counts", "k", "n", "rows", "tail", "chunks", "stages", "parts", "bias"),
     [
-        ([5, 0, 33, 49], 136, 72, 32, 16, 3, 1, True),
-        ([0, 97, 160, 64], 320, 200, 64, 32, 2, 1, False),
-        ([128, 129, 193, 50], 64, 144, 128, 64, 2, 1, False),
-        ([20, 48, 96], 520, 128, 32, 16, 4, 3, True),
+        ([5, 0, 33, 49], 136, 72, 32, 16, 1, 3, 1, True),
+        ([0, 97, 160, 64], 320, 200, 64, 32, 2, 2, 1, False),
+        ([128, 129, 193, 50], 64, 144, 128, 64, 1, 2, 1, False),
+        ([20, 48, 96], 520, 128, 32, 16, 2, 4, 3, True),
     ],
 )
-def test_source_of_tall(counts, k, n, rows, tail, stages, parts, bias, gated, operand):
+def test_source_of_tall(counts, k, n, rows, tail, chunks, stages, parts, bias, gated, operand):
     """Tiles of half as many rows, of as many, with a tail and with more; outputs that end within a tile."""
     parts, bias = (1, False) if gated else (parts, bias)
     k = k if operand == HALF else 2 * k  # as many steps
     x, weight, bias, offsets, scales = args = case(counts, k, n, gated, bias, operand)
     plan = schedule.plan_and_clear(torch.empty(len(x), 1), offsets, rows, tail)
-    step = 128 // x.element_size()
+    step = 128 // x.element_size() * chunks
     steps = cdiv(k, step)
     assert cdiv(steps, cdiv(steps, parts)) == parts
     out = torch.full((parts, len(x), n), torch.nan)
@@ -223,14 +229,14 @@ def test_source_of_tall(counts, k, n, rows, tail, stages, parts, bias, gated, op
         names = namespace([f"{name}.py" for name in (*MODULES, "moe/grouped_few", "moe/grouped_tall")], (program,), 3)
         names["_grouped_tall_kernel"](
             descriptor(x, min(tail, 64)),
-            eight_by_eight(weight) if gated else descriptor(weight, 128),
+            eight_by_eight(weight, 128) if gated else descriptor(weight, 128),
             out,
             pointer(bias),
             pointer(plan),
             *map(pointer, scales),
             *map(Number, (len(x), n, *Scales(*scales).strides, cdiv(n, 64 if gated else 128), steps)),
             Number(cdiv(steps, parts)),
-            *(rows, tail, min(tail, 64), step, stages, parts, gated, random.random() < 0.5, False),
+            *(rows, tail, min(tail, 64), step, chunks, stages, parts, gated, random.random() < 0.5, False),
         )
     check(torch.from_numpy(out.memory).view(parts, len(x), n).sum(0).to(HALF), *args, gated)
 

@@ -64,12 +64,11 @@ def _choose(
         # Scales of four groups a step take registers.
         sizes = hidden // w1_scale.shape[1], intermediate // w2_scale.shape[1]
         most = 64 if copied and max(map(groups_of_step, sizes)) <= 2 else 32
-        tile = rows_of(pairs, experts, copied=copied, most=most)
+        tile = rows_of(pairs, experts, copied=copied, most=most, packed=True)
         first = choose_int4(*up, tile, properties, gated=True, copied=copied)
         return tile, first, choose_int4(*down, tile, properties, gated=False, copied=copied)
     copied, blocks, itemsize = may_copy(properties, w1, w2), _in_blocks(w1, w1_scale), w1.element_size()
-    few = copied and blocks and pairs <= 32 * min(experts, pairs)
-    tile = rows_of(pairs, experts, copied=copied, most=32 if few or (blocks and not copied) else 128)
+    tile = rows_of(pairs, experts, copied=copied, most=32 if blocks else 128, blocks=blocks)
     first = choose_tiles(*up, tile, properties, gated=True, copied=copied, itemsize=itemsize, blocks=blocks)
     second = choose_tiles(*down, tile, properties, gated=False, copied=copied, itemsize=itemsize, blocks=blocks)
     return tile, first, second

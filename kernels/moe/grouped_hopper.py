@@ -15,13 +15,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from octavo.kernels.gluon_layouts import wide_layout
 from octavo.kernels.launch import launch
-from octavo.kernels.moe.grouped_loads import described, load_rows, load_weights, scaled
+from octavo.kernels.moe.grouped_loads import described, load_rows, scaled
 from octavo.kernels.moe.grouped_tiles import Scales, Tiles
 from octavo.kernels.moe.schedule import unit_at
 from octavo.kernels.quant.epilogue import halves, silu_times
@@ -32,6 +33,30 @@ from octavo.kernels.tiles import cdiv
 
 # Lists of arguments, one a line, would be longer than the code between them.
 # fmt: off
+
+
+@gluon.jit
+def _load_weights(
+    desc, plan_ptr, weight, full, empty, N, n_tiles, steps, part_steps, ROWS: gl.constexpr, OUTPUTS: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr,
+):
+    """What the warp does that loads weights, two halves of a tile: of gate and of up, or one below the other."""
+    HALF: gl.constexpr = OUTPUTS // 2
+    work_end = gl.load(plan_ptr) * n_tiles * PARTS
+    i = 0
+    for work in range(gl.program_id(0), work_end, gl.num_programs(0)):
+        expert, _, _, n = unit_at(plan_ptr, work // PARTS, n_tiles)
+        left = expert * (2 * N) + n * HALF if GATED else expert * N + n * OUTPUTS
+        right = left + (N if GATED else HALF)
+        first, end = steps_of(work % PARTS, steps, part_steps)
+        for step in range(first, end):
+            stage = i % STAGES
+            mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(stage), (ROWS + OUTPUTS) * 128)
+            at, to = step * BLOCK_K, weight.index(stage)
+            tma.async_copy_global_to_shared(desc, [left, at], full.index(stage), to.slice(0, HALF))
+            tma.async_copy_global_to_shared(desc, [right, at], full.index(stage), to.slice(HALF, HALF))
+            i += 1
 
 
 @gluon.jit
@@ -237,9 +262,9 @@ def _grouped_hopper_kernel(
         (_compute, (
             1, epilogue, plan_ptr, x, weight, full, empty, n_tiles, steps, part_steps, blocks, ROWS, OUTPUTS, BLOCK_K,
             STAGES, PARTS, GATED, BLOCKS)),
-        (load_weights, (
-            weight_desc, plan_ptr, weight, full, empty, N, n_tiles, steps, part_steps, ROWS, OUTPUTS, BLOCK_K, 1,
-            STAGES, PARTS, GATED, False, False)),
+        (_load_weights, (
+            weight_desc, plan_ptr, weight, full, empty, N, n_tiles, steps, part_steps, ROWS, OUTPUTS, BLOCK_K, STAGES,
+            PARTS, GATED)),
         (load_rows, (
             x_desc, plan_ptr, x, full, empty, n_tiles, steps, part_steps, BLOCK_K, 1, STAGES, PARTS, False)),
     ], [4, 1, 1], [240, 24, 24])

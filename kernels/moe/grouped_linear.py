@@ -39,7 +39,7 @@ def _grouped_linear_cuda(
     tile = rows_of(likely, experts, copied=copied)
     sizes = likely, experts, n, k, tile, properties
     tiles = choose_tiles(*sizes, gated=False, copied=copied, itemsize=x.element_size())
-    plan = plan_and_clear(out, offsets, tile)
+    plan = plan_and_clear(out, offsets, tile, tiles.tail)
     if s == 0 or n == 0:
         return out
     if tiles.parts == 1:

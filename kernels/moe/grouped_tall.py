@@ -1,7 +1,7 @@
 """The products of `grouped.py` for tens to hundreds of rows an expert on Hopper (sm_90), in Gluon.
 
-Weights are the first operand, so that a tile can have as many rows as its expert has: up to half of ROWS, up to ROWS,
-or TAIL more. An expert with a few rows more than ROWS has no tile of its own for them, which would read the weights
+Weights are the first operand, so that a tile can have as many rows as its expert has: up to ROWS, of 256 also up to
+half, or TAIL more. An expert with a few rows more than ROWS has no tile of its own for them, which would read the weights
 again and take as long as a half tile. Two warpgroups have 64 outputs each. With SiLU × gate the copy engine puts eight
 rows of gate and the same eight of up below each other, so that a thread has both of an output. Rows of x are copied BOX
 at a time, and boxes past an expert's last row are not.
@@ -17,11 +17,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.kernels.launch import launch
 from octavo.kernels.moe.grouped_few import write_turned
-from octavo.kernels.moe.grouped_loads import described, scaled
+from octavo.kernels.moe.grouped_loads import described, gate_and_up, gate_beside_up, scaled
 from octavo.kernels.moe.grouped_tiles import COPIED_BYTES, Scales, Tiles
 from octavo.kernels.moe.schedule import unit_at
 from octavo.kernels.quant.epilogue import halves, silu_times
@@ -34,8 +33,8 @@ from octavo.kernels.tiles import cdiv, chains, let_next_start, wait_for_previous
 
 @gluon.jit
 def _load_weights(
-    desc, plan_ptr, weight, full, empty, N, n_tiles, steps, part_steps, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    PARTS: gl.constexpr, GATED: gl.constexpr, EARLY: gl.constexpr, CHAINED: gl.constexpr,
+    desc, plan_ptr, weight, full, empty, N, n_tiles, steps, part_steps, BLOCK_K: gl.constexpr, CHUNKS: gl.constexpr,
+    STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, EARLY: gl.constexpr, CHAINED: gl.constexpr,
 ):
     """What the warp does that loads weights; EARLY: not behind the kernel before, which writes none nor the plan."""
     if not EARLY:
@@ -48,20 +47,23 @@ def _load_weights(
         for step in range(first, end):
             stage = i % STAGES
             mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(stage), 128 * 128)
-            to = weight.index(stage)
-            if GATED:
-                at = [expert * (N // 4) + n * 8, 0, 0, step * BLOCK_K]
-                tma.async_copy_global_to_shared(desc, at, full.index(stage), to)
-            else:
-                tma.async_copy_global_to_shared(desc, [expert * N + n * 128, step * BLOCK_K], full.index(stage), to)
+            mbarrier.expect(full.index(stage), 128 * 128 * CHUNKS)
+            for j in gl.static_range(CHUNKS):
+                at = step * BLOCK_K + j * (BLOCK_K // CHUNKS)
+                to = weight.index(stage * CHUNKS + j)
+                if GATED:  # blocks of eight rows
+                    row = [expert * (N // 4) + n * 8, 0, 0, at]
+                    tma.async_copy_global_to_shared(desc, row, full.index(stage), to)
+                else:
+                    tma.async_copy_global_to_shared(desc, [expert * N + n * 128, at], full.index(stage), to)
             i += 1
 
 
 @gluon.jit
 def _load_rows(
     desc, plan_ptr, x, more, full, empty, n_tiles, steps, part_steps, ROWS: gl.constexpr, TAIL: gl.constexpr, BOX:
-    gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, CHAINED: gl.constexpr,
+    gl.constexpr, BLOCK_K: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, CHAINED:
+    gl.constexpr,
 ):
     """What the warp does that loads rows of x: those past an expert's last in a box are loaded too, and not written."""
     BOXES: gl.constexpr = (ROWS + TAIL) // BOX
@@ -77,55 +79,60 @@ def _load_rows(
             stage = i % STAGES
             mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
             for j in gl.static_range(BOXES):
-                mbarrier.expect(full.index(stage), (j + 1) * BOX * 128, pred=boxes == j + 1)
+                mbarrier.expect(full.index(stage), (j + 1) * BOX * 128 * CHUNKS, pred=boxes == j + 1)
             for j in gl.static_range(BOXES):
                 if j < boxes:
-                    at = [first_row + j * BOX, step * BLOCK_K]
-                    if j * BOX < ROWS:
-                        to = x.index(stage).slice(j * BOX, BOX)
-                    else:
-                        to = more.index(stage).slice(j * BOX - ROWS, BOX)
-                    tma.async_copy_global_to_shared(desc, at, full.index(stage), to)
+                    for chunk in gl.static_range(CHUNKS):
+                        at = [first_row + j * BOX, step * BLOCK_K + chunk * (BLOCK_K // CHUNKS)]
+                        if j * BOX < ROWS:
+                            to = x.index(stage * CHUNKS + chunk).slice(j * BOX, BOX)
+                        else:
+                            to = more.index(stage * CHUNKS + chunk).slice(j * BOX - ROWS, BOX)
+                        tma.async_copy_global_to_shared(desc, at, full.index(stage), to)
             i += 1
 
 
 @gluon.jit
 def _multiply(
-    weight, x, more, full, acc, tail, i, group: gl.constexpr, WIDTH: gl.constexpr, TAIL: gl.constexpr, STAGES:
-    gl.constexpr, FIRST: gl.constexpr,
+    weight, x, more, full, acc, tail, i, group: gl.constexpr, WIDTH: gl.constexpr, TAIL: gl.constexpr, CHUNKS:
+    gl.constexpr, STAGES: gl.constexpr, FIRST: gl.constexpr,
 ):
     """Issues the products of step i, as soon as its operands are there; the FIRST of a tile begin its sums."""
     stage = i % STAGES
     mbarrier.wait(full.index(stage), i // STAGES & 1)
-    mine = weight.index(stage).slice(group * 64, 64)
-    acc = warpgroup_mma(mine, x.index(stage).slice(0, WIDTH).permute((1, 0)), acc, use_acc=not FIRST, is_async=True)
-    if TAIL > 0:
-        tail = warpgroup_mma(mine, more.index(stage).permute((1, 0)), tail, use_acc=not FIRST, is_async=True)
+    for j in gl.static_range(CHUNKS):
+        at = stage * CHUNKS + j
+        mine = weight.index(at).slice(group * 64, 64)
+        rows = x.index(at).slice(0, WIDTH).permute((1, 0))
+        acc = warpgroup_mma(mine, rows, acc, use_acc=not FIRST or j > 0, is_async=True)
+        if TAIL > 0:
+            rows = more.index(at).permute((1, 0))
+            tail = warpgroup_mma(mine, rows, tail, use_acc=not FIRST or j > 0, is_async=True)
     return acc, tail
 
 
 @gluon.jit
-def _wait(acc, tail, STEPS: gl.constexpr, TAIL: gl.constexpr):
-    """Waits for all products but those of the last STEPS steps."""
+def _wait(acc, tail, LATER: gl.constexpr, TAIL: gl.constexpr):
+    """Waits for all products but those of the last LATER chunks."""
     if TAIL > 0:
-        acc, tail = warpgroup_mma_wait(2 * STEPS, deps=[acc, tail])
+        acc, tail = warpgroup_mma_wait(2 * LATER, deps=[acc, tail])
     else:
-        acc = warpgroup_mma_wait(STEPS, deps=[acc])
+        acc = warpgroup_mma_wait(LATER, deps=[acc])
     return acc, tail
 
 
 @gluon.jit
 def _sum(
     weight, x, more, full, empty, acc, tail, i, count, group: gl.constexpr, WIDTH: gl.constexpr, TAIL: gl.constexpr,
-    STAGES: gl.constexpr,
+    CHUNKS: gl.constexpr, STAGES: gl.constexpr,
 ):
     """Sums over `count` steps, of a warpgroup's outputs by WIDTH rows, and by the TAIL rows behind them."""
-    acc, tail = _multiply(weight, x, more, full, acc, tail, i, group, WIDTH, TAIL, STAGES, True)
-    acc, tail = _wait(acc, tail, 1, TAIL)
+    acc, tail = _multiply(weight, x, more, full, acc, tail, i, group, WIDTH, TAIL, CHUNKS, STAGES, True)
+    acc, tail = _wait(acc, tail, CHUNKS, TAIL)
     i += 1
     for _ in range(1, count):
-        acc, tail = _multiply(weight, x, more, full, acc, tail, i, group, WIDTH, TAIL, STAGES, False)
-        acc, tail = _wait(acc, tail, 1, TAIL)
+        acc, tail = _multiply(weight, x, more, full, acc, tail, i, group, WIDTH, TAIL, CHUNKS, STAGES, False)
+        acc, tail = _wait(acc, tail, CHUNKS, TAIL)
         mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
         i += 1
     acc, tail = _wait(acc, tail, 0, TAIL)
@@ -152,10 +159,10 @@ def write_tall(acc, epilogue, expert, part, first_row, rows, first_n, GATED: gl.
     for j in gl.static_range(len(parts)):
         if rows > j * WIDTH:
             at, left = first_row + j * WIDTH, rows - j * WIDTH
-            if GATED:  # eight of gate are above the same eight of up
-                gate, up = parts[j].reshape([4, 2, 8, WIDTH]).permute([0, 2, 3, 1]).split()
-                gate = scaled(gate.reshape([32, WIDTH]), epilogue, expert, at, left, first_n, N, 1)
-                up = scaled(up.reshape([32, WIDTH]), epilogue, expert, at, left, N + first_n, 2 * N, 1)
+            if GATED:
+                gate, up = gate_and_up(parts[j])
+                gate = scaled(gate, epilogue, expert, at, left, first_n, N, 1)
+                up = scaled(up, epilogue, expert, at, left, N + first_n, 2 * N, 1)
                 write_turned(silu_times(gate, up), epilogue, None, expert, 0, at, left, first_n)
             else:
                 y = scaled(parts[j], epilogue, expert, at, left, first_n, N, 1)
@@ -165,14 +172,14 @@ def write_tall(acc, epilogue, expert, part, first_row, rows, first_n, GATED: gl.
 @gluon.jit
 def _sum_half(
     weight, x, more, full, empty, acc, tail, i, count, group: gl.constexpr, ROWS: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr,
+    CHUNKS: gl.constexpr, STAGES: gl.constexpr,
 ):
     """Sums by a half of ROWS, in the registers of the left half of acc."""
     HALF: gl.constexpr = ROWS // 2
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, BLOCK_K // 4])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, BLOCK_K // CHUNKS // 4])
     left, right = halves(acc)
     left = gl.convert_layout(left, layout, assert_trivial=True)
-    left, tail, i = _sum(weight, x, more, full, empty, left, tail, i, count, group, HALF, 0, STAGES)
+    left, tail, i = _sum(weight, x, more, full, empty, left, tail, i, count, group, HALF, 0, CHUNKS, STAGES)
     left = gl.convert_layout(left, right.type.layout, assert_trivial=True)
     both = gl.join(left, right).permute((0, 2, 1)).reshape([64, ROWS])
     return gl.convert_layout(both, acc.type.layout, assert_trivial=True), tail, i
@@ -181,34 +188,39 @@ def _sum_half(
 @gluon.jit
 def _sum_as_many(
     weight, x, more, full, empty, acc, tail, i, count, rows, group: gl.constexpr, ROWS: gl.constexpr, TAIL:
-    gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    gl.constexpr, BLOCK_K: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
 ):
-    """Sums by as many rows as a tile has, more or less; sums are kept from tile to tile, or registers would be cleared
-    for each of the branches ahead of them, of which there are not enough."""
-    if ROWS >= 128:
+    """Sums by as many rows as a tile has, more or less.
+
+    Sums are kept from tile to tile: else registers are cleared for each branch ahead of all of them, there are not
+    enough, and ptxas has each product wait for the one before.
+    """
+    if ROWS >= 256:
         if rows <= ROWS // 2:
-            acc, tail, i = _sum_half(weight, x, more, full, empty, acc, tail, i, count, group, ROWS, BLOCK_K, STAGES)
+            acc, tail, i = _sum_half(
+                weight, x, more, full, empty, acc, tail, i, count, group, ROWS, BLOCK_K, CHUNKS, STAGES
+            )
         elif rows <= ROWS:
-            acc, tail, i = _sum(weight, x, more, full, empty, acc, tail, i, count, group, ROWS, 0, STAGES)
+            acc, tail, i = _sum(weight, x, more, full, empty, acc, tail, i, count, group, ROWS, 0, CHUNKS, STAGES)
         else:
-            acc, tail, i = _sum(weight, x, more, full, empty, acc, tail, i, count, group, ROWS, TAIL, STAGES)
+            acc, tail, i = _sum(weight, x, more, full, empty, acc, tail, i, count, group, ROWS, TAIL, CHUNKS, STAGES)
     elif rows <= ROWS:
-        acc, tail, i = _sum(weight, x, more, full, empty, acc, tail, i, count, group, ROWS, 0, STAGES)
+        acc, tail, i = _sum(weight, x, more, full, empty, acc, tail, i, count, group, ROWS, 0, CHUNKS, STAGES)
     else:
-        acc, tail, i = _sum(weight, x, more, full, empty, acc, tail, i, count, group, ROWS, TAIL, STAGES)
+        acc, tail, i = _sum(weight, x, more, full, empty, acc, tail, i, count, group, ROWS, TAIL, CHUNKS, STAGES)
     return acc, tail, i
 
 
 @gluon.jit
 def _compute(
     group: gl.constexpr, epilogue, plan_ptr, x, more, weight, full, empty, n_tiles, steps, part_steps, ROWS:
-    gl.constexpr, TAIL: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED:
-    gl.constexpr, CHAINED: gl.constexpr,
+    gl.constexpr, TAIL: gl.constexpr, BLOCK_K: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, PARTS:
+    gl.constexpr, GATED: gl.constexpr, CHAINED: gl.constexpr,
 ):
     """What warpgroup number `group` does."""
     COLS: gl.constexpr = 32 if GATED else 64
     SUM: gl.constexpr = gl.int32 if x.dtype == gl.int8 else gl.float32
-    K: gl.constexpr = BLOCK_K // 4
+    K: gl.constexpr = BLOCK_K // CHUNKS // 4
     LONG: gl.constexpr = 128 if x.dtype == gl.int8 and ROWS > 128 else ROWS  # Triton has no wider one for int8
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LONG, K])
     acc = gl.zeros([64, ROWS], SUM, acc_layout)
@@ -222,7 +234,7 @@ def _compute(
         first, end = steps_of(part, steps, part_steps)
         first_n = (2 * n + group) * COLS
         acc, tail, i = _sum_as_many(
-            weight, x, more, full, empty, acc, tail, i, end - first, rows, group, ROWS, TAIL, BLOCK_K, STAGES
+            weight, x, more, full, empty, acc, tail, i, end - first, rows, group, ROWS, TAIL, BLOCK_K, CHUNKS, STAGES
         )
         write_tall(acc, epilogue, expert, part, first_row, rows, first_n, GATED)
         if rows > ROWS:
@@ -234,17 +246,18 @@ def _grouped_tall_kernel(
     # Bound by reading the weights, or by the tensor cores. One program a multiprocessor.
     x_desc, weight_desc, out_ptr, bias_ptr, plan_ptr, x_scale_ptr, weight_scale_ptr, S, N, stride_expert, stride_output,
     n_tiles, steps, part_steps, ROWS: gl.constexpr, TAIL: gl.constexpr, BOX: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, EARLY: gl.constexpr, CHAINED: gl.constexpr,
+    CHUNKS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, EARLY: gl.constexpr, CHAINED:
+    gl.constexpr,
 ):
+    WIDTH: gl.constexpr = BLOCK_K // CHUNKS
     dtype: gl.constexpr = x_desc.dtype
-    x = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_K], x_desc.layout)
-    more = gl.allocate_shared_memory(dtype, [STAGES, TAIL, BLOCK_K], x_desc.layout)
+    x = gl.allocate_shared_memory(dtype, [STAGES * CHUNKS, ROWS, WIDTH], x_desc.layout)
+    more = gl.allocate_shared_memory(dtype, [STAGES * CHUNKS, TAIL, WIDTH], x_desc.layout)
     if GATED:
-        loaded = gl.allocate_shared_memory(dtype, [STAGES, 8, 2, 8, BLOCK_K], weight_desc.layout)
-        weight = loaded._reinterpret(dtype, [STAGES, 128, BLOCK_K], x_desc.layout)
+        loaded = gl.allocate_shared_memory(dtype, [STAGES * CHUNKS, 8, 2, 8, WIDTH], weight_desc.layout)
     else:
-        loaded = gl.allocate_shared_memory(dtype, [STAGES, 128, BLOCK_K], weight_desc.layout)
-        weight = loaded
+        loaded = gl.allocate_shared_memory(dtype, [STAGES * CHUNKS, 128, WIDTH], weight_desc.layout)
+    weight = loaded._reinterpret(dtype, [STAGES * CHUNKS, 128, WIDTH], x_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -255,27 +268,18 @@ def _grouped_tall_kernel(
     gl.warp_specialize([
         (_compute, (
             0, epilogue, plan_ptr, x, more, weight, full, empty, n_tiles, steps, part_steps, ROWS, TAIL, BLOCK_K,
-            STAGES, PARTS, GATED, CHAINED)),
+            CHUNKS, STAGES, PARTS, GATED, CHAINED)),
         (_compute, (
             1, epilogue, plan_ptr, x, more, weight, full, empty, n_tiles, steps, part_steps, ROWS, TAIL, BLOCK_K,
-            STAGES, PARTS, GATED, CHAINED)),
+            CHUNKS, STAGES, PARTS, GATED, CHAINED)),
         (_load_weights, (
-            weight_desc, plan_ptr, loaded, full, empty, N, n_tiles, steps, part_steps, BLOCK_K, STAGES, PARTS, GATED,
-            EARLY, CHAINED)),
+            weight_desc, plan_ptr, loaded, full, empty, N, n_tiles, steps, part_steps, BLOCK_K, CHUNKS, STAGES, PARTS,
+            GATED, EARLY, CHAINED)),
         (_load_rows, (
-            x_desc, plan_ptr, x, more, full, empty, n_tiles, steps, part_steps, ROWS, TAIL, BOX, BLOCK_K, STAGES, PARTS,
-            CHAINED)),
+            x_desc, plan_ptr, x, more, full, empty, n_tiles, steps, part_steps, ROWS, TAIL, BOX, BLOCK_K, CHUNKS,
+            STAGES, PARTS, CHAINED)),
     ], [4, 1, 1], [240, 24, 24])
 # fmt: on
-
-
-def _gate_beside_up(weight: torch.Tensor) -> TensorDescriptor:
-    """`[E, 2 · N, K]` as blocks of eight rows of gate and of up: `[8 of them, 2, 8, a step]` at a time."""
-    experts, outputs, k = weight.shape
-    bits, n = 8 * weight.element_size(), outputs // 2
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=4)
-    shape, strides = [(2 * experts - 1) * n // 8, 2, 8, k], [8 * k, n * k, k, 1]
-    return TensorDescriptor(weight, shape, strides, [8, 2, 8, COPIED_BYTES * 8 // bits], layout)
 
 
 def grouped_tall(
@@ -298,7 +302,7 @@ def grouped_tall(
         _grouped_tall_kernel,
         (programs,),
         described(x, tiles.box),
-        _gate_beside_up(weight) if gated else described(weight, tiles.outputs),
+        gate_beside_up(weight, tiles.outputs) if gated else described(weight, tiles.outputs),
         out,
         bias,
         plan,
@@ -316,6 +320,7 @@ def grouped_tall(
         TAIL=tiles.tail,
         BOX=tiles.box,
         BLOCK_K=tiles.block_k,
+        CHUNKS=tiles.block_k * weight.element_size() // COPIED_BYTES,
         STAGES=tiles.stages,
         PARTS=tiles.parts,
         GATED=gated,
