@@ -13,7 +13,7 @@ import torch
 import octavo
 from octavo.engine.checkpoint import Checkpoint
 from octavo.engine.config import ModelConfig
-from octavo.engine.experts import ExpertLoader, Layout, MixtureOfExperts, layer_of
+from octavo.engine.experts import ExpertLoader, Layout, MixtureOfExperts, SharedExpert, layer_of
 from octavo.engine.layers import Linear, Mlp, Weight, make_linear, weight_shape
 from octavo.engine.model import Decoder, Layer
 
@@ -146,8 +146,11 @@ class _Collector:
         at = f"model.layers.{index}"
         if self.config.num_local_experts:
             experts = self.experts.pop(index).finish()
-            c = self.config
-            return MixtureOfExperts(self.linears[f"{at}.router"], experts, c.num_experts_per_tok, c.norm_topk_prob)
+            c, router, shared = self.config, self.linears[f"{at}.router"], None
+            if c.shared_expert_intermediate_size:
+                mlp = Mlp(self.linears[f"{at}.shared.gate_up"], self.linears[f"{at}.shared.down"])
+                shared = SharedExpert(mlp, self.linears[f"{at}.shared.gate"])
+            return MixtureOfExperts(router, experts, c.num_experts_per_tok, c.norm_topk_prob, shared)
         return Mlp(self.linears[f"{at}.gate_up"], self.linears[f"{at}.mlp.down_proj"])
 
 
@@ -162,6 +165,11 @@ def _groups(config: ModelConfig, names: Collection[str]) -> dict[str, list[str]]
         groups[f"{at}.self_attn.o_proj"] = [f"{at}.self_attn.o_proj"]
         if config.num_local_experts:
             groups[f"{at}.router"] = [layout.router(i)]
+            if config.shared_expert_intermediate_size:
+                shared = layout.shared(i)
+                groups[f"{at}.shared.gate_up"] = [f"{shared}.{p}_proj" for p in ("gate", "up")]
+                groups[f"{at}.shared.down"] = [f"{shared}.down_proj"]
+                groups[f"{at}.shared.gate"] = [f"{shared}_gate"]
         else:
             groups[f"{at}.gate_up"] = [f"{at}.mlp.{p}_proj" for p in ("gate", "up")]
             groups[f"{at}.mlp.down_proj"] = [f"{at}.mlp.down_proj"]
@@ -179,10 +187,11 @@ def _expected_shapes(config: ModelConfig, names: Collection[str] = ()) -> dict[s
     }
     if not c.tie_word_embeddings:
         shapes["lm_head.weight"] = (c.vocab_size, hidden)
+    qkv_bias = c.attention_bias or c.qkv_bias
     matrices = {
-        "self_attn.q_proj": (q, hidden, c.attention_bias),
-        "self_attn.k_proj": (kv, hidden, c.attention_bias),
-        "self_attn.v_proj": (kv, hidden, c.attention_bias),
+        "self_attn.q_proj": (q, hidden, qkv_bias),
+        "self_attn.k_proj": (kv, hidden, qkv_bias),
+        "self_attn.v_proj": (kv, hidden, qkv_bias),
         "self_attn.o_proj": (hidden, q, c.attention_bias),
     }
     if not c.num_local_experts:

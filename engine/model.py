@@ -1,4 +1,4 @@
-"""The decoder that serves Llama 2 and 3, CodeLlama, TinyLlama, SmolLM2, Mistral, Mixtral and Qwen3's mixtures.
+"""The decoder that serves Llama 2 and 3, CodeLlama, TinyLlama, SmolLM2, Mistral, Mixtral, Qwen2's and Qwen3's mixtures.
 
     h = embed(tokens)
     for each layer:  h += attention(rms_norm(h));  h += mlp(rms_norm(h)),  mlp(x) = down(silu(gate(x)) * up(x))

@@ -434,6 +434,7 @@ def check_token_counts() -> None:
     variants |= {"moe_permute": 3, "moe_permute of many pairs": 4}
     # A plan and a product for each tile, two products with SiLU × gate; two ways of sorting, adding up, quantising.
     variants |= {"grouped_linear": 8, "fused_moe": 18, "fused_moe of int8": 20, "fused_moe of int4": 12}
+    variants |= {"fused_moe of int4 with minima": 9, "fused_moe of int8 alone": 12, "grouped_linear of int8": 6}
     for name in cases(1):
         launching._ready.clear()
         before = octavo.compile_count()

@@ -11,6 +11,7 @@ from gluon_in_python import Descriptor, Number, Pointer, namespace
 from octavo.kernels.moe import schedule
 from octavo.kernels.moe.grouped_tiles import Scales
 from octavo.kernels.quant.int4_tiles import groups_of_step
+from octavo.kernels.quant.int8_hopper import scales_of_step
 from octavo.kernels.quant.packing import int4_pack
 from octavo.kernels.tiles import cdiv
 from octavo.reference import moe as reference
@@ -244,7 +245,7 @@ def test_source_of_tall(counts, k, n, rows, tail, chunks, stages, parts, bias, g
 INT4 = "shares", "loads", "unpack", "compute"
 
 
-def int4_in_python(x, packed, scale, offsets, tile, stages, parts, gated, programs, early):
+def int4_in_python(x, packed, scale, minimum, offsets, tile, stages, parts, gated, programs, early):
     """As `grouped_int4.grouped_int4` launches it."""
     s, (_, groups, outputs) = x.shape[0], scale.shape
     n, k_tiles = outputs // 2 if gated else outputs, packed.shape[2]
@@ -263,12 +264,61 @@ def int4_in_python(x, packed, scale, offsets, tile, stages, parts, gated, progra
             out,
             pointer(plan),
             pointer(scale),
+            pointer(minimum),
             *map(Number, (s, n, packed.shape[1], cdiv(n, 128 if gated else 256), k_tiles, part_steps, groups - 1)),
             *map(Number, (group // 32, *scale.stride()[:2])),
-            *(per_step, per_step == 1 or per_step * group == 128, group % 128 == 0 and tile <= 32),
+            *(per_step, per_step == 1 or per_step * group == 128, minimum is None and group % 128 == 0 and tile <= 32),
             *(tile, stages, parts, gated, early, False),
         )
     return torch.from_numpy(out.memory).view(parts, s, n).sum(0).to(HALF)
+
+
+GROUPED = [
+    (COUNTS[0], 256, 192, 2, 16, 3, 1),
+    (COUNTS[0], 512, 320, 2, 16, 2, 2),
+    (COUNTS[1], 320, 64, 5, 32, 4, 3),
+    (COUNTS[1], 480, 128, 15, 32, 2, 1),
+    (COUNTS[2], 384, 256, 1, 64, 2, 1),
+]
+"""Rows of each expert, inputs, outputs, groups, rows of a tile, stages and parts."""
+
+
+def grouped_case(counts, k, n, groups, gated):
+    """Rows, where experts' begin, and scales of a size that makes the weights 0 to 15 small."""
+    offsets = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32)
+    x = torch.randn(sum(counts) + 3, k).to(HALF)
+    scale = ((torch.rand(len(counts), groups, n * (2 if gated else 1)) + 0.5) / (5 * k**0.5)).to(HALF)
+    return x, offsets, scale
+
+
+def wide(of_groups, k):
+    return of_groups.double().transpose(1, 2).repeat_interleave(k // of_groups.shape[1], 2)
+
+
+def check_grouped(out, x, weight, offsets, gated, bias=None):
+    end = int(offsets[-1])
+    assert out[end:].isnan().all()  # they are not written
+
+    def products(weight):
+        gate, *up = reference._products(x, weight, offsets, bias)[:end].chunk(2 if gated else 1, -1)
+        return torch.nn.functional.silu(gate) * up[0] if gated else gate
+
+    assert_accurate(out[:end], products(weight).double(), products(weight.to(HALF)).to(HALF))
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("counts", "k", "n", "groups", "tile", "stages", "parts"), GROUPED)
+def test_source_of_int4(counts, k, n, groups, tile, stages, parts, gated, zeros):
+    """Groups of a step, of several and of all, outputs and inputs that end within a tile, parts, an early start."""
+    parts = 1 if gated else parts
+    x, offsets, scale = grouped_case(counts, k, n, groups, gated)
+    q = torch.randint(0, 16, (len(counts), scale.shape[2], k), dtype=torch.uint8)
+    packed = torch.stack([int4_pack(of_expert) for of_expert in q])
+    minimum = -torch.randint(0, 16, scale.shape) * scale.float() if zeros else None
+    weight = (q.double() - 8) * wide(scale, k) if minimum is None else q.double() * wide(scale, k) + wide(minimum, k)
+    args = x, packed, scale, minimum, offsets, tile, stages, parts, gated, 3, random.random() < 0.5
+    check_grouped(int4_in_python(*args), x, weight, offsets, gated)
 
 
 def int4_tall_in_python(x, packed, scale, offsets, rows, stages, parts, gated, programs, early):
@@ -306,22 +356,6 @@ def int4_tall_in_python(x, packed, scale, offsets, rows, stages, parts, gated, p
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(
-    ("counts", "k", "n", "groups", "tile", "stages", "parts"),
-    [
-        (COUNTS[0], 256, 192, 2, 16, 3, 1),
-        (COUNTS[0], 512, 320, 2, 16, 2, 2),
-        (COUNTS[1], 320, 64, 5, 32, 4, 3),
-        (COUNTS[1], 480, 128, 15, 32, 2, 1),
-        (COUNTS[2], 384, 256, 1, 64, 2, 1),
-    ],
-)
-def test_source_of_int4(counts, k, n, groups, tile, stages, parts, gated):
-    """Groups of a step, of several and of all, outputs and inputs that end within a tile, parts, an early start."""
-    check_int4(int4_in_python, counts, k, n, groups, tile, stages, parts, gated)
-
-
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize(
     ("counts", "k", "n", "groups", "rows", "stages", "parts"),
     [
         ([5, 0, 33, 49], 256, 192, 2, 32, 3, 1),
@@ -332,24 +366,53 @@ def test_source_of_int4(counts, k, n, groups, tile, stages, parts, gated):
 )
 def test_source_of_int4_tall(counts, k, n, groups, rows, stages, parts, gated):
     """The same, tiles of half as many rows and of as many."""
-    check_int4(int4_tall_in_python, counts, k, n, groups, rows, stages, parts, gated)
-
-
-def check_int4(in_python, counts, k, n, groups, tile, stages, parts, gated):
     parts = 1 if gated else parts
-    experts, outputs = len(counts), n * (2 if gated else 1)
-    offsets = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32)
-    x = torch.randn(sum(counts) + 3, k).to(HALF)
-    q = torch.randint(0, 16, (experts, outputs, k), dtype=torch.uint8)
-    scale = ((torch.rand(experts, groups, outputs) + 0.5) / (5 * k**0.5)).to(HALF)
+    x, offsets, scale = grouped_case(counts, k, n, groups, gated)
+    q = torch.randint(0, 16, (len(counts), scale.shape[2], k), dtype=torch.uint8)
     packed = torch.stack([int4_pack(of_expert) for of_expert in q])
-    args = x, packed, scale, offsets, tile, stages, parts, gated, 3, random.random() < 0.5
-    weight = (q.double() - 8) * scale.double().transpose(1, 2).repeat_interleave(k // groups, 2)
-    out, end = in_python(*args), int(offsets[-1])
-    assert out[end:].isnan().all()
+    args = x, packed, scale, offsets, rows, stages, parts, gated, 3, random.random() < 0.5
+    check_grouped(int4_tall_in_python(*args), x, (q.double() - 8) * wide(scale, k), offsets, gated)
 
-    def products(weight):
-        y = reference._products(x, weight, offsets)[:end]
-        return torch.nn.functional.silu(y[:, :n]) * y[:, n:] if gated else y
 
-    assert_accurate(out[:end], products(weight).double(), products(weight.to(HALF)).to(HALF))
+def int8_in_python(x, weight, bias, scale, offsets, tile, stages, parts, gated, programs, early):
+    """As `grouped_int8.grouped_int8` launches it."""
+    (s, k), (_, groups, outputs) = x.shape, scale.shape
+    n, k_tiles, group = outputs // 2 if gated else outputs, cdiv(k, 128), k // groups
+    part_steps = cdiv(k_tiles, parts)
+    assert cdiv(k_tiles, part_steps) == parts
+    plan = schedule.plan_and_clear(torch.empty(s, 1), offsets, tile)
+    out = torch.full((parts, s, n), torch.nan)
+    out = pointer(out if parts > 1 else out.half())
+    modules = [*MODULES[:1], *(f"quant/int4_{name}" for name in INT4), "quant/int8_unpack", "quant/int8_compute"]
+    modules += [*MODULES[2:], "moe/grouped_few", "moe/grouped_int8"]
+    per_step = scales_of_step(k, group)
+    for program in random.sample(range(programs), programs):
+        namespace([f"{name}.py" for name in modules], (program,), programs)["_grouped_int8_kernel"](
+            Descriptor(weight.flatten(0, 1).numpy(), "int8", (64, 128)),
+            descriptor(x, tile),
+            out,
+            pointer(bias),
+            pointer(plan),
+            pointer(scale),
+            *map(Number, (s, n, cdiv(n, 128 if gated else 256), k_tiles, part_steps, groups - 1, group // 32)),
+            *map(Number, scale.stride()[:2]),
+            *(per_step, per_step <= 1 or per_step * group == 128, per_step == 1 and tile <= 32),
+            *(tile, stages, parts, gated, early, False),
+        )
+    return torch.from_numpy(out.memory).view(parts, s, n).sum(0).to(HALF)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("counts", "k", "n", "groups", "tile", "stages", "parts"),
+    [*GROUPED, (COUNTS[2], 512, 200, 4, 64, 2, 2), (COUNTS[0], 352, 76, 1, 16, 3, 3)],
+)
+def test_source_of_int8_alone(counts, k, n, groups, tile, stages, parts, gated):
+    """The same, and one scale an output; an expert's outputs end within a tile, where another's begin."""
+    parts = 1 if gated else parts
+    x, offsets, scale = grouped_case(counts, k, n, groups, gated)
+    weight = torch.randint(-128, 128, (len(counts), scale.shape[2], k), dtype=torch.int8)
+    scale = scale.float() / 16
+    bias = None if gated or random.random() < 0.5 else torch.randn(len(counts), n)
+    args = x, weight, bias, scale, offsets, tile, stages, parts, gated, 3, random.random() < 0.5
+    check_grouped(int8_in_python(*args), x, weight.double() * wide(scale, k), offsets, gated, bias)

@@ -57,11 +57,14 @@ def float8_case(lengths, cache_dtype, kind="heads", *, heads=8, kv_heads=2, **sh
 
 
 def growing(args, bits):
-    """The first number of each key is `bits` of how far its position is from the sequence's last, where tiles begin."""
+    """The last number of each key is `bits` of how far its position is from the sequence's last, where tiles begin.
+
+    The last: tensor cores cut what is added to a large sum, so that a large first product takes bits of all others.
+    """
     page_size = args["key_cache"].shape[1]
     for pages, keys in zip(args["block_table"], args["seq_lens"].tolist(), strict=True):
         j = torch.arange(keys, device="cuda")
-        args["key_cache"][pages[j // page_size].long(), j % page_size, :, 0] = bits(keys - 1 - j).to(args["query"])[
+        args["key_cache"][pages[j // page_size].long(), j % page_size, :, -1] = bits(keys - 1 - j).to(args["query"])[
             :, None
         ]
 
@@ -181,7 +184,7 @@ class TestOnHopper:
     def test_maxima_that_grow(self, growth, d, dtype):
         """By less than what sums are rescaled for, tile after tile, so that it adds up; at once; and not at all."""
         args, longest = case([(300, 3000), (150, 700)], d=d, dtype=dtype)
-        args["query"].mul_(d**-0.5)[..., 0] = 1.0
+        args["query"].mul_(d**-0.5)[..., -1] = 1.0
         slow, jump = (lambda back: back / 128 * 5), (lambda back: (back > 400) * 40.0)
         kinds = dict(slow=slow, jump=jump, both=lambda back: slow(back) + jump(back), fall=lambda back: -slow(back))
         growing(args, kinds[growth])
@@ -197,11 +200,11 @@ class TestOnHopper:
         growing(args, lambda back: (back // 64).float())
         query = args["query"]
         query *= torch.randint(1, 13, (*query.shape[:2], 1), device="cuda")  # some rescale now and then by themselves
-        query[..., 0] = 0.0
+        query[..., -1] = 0.0
         options = dict(max_seqlen_q=longest, return_lse=True, **options)
         alone = octavo.paged_attention(**args, **options)
         loud = torch.rand(query.shape[:2], device="cuda") < 0.5
-        query[..., 0] = torch.where(loud, 20.0 * d**0.5, 0.0)
+        query[..., -1] = torch.where(loud, 20.0 * d**0.5, 0.0)
         beside = octavo.paged_attention(**args, **options)
         for a, b in zip(alone, beside, strict=True):
             assert torch.equal(a[~loud], b[~loud]) and not torch.equal(a[loud], b[loud])

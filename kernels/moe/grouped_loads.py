@@ -8,6 +8,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.kernels.moe.grouped_tiles import COPIED_BYTES
 from octavo.kernels.moe.schedule import unit_at
+from octavo.kernels.quant.int4_loads import fetch_scales
 from octavo.kernels.quant.w8a8_parts import steps_of
 from octavo.kernels.tiles import let_next_start, wait_for_previous
 
@@ -67,6 +68,20 @@ def load_rows(
                 at = [first_row, step * BLOCK_K + j * (BLOCK_K // CHUNKS)]
                 tma.async_copy_global_to_shared(desc, at, full.index(stage), x.index(stage * CHUNKS + j))
             i += 1
+
+
+@gluon.jit
+def fetch_of_expert(
+    ptr, expert, stride_expert, stride_group, n, N, step, group_planes, last_group, GROUPS: gl.constexpr, GATED:
+    gl.constexpr,
+):
+    """Has the scales, or minima, of a step of a tile of 256 outputs, or twice 128, brought into the cache."""
+    ptr += expert.to(gl.int64) * stride_expert
+    if GATED:
+        fetch_scales(ptr, stride_group, n * 128, N, step, group_planes, last_group, GROUPS, 2)
+        fetch_scales(ptr + N, stride_group, n * 128, N, step, group_planes, last_group, GROUPS, 2)
+    else:
+        fetch_scales(ptr, stride_group, n * 256, N, step, group_planes, last_group, GROUPS, 4)
 
 
 @gluon.jit

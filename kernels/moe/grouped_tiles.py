@@ -26,7 +26,9 @@ class Scales:
     """`[S, 1]`: one a row; or `[S, K / 128]`."""
     weight: torch.Tensor | None = None
     """`[E, outputs]` (gate's, then up's), or `[E]`; beside `[S, K / 128]` those of blocks of 128 outputs and inputs,
-    `[E, outputs / 128, K / 128]`."""
+    `[E, outputs / 128, K / 128]`. Of weights alone those of groups of inputs, `[E, groups, outputs]`."""
+    minimum: torch.Tensor | None = None
+    """Of groups of int4 weights, as their scales."""
 
     @property
     def blocks(self) -> int:
@@ -47,7 +49,8 @@ class Tiles:
 
     kernel: str
     """"few", "tall", "many" (`octavo.kernels.moe.grouped_few`, `grouped_tall`, `grouped_hopper`) or "triton"
-    (`grouped`); with int4 weights "int4", "int4_tall" or "int4_plain" (`grouped_int4` and the like)."""
+    (`grouped`); of weights alone "int4", "int4_tall", "int8" (`grouped_int4`, `grouped_int4_tall`, `grouped_int8`), or
+    "int4_plain" and "int8_plain" (`grouped_int4_plain`, ...)."""
     rows: int
     outputs: int
     """With SiLU and gate those of gate and of up together."""
@@ -67,7 +70,7 @@ class Tiles:
 
     def parts_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Of results that are added up afterwards: where there are few, they are not rounded before."""
-        return torch.float32 if self.kernel in ("few", "int4") or self.parts > 1 else dtype
+        return torch.float32 if self.kernel in ("few", "int4", "int8") or self.parts > 1 else dtype
 
 
 def _mean(rows: int, experts: int) -> float:
@@ -75,24 +78,34 @@ def _mean(rows: int, experts: int) -> float:
     return rows / max(min(experts, rows), 1)
 
 
-def rows_of(
-    rows: int, experts: int, *, copied: bool, most: int = 128, packed: bool = False, blocks: bool = False
-) -> int:
+def rows_of(rows: int, experts: int, *, copied: bool, most: int = 128) -> int:
     """Rows of a tile, for that many rows of which nobody knows yet how they are spread over the experts.
 
-    Few are half as many again as an expert has on average, if each that can have rows has some, and at most `most`:
-    then most experts have one tile, and their weights are read once. So it is with tall tiles (`TAILS`), of which an
-    expert's last has room for some rows more. packed: int4, blocks: scales of blocks of inputs.
+    Half as many again as an expert has on average: then most experts have one tile, and their weights are read once.
     """
     mean = _mean(rows, experts)
-    few = min(max(next_power_of_2(int(1.5 * mean)), 16), most)
+    few = max(next_power_of_2(int(1.5 * mean)), 16)
     if not copied:
-        return min(few, 64) if mean <= 64 else min(128, most)
-    if mean <= MOST_FEW:
-        return few
-    if blocks or (mean > MOST_TALL and not packed):
-        return 128
+        few = min(few, 64) if mean <= 64 else 128
+    return min(few, most)
+
+
+def rows_of_tall(rows: int, experts: int, *, packed: bool = False) -> int:
+    """Rows of a tall tile, of which an expert's last has room for some more; 0 where others are faster.
+
+    packed: int4, which is unpacked for each tile.
+    """
+    mean = _mean(rows, experts)
+    if mean <= MOST_FEW or (mean > MOST_TALL and not packed):
+        return 0
     return 64 if mean <= 80 and not packed else 128 if mean <= 160 else 256
+
+
+def rows_of_plain(rows: int, experts: int, *, copied: bool, blocks: bool = False) -> int:
+    """Rows of a tile of weights that are multiplied as they are; blocks: with scales of blocks of inputs."""
+    if copied and _mean(rows, experts) > MOST_FEW:
+        return 128 if blocks else rows_of_tall(rows, experts) or 128
+    return rows_of(rows, experts, copied=copied, most=32 if blocks else 128)
 
 
 def _parts(tiles: int, inputs: int, slots: int, bytes_of_tile: int, block_k: int) -> int:
@@ -137,10 +150,10 @@ def choose_tiles(
     """The tiles for `[rows, inputs]` by `[experts, outputs, inputs]`, `tile` of the rows at a time.
 
     Args:
-        tile: from `rows_of`.
+        tile: from `rows_of_plain`.
         gated: whether outputs are halved by SiLU × gate; then one program has all of a tile's inputs.
         copied: whether the copy engine loads, on Hopper.
-        blocks: whether scales are of blocks of 128 inputs: then few rows are taken at a time, however many there are.
+        blocks: whether scales are of blocks of 128 inputs.
     """
     mean, active = _mean(rows, experts), min(experts, rows)
     if copied and mean <= MOST_FEW:
@@ -180,7 +193,7 @@ def choose_int4(
     """The same for int4 weights; `outputs` are those of gate and of up."""
     if not copied:
         return Tiles("int4_plain", tile, 128, 128, 8, 2, 1)
-    if _mean(rows, experts) > MOST_FEW:
+    if tile > 64:
         stages = (properties.shared_memory - 2 * _OTHER_BYTES) // (tile * 256 + 2 * 4096)
         return Tiles("int4_tall", tile, 128, 128, 4, min(stages, 6), 1)
     handed = 2 * 64 * tile * 4 if gated else 0
@@ -189,3 +202,28 @@ def choose_int4(
     count = min(experts, rows) * cdiv(outputs, 256)
     parts = 1 if gated else _parts(count, inputs, properties.num_sms, 128 * inputs, 128)
     return Tiles("int4", tile, 256, 128, 4, stages, 1, parts)
+
+
+def choose_int8(
+    rows: int,
+    experts: int,
+    outputs: int,
+    inputs: int,
+    tile: int,
+    properties: DeviceProperties,
+    *,
+    gated: bool,
+    copied: bool,
+    itemsize: int,
+    group_size: int,
+) -> Tiles:
+    """The same for int8 weights beside floating point; the other kernel's steps lie in one group of inputs."""
+    if not copied:  # in fp32, where no tensor cores multiply, longer steps spill
+        sizes = (32, 64, 128) if itemsize == 2 else (32,)
+        block_k = max(size for size in sizes if group_size % size == 0)
+        return Tiles("int8_plain", tile, 128, block_k, 8, 2, 1)
+    handed = 2 * 64 * tile * 4 if gated else 0
+    stages = min((properties.shared_memory - handed - 5 * _OTHER_BYTES) // (4 * 8192 + tile * 256), 6)
+    count = min(experts, rows) * cdiv(outputs, 256)
+    parts = 1 if gated else _parts(count, inputs, properties.num_sms, 256 * inputs, 128)
+    return Tiles("int8", tile, 256, 128, 4, stages, 1, parts)

@@ -21,6 +21,7 @@ from octavo.kernels.checks import (
     check_last_dim_contiguous,
     check_ndim,
 )
+from octavo.kernels.debug import assert_ids
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.tiles import cdiv, chains, let_next_start, next_power_of_2, wait_for_previous
 
@@ -303,7 +304,10 @@ def sort_by_expert(
 
 
 def check_pairs(topk_ids: torch.Tensor, x: torch.Tensor, num_experts: int, expert_map: torch.Tensor | None) -> None:
-    """Raises TypeError or ValueError unless `topk_ids` are experts of the tokens of `x`, `num_experts` of them here."""
+    """Raises TypeError or ValueError unless `topk_ids` are experts of the tokens of `x`, `num_experts` of them here.
+
+    Their values are looked at by `octavo.kernels.debug` alone.
+    """
     check_dtype("topk_ids", topk_ids, INTS)
     check_ndim("topk_ids", topk_ids, 2, "[tokens, top_k]")
     check_last_dim_contiguous("topk_ids", topk_ids)
@@ -321,3 +325,6 @@ def check_pairs(topk_ids: torch.Tensor, x: torch.Tensor, num_experts: int, exper
         check_device("expert_map", expert_map, "x", x)
         if expert_map.shape[0] == 0:
             raise ValueError("expert_map: no experts; expected the number on this device of each expert, or -1")
+        assert_ids("expert_map", expert_map, num_experts, "the experts on this device")
+    known = num_experts if expert_map is None else expert_map.shape[0]
+    assert_ids("topk_ids", topk_ids, known, "all experts" if expert_map is not None else "the experts of this device")

@@ -57,7 +57,7 @@ def _first_group(k, group_planes, TURNS: gl.constexpr, GROUPS: gl.constexpr):
 
 
 @gluon.jit
-def _sum_scaled(
+def sum_scaled_bytes(
     acc, weights, x, full, empty, scale_ptr, rows, side: gl.constexpr, stage, phase, k, end, last_group, group_planes,
     stride_scale_group, BLOCKS: gl.constexpr, SIDES: gl.constexpr, TURNS: gl.constexpr, STAGES: gl.constexpr,
 ):
@@ -96,7 +96,7 @@ def _sum_scaled(
 
 
 @gluon.jit
-def _sum(
+def sum_bytes(
     acc, weights, x, full, empty, scale_ptr, rows, side: gl.constexpr, stage, phase, k, end, last_group, group_planes,
     stride_scale_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, BLOCKS: gl.constexpr, SIDES: gl.constexpr, TURNS:
     gl.constexpr, INPUTS: gl.constexpr, STAGES: gl.constexpr,
@@ -193,12 +193,12 @@ def compute_bytes(
         if TURNS == 1 or k + ahead < end:
             stage, phase = stage_of(128 // INPUTS * (i + ahead), STAGES)
             if SCALE_SUMS:
-                acc = _sum_scaled(
+                acc = sum_scaled_bytes(
                     acc, weights, x, full, empty, scale_ptr, rows, side, stage, phase, k + ahead, end, last_group,
                     group_planes, stride_scale_group, BLOCKS, SIDES, TURNS, STAGES,
                 )
             else:
-                acc = _sum(
+                acc = sum_bytes(
                     acc, weights, x, full, empty, scale_ptr, rows, side, stage, phase, k + ahead, end, last_group,
                     group_planes, stride_scale_group, GROUPS, EVEN, BLOCKS, SIDES, TURNS, INPUTS, STAGES,
                 )

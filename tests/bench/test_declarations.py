@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import octavo
-from octavo.bench import bench_write_kv, experts, paged_inputs, providers, shapes, weight_only
+from octavo.bench import bench_write_kv, experts, paged_inputs, providers, quantized_experts, shapes, weight_only
 from octavo.bench.check import difference, tensors
 from octavo.bench.harness import LeftOut, Provider, Unsupported, benchmarks, label, load, parse_label
 from octavo.testing import OPS, without_interpreter
@@ -77,6 +77,10 @@ TINY = {
     "fused_moe": [
         {"T": t, "E": 5, "busy": busy, "top_k": 2, "hidden": 32, "intermediate": 24}
         for t, busy in ((7, 5), (7, 2), (3, 4))
+    ]
+    + [
+        {"T": 7, "E": 3, "busy": 3, "top_k": 2, "hidden": 256, "intermediate": 128} | scheme
+        for scheme in (*quantized_experts.SCHEMES, {"bits": 4, "group": 32})
     ],
     "sample": [
         {"B": 3, "vocab": 100, "k": k, "p": p, "flat": flat}
@@ -227,7 +231,7 @@ def test_shapes(name):
     assert [parse_label(text) for text in labels] == module.shapes()
     first = tuple(module.shapes()[0])
     assert all(tuple(shape)[: len(first)] == first for shape in module.shapes()), "the same dimensions, in one order"
-    assert name == "paged_attention" or all(len(shape) == len(first) for shape in module.shapes())
+    assert name in ("paged_attention", "fused_moe") or all(len(shape) == len(first) for shape in module.shapes())
     for shape in module.shapes():
         assert shapes.models_of(shape), shape
         for dtype in module.DTYPES:
@@ -287,7 +291,10 @@ def test_what_runs_without_peers_is_right(name, shape, dtype):
 
 
 def unsupported(name, shape, provider):
-    """torch's dense attention has one length and number of queries, with a window one query, no quantised cache."""
+    """torch's dense attention has one length and number of queries, with a window one query, no quantised cache; of
+    layers of experts only the first provider has quantised ones."""
+    if name == "fused_moe":
+        return "bits" in shape and provider is not load(name).PROVIDERS["octavo"]
     if name != "paged_attention":
         return False
     if not {"fp8", "int8", "long", "chunks"} & set(shape) and (not shape["window"] or shape["q"] == 1):
@@ -418,6 +425,8 @@ def test_experts_that_tokens_go_to():
 )
 def test_what_is_for_a_gpu_alone_is_right_too(name, provider):
     for shape in TINY[name]:
+        if "bits" in shape and provider == "torch (loop)":
+            continue
         inputs = draw(name, shape, torch.bfloat16)
         assert difference(load(name).PROVIDERS[provider].make(inputs)(), load(name).exact(inputs)) is None
 

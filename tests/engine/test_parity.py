@@ -89,6 +89,9 @@ TINY = {
     "mistral-window": transformers.MistralConfig(**COMMON, sliding_window=11),
     "mixtral": transformers.MixtralConfig(**COMMON, num_local_experts=5, num_experts_per_tok=2),
     "mixtral-window": transformers.MixtralConfig(**COMMON, sliding_window=11, num_experts_per_tok=3),
+    "qwen2-moe": transformers.Qwen2MoeConfig(
+        **COMMON, moe_intermediate_size=56, shared_expert_intermediate_size=80, num_experts=7, num_experts_per_tok=3
+    ),
     "qwen3-moe": transformers.Qwen3MoeConfig(
         **COMMON, moe_intermediate_size=56, num_experts=7, num_experts_per_tok=3, norm_topk_prob=True
     ),
