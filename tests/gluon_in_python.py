@@ -383,6 +383,7 @@ def namespace(modules, place, programs):
             exp2=lambda x: Tensor(np.exp2(x.values), x.dtype),
             load=_load,
             minimum=_extremum(np.minimum),
+            num_programs=lambda axis: Number(programs),
         ),
         torch=torch,
         wide_layout=lambda rows, columns: None,

@@ -124,7 +124,7 @@ def arrange(
         GROUP=GROUP,
         EXPERTS=max(next_power_of_2(num_experts + 1), 32),  # as many as a warp has threads, at least
         CHUNK=CHUNK,
-        OTHERS=max(next_power_of_2(most), 32),
+        OTHERS=64 if most <= 64 else MOST_PAIRS,
         BLOCK=min(next_power_of_2(width), 4096),
         CHAINED=chains(device),
     )

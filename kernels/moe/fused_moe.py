@@ -2,10 +2,10 @@
 
     y[t] = Σⱼ weights[t, j] · w2[e] · (silu(w1[e][:I] · x[t]) · (w1[e][I:] · x[t])),    e = topk_ids[t, j]
 
-Five kernels: `sort_by_expert`, which has three where there are many pairs of a token and an expert; one that gathers
-rows and describes tiles; the products, gate and up in one; and the weighted sum. Weights of 8 bits take two more, which
-quantise tokens, and what lies between the products, by row. What an expert makes of a row is added up in the order of a
-token's experts, without atomics, so that results have the same bits each time.
+With few pairs of a token and an expert four kernels: one that sorts, gathers rows and describes tiles; the products,
+gate and up in one; and the weighted sum. With more pairs sorting is one of its own, or three. Weights of 8 bits take
+two more, which quantise tokens, and what lies between the products, by row. What an expert makes of a row is added up
+in the order of a token's experts, without atomics, so that results have the same bits each time.
 https://arxiv.org/abs/2401.04088 (Mixtral)
 """
 

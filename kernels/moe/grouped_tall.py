@@ -2,9 +2,9 @@
 
 Weights are the first operand, so that a tile can have as many rows as its expert has: up to ROWS, of 256 also up to
 half, or TAIL more. An expert with a few rows more than ROWS has no tile of its own for them, which would read the
-weights again and take as long as a half tile. Two warpgroups have 64 outputs each. With SiLU × gate the copy engine puts eight
-rows of gate and the same eight of up below each other, so that a thread has both of an output. Rows of x are copied BOX
-at a time, and boxes past an expert's last row are not.
+weights again and take as long as a half tile. Two warpgroups have 64 outputs each. With SiLU × gate the copy engine
+puts eight rows of gate and the same eight of up below each other, so that a thread has both of an output. Rows of x are
+copied BOX at a time, and boxes past an expert's last row are not.
 """
 
 import torch

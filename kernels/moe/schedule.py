@@ -22,11 +22,16 @@ CHUNK = 16
 
 @triton.jit
 def unit_at(plan_ptr, unit, n_tiles):
-    """Expert, first row and number of rows, and which of `n_tiles` columns: of a unit of work, a tile by a column."""
+    """Expert, first row and number of rows, and which of `n_tiles` columns: of a unit of work, a tile by a column.
+
+    Tiles of a group come in another order each time that all programs have had a unit: else one of them would always
+    meet the last tile, which is the shortest, if the number of programs is a multiple of that of tiles.
+    """
     near_ptr = plan_ptr + 8 + unit // n_tiles * 8  # another tile of the same group
     first, size = tl.load(near_ptr + 3), tl.load(near_ptr + 4)
     rest = unit - first * n_tiles
-    tile_ptr = plan_ptr + 8 + (first + rest % size) * 8
+    turn = rest % size
+    tile_ptr = plan_ptr + 8 + (first + (turn + (rest - turn) // tl.num_programs(0)) % size) * 8
     return tl.load(tile_ptr), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2), rest // size
 
 
