@@ -77,7 +77,7 @@ def bytes_moved(shape: Shape, dtype: torch.dtype) -> int:
     return round(weight_bytes * weights + dtype.itemsize * shape["T"] * (2 * shape["hidden"] + shape["E"]))
 
 
-def _weights(inputs: Inputs) -> dict[str, torch.Tensor]:
+def _weights(inputs: Inputs) -> Inputs:
     return quantized_experts.octavo_weights(inputs) if "bits" in inputs else {n: inputs[n] for n in ("w1", "w2")}
 
 

@@ -101,7 +101,7 @@ def _operands(inputs: Inputs) -> list[torch.Tensor]:
     return [inputs[name] for name in ("x", "topk_weights", "topk_ids")]
 
 
-def octavo_weights(inputs: Inputs) -> dict[str, torch.Tensor]:
+def octavo_weights(inputs: Inputs) -> Inputs:
     """The arguments of `fused_moe` that a layer of quantised experts has."""
     w1, w2 = inputs["w1"], inputs["w2"]
     if inputs["bits"] == 4:

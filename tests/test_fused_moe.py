@@ -308,7 +308,7 @@ def test_gather(device):
     order = torch.tensor([3, 9, 0, 1, 8, 2, 4, 5, 6, 7], dtype=torch.int32, device=device)
     offsets = torch.tensor([0, 4, 10], dtype=torch.int32, device=device)
     scale = torch.rand(5, 3, device=device)
-    rows, scales, plan = schedule.gather_and_plan(x, order, offsets, 2, 16, scale)
+    rows, scales, plan = schedule.gather_and_plan(x, order, offsets, 2, 16, 0, scale)
     assert torch.equal(rows, x[order.long() // 2]) and torch.equal(scales, scale[order.long() // 2])
     assert torch.equal(plan[:21].cpu()[[0, 8, 9, 10, 16, 17, 18]], torch.tensor([2, 0, 0, 4, 1, 4, 6]))
 
@@ -463,11 +463,11 @@ def launches(dtype):
         return torch.empty(shape, device="meta", dtype=dtype)
 
     for experts, top_k, hidden, intermediate in ((8, 2, 4096, 14336), (64, 6, 2048, 1408), (8, 2, 161, 96)):
-        for tokens in (1, 2, 16, 64, 128, 256, 1024, 4096):
+        for tokens in (1, 2, 16, 64, 128, 256, 512, 1024, 4096):
             ids, weights = new(tokens, top_k, dtype=torch.int32), new(tokens, top_k, dtype=torch.float32)
             w1, w2 = new(experts, 2 * intermediate, hidden), new(experts, hidden, intermediate)
             fused_moe._fused_moe_cuda(new(tokens, hidden), w1, w2, weights, ids, None)
-            for group in (None, 128, 64, 32) if tokens in (16, 64, 256) and hidden > 161 else ():
+            for group in (None, 128, 64, 32) if tokens in (16, 64, 256, 1024) and hidden > 161 else ():
                 launches_alone(new, dtype, experts, ids, weights, hidden, intermediate, group)
                 if group == 128 and experts == 8 and tokens < 256:  # in fp32, too
                     launches_alone(new, torch.float32, experts, ids, weights, hidden, intermediate, group)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 import octavo
 from octavo import reference
 from octavo.kernels.moe import combine, grouped, grouped_linear, schedule
-from octavo.kernels.moe.grouped_tiles import Tiles, choose_tiles, rows_of
+from octavo.kernels.moe.grouped_tiles import Tiles, choose_tiles, rows_of_plain
 from octavo.kernels.moe.schedule import most_tiles
 from octavo.kernels.tiles import KNOWN_DEVICES, cdiv
 from octavo.testing import assert_accurate, check_op
@@ -134,22 +134,22 @@ def test_parts_are_added_up_in_order(device):
 @pytest.mark.parametrize("experts", [1, 8, 64, 256])
 @pytest.mark.parametrize(("n", "k"), [(28672, 4096), (4096, 14336), (1408, 2048), (96, 160)])
 def test_tiles(experts, n, k):
-    """What a tile takes fits; parts have work; rows of a tile rise with the number of rows."""
+    """What a tile takes fits; parts have work; rows of a tile rise with the number of rows, up to those of many."""
     before = 0
     for rows in (1, 2, 8, 33, 64, 100, 128, 500, 512, 4096, 8192):
         for copied in (False, True):
-            tile = rows_of(rows, experts, copied=copied)
+            tile = rows_of_plain(rows, experts, copied=copied)
             for gated in (False, True):
                 tiles = choose_tiles(rows, experts, n, k, tile, H100, gated=gated, copied=copied, itemsize=2)
-                assert tiles.rows == tile and 16 <= tile <= 128
+                assert tiles.rows == tile and 16 <= tile <= 256
                 assert (tiles.kernel == "triton") == (not copied)
                 if copied:
-                    stage = (tile + tiles.outputs) * tiles.block_k * 2
-                    assert tiles.stages * stage + 1024 < H100.shared_memory and tiles.stages >= 3
+                    stage = (tile + tiles.tail + tiles.outputs) * tiles.block_k * 2
+                    assert tiles.stages * stage + 1024 < H100.shared_memory and tiles.stages >= 2
                 steps = cdiv(k, tiles.block_k)
                 assert tiles.parts == 1 or (copied and not gated)
                 assert cdiv(steps, cdiv(steps, tiles.parts)) == tiles.parts  # none is without a step
-        assert tile >= before
+        assert tile >= before or tiles.kernel == "many"
         before = tile
 
 

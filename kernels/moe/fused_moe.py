@@ -2,10 +2,10 @@
 
     y[t] = Σⱼ weights[t, j] · w2[e] · (silu(w1[e][:I] · x[t]) · (w1[e][I:] · x[t])),    e = topk_ids[t, j]
 
-Five kernels: `sort_by_expert`, which has three where there are many pairs of a token and an expert; one that gathers
-rows and describes tiles; the products, gate and up in one; and the weighted sum. Weights of 8 bits take two more, which
-quantise tokens, and what lies between the products, by row. What an expert makes of a row is added up in the order of a
-token's experts, without atomics, so that results have the same bits each time.
+With few pairs of a token and an expert four kernels: one that sorts, gathers rows and describes tiles; the products,
+gate and up in one; and the weighted sum. With more pairs sorting is one of its own, or three. Weights of 8 bits take
+two more, which quantise tokens, and what lies between the products, by row. What an expert makes of a row is added up
+in the order of a token's experts, without atomics, so that results have the same bits each time.
 https://arxiv.org/abs/2401.04088 (Mixtral)
 """
 
@@ -20,11 +20,21 @@ from octavo.kernels.checks import (
     check_shape,
 )
 from octavo.kernels.launch import empty
+from octavo.kernels.moe.arrange import MOST_PAIRS, arrange
 from octavo.kernels.moe.combine import combine
 from octavo.kernels.moe.fused_moe_check import BYTES, check_weights
 from octavo.kernels.moe.grouped import grouped, may_copy
 from octavo.kernels.moe.grouped_linear import most_rows
-from octavo.kernels.moe.grouped_tiles import Scales, Tiles, choose_int4, choose_int8, choose_tiles, rows_of
+from octavo.kernels.moe.grouped_tiles import (
+    Scales,
+    Tiles,
+    choose_int4,
+    choose_int8,
+    choose_tiles,
+    rows_of,
+    rows_of_plain,
+    rows_of_tall,
+)
 from octavo.kernels.moe.schedule import gather_and_plan
 from octavo.kernels.moe.sort import check_pairs, sort_by_expert
 from octavo.kernels.quant.int4_tiles import groups_of_step
@@ -72,10 +82,12 @@ def _choose(
         most = 64 if copied and not with_minimum and max(map(groups_of_step, sizes)) <= 2 else 32
         most = 16 if with_minimum and x.dtype == torch.float32 else most
         tile = rows_of(pairs, experts, copied=copied, most=most)
+        if copied and not with_minimum:
+            tile = rows_of_tall(pairs, experts, packed=True) or tile
         first = choose_int4(*up, tile, properties, gated=True, copied=copied)
         return tile, first, choose_int4(*down, tile, properties, gated=False, copied=copied)
     copied, blocks, itemsize = may_copy(properties, w1, w2), _in_blocks(w1, w1_scale), w1.element_size()
-    tile = rows_of(pairs, experts, copied=copied, most=32 if blocks else 128)
+    tile = rows_of_plain(pairs, experts, copied=copied, blocks=blocks)
     first = choose_tiles(*up, tile, properties, gated=True, copied=copied, itemsize=itemsize, blocks=blocks)
     second = choose_tiles(*down, tile, properties, gated=False, copied=copied, itemsize=itemsize, blocks=blocks)
     return tile, first, second
@@ -116,8 +128,12 @@ def _fused_moe_cuda(
         check_supported("w1", w1.dtype, x.device, "quantise to int8")
         granularity = "group" if _in_blocks(w1, w1_scale) else "token"
         x, x_scale = _quantize_cuda(x, None, granularity, BLOCK, w1.dtype)
-    order, offsets, positions = sort_by_expert(topk_ids, experts, expert_map)
-    rows, row_scales, plan = gather_and_plan(x, order, offsets, top_k, tile, x_scale)
+    if likely <= MOST_PAIRS:
+        plan_of = tile, first.tail, likely
+        rows, row_scales, plan, positions = arrange(x, topk_ids, experts, expert_map, *plan_of, x_scale)
+    else:
+        order, offsets, positions = sort_by_expert(topk_ids, experts, expert_map)
+        rows, row_scales, plan = gather_and_plan(x, order, offsets, top_k, tile, first.tail, x_scale)
     between = empty((pairs, intermediate), out.dtype, x.device)
     grouped(between, rows, w1, None, plan, first, gated=True, scales=Scales(row_scales, w1_scale, w1_minimum))
     if quantized:

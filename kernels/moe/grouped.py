@@ -18,8 +18,10 @@ from octavo.kernels.moe.grouped_few import grouped_few
 from octavo.kernels.moe.grouped_hopper import grouped_hopper
 from octavo.kernels.moe.grouped_int4 import grouped_int4
 from octavo.kernels.moe.grouped_int4_plain import grouped_int4_plain
+from octavo.kernels.moe.grouped_int4_tall import grouped_int4_tall
 from octavo.kernels.moe.grouped_int8 import grouped_int8
 from octavo.kernels.moe.grouped_int8_plain import grouped_int8_plain
+from octavo.kernels.moe.grouped_tall import grouped_tall
 from octavo.kernels.moe.grouped_tiles import Scales, Tiles
 from octavo.kernels.moe.schedule import most_tiles, unit_at
 from octavo.kernels.quant.epilogue import silu_times
@@ -164,6 +166,9 @@ def grouped(
     if tiles.kernel == "int4":
         grouped_int4(out, x, weight, scales, plan, tiles, programs, gated, planned_before)
         return
+    if tiles.kernel == "int4_tall":
+        grouped_int4_tall(out, x, weight, scales.weight, plan, tiles, programs, gated, planned_before)
+        return
     if tiles.kernel == "int4_plain":
         grouped_int4_plain(out, x, weight, scales, plan, tiles, programs, gated)
         return
@@ -175,6 +180,9 @@ def grouped(
         return
     if tiles.kernel == "few":
         grouped_few(out, x, weight, bias, scales, plan, tiles, n_tiles, programs, gated, planned_before)
+        return
+    if tiles.kernel == "tall":
+        grouped_tall(out, x, weight, bias, scales, plan, tiles, n_tiles, programs, gated, planned_before)
         return
     if tiles.kernel == "many":
         grouped_hopper(out, x, weight, bias, scales, plan, tiles, n_tiles, programs, gated)

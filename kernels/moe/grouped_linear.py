@@ -22,7 +22,7 @@ from octavo.kernels.debug import assert_offsets
 from octavo.kernels.launch import empty
 from octavo.kernels.moe.combine import add_parts
 from octavo.kernels.moe.grouped import grouped, may_copy
-from octavo.kernels.moe.grouped_tiles import Scales, Tiles, choose_int8, choose_tiles, rows_of
+from octavo.kernels.moe.grouped_tiles import Scales, Tiles, choose_int8, choose_tiles, rows_of, rows_of_plain
 from octavo.kernels.moe.schedule import plan_and_clear
 from octavo.kernels.quant.int8_hopper import scales_of_step
 from octavo.kernels.registry import register
@@ -46,7 +46,7 @@ def _choose(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, r
         sizes = rows, experts, n, k, tile, properties
         itemsize = x.element_size()
         return choose_int8(*sizes, gated=False, copied=copied, itemsize=itemsize, group_size=group_size)
-    tile = rows_of(rows, experts, copied=copied)
+    tile = rows_of_plain(rows, experts, copied=copied)
     sizes = rows, experts, n, k, tile, properties
     return choose_tiles(*sizes, gated=False, copied=copied, itemsize=x.element_size())
 
@@ -61,7 +61,7 @@ def _grouped_linear_cuda(
     s, n = x.shape[0], weight.shape[1]
     out = empty((s, n), x.dtype, x.device)
     tiles = _choose(x, weight, scale, next_power_of_2(s))  # they change at powers of two, so that a warm-up meets all
-    plan = plan_and_clear(out, offsets, tiles.rows)
+    plan = plan_and_clear(out, offsets, tiles.rows, tiles.tail)
     if s == 0 or n == 0:
         return out
     if tiles.parts == 1:

@@ -52,7 +52,7 @@ def choose_tiles(pairs: int) -> _Tiles:
 
 
 @triton.jit
-def _expert_of(
+def expert_of(
     topk_ids_ptr, expert_map_ptr, at, inside, top_k, num_experts, map_size, stride_ids_token, DENSE: tl.constexpr
 ):
     """Expert on this device of the pairs `at`, as int32; num_experts for those that have none, and past the end."""
@@ -96,7 +96,7 @@ def _sort_few_kernel(
     is_pair = at < pairs
     wait_for_previous(CHAINED)
     let_next_start(CHAINED)
-    expert = _expert_of(
+    expert = expert_of(
         topk_ids_ptr, expert_map_ptr, at, is_pair, top_k, num_experts, map_size, stride_ids_token, DENSE
     )  # [QUERIES]
     key = tl.where(is_pair, expert * pairs + at, (at - pairs) * pairs)
@@ -104,7 +104,7 @@ def _sort_few_kernel(
     for start in range(0, pairs, BLOCK):
         other = start + tl.arange(0, BLOCK)  # [BLOCK]
         inside = other < pairs
-        other_expert = _expert_of(
+        other_expert = expert_of(
             topk_ids_ptr, expert_map_ptr, other, inside, top_k, num_experts, map_size, stride_ids_token, DENSE
         )
         other_key = tl.where(inside, other_expert * pairs + other, 0x7FFFFFFF)
@@ -136,7 +136,7 @@ def _count_kernel(
     bins = tl.arange(0, BINS)
     wait_for_previous(CHAINED)
     let_next_start(CHAINED)
-    expert = _expert_of(topk_ids_ptr, expert_map_ptr, at, inside, top_k, num_experts, map_size, stride_ids_token, DENSE)
+    expert = expert_of(topk_ids_ptr, expert_map_ptr, at, inside, top_k, num_experts, map_size, stride_ids_token, DENSE)
     # What is past the end counts as pairs without an expert, which nothing comes after.
     counts_ptr += tl.program_id(0).to(tl.int64) * (num_experts + 1)
     tl.store(counts_ptr + bins, tl.histogram(expert, BINS), mask=bins <= num_experts)
@@ -195,11 +195,11 @@ def _place_kernel(
     bins = tl.arange(0, BINS)
     wait_for_previous(CHAINED)
     let_next_start(CHAINED)
-    expert = _expert_of(topk_ids_ptr, expert_map_ptr, at, inside, top_k, num_experts, map_size, stride_ids_token, DENSE)
+    expert = expert_of(topk_ids_ptr, expert_map_ptr, at, inside, top_k, num_experts, map_size, stride_ids_token, DENSE)
     earlier = tl.zeros([QUERIES, BLOCK], tl.int32)
     for start in range(first, first + QUERIES, BLOCK):
         other = start + tl.arange(0, BLOCK)  # [BLOCK]
-        other_expert = _expert_of(
+        other_expert = expert_of(
             topk_ids_ptr, expert_map_ptr, other, other < pairs, top_k, num_experts, map_size, stride_ids_token, DENSE
         )
         earlier += ((other_expert[None, :] == expert[:, None]) & (other[None, :] < at[:, None])).to(tl.int32)

@@ -55,9 +55,11 @@ def sum_steps(
 ):
     """Adds every TURNS-th step from `k` to `end` of a tile to acc; `stage` and `phase` are the first's.
 
-    SCALE_SUMS: not the weights are scaled, but each step's sums. That is fewer instructions for few tokens.
+    Of x as many tokens are taken as acc has. SCALE_SUMS: not the weights are scaled, but each step's sums: that is
+    fewer instructions for few tokens.
     """
     dtype: gl.constexpr = x.dtype
+    TOKENS: gl.constexpr = acc.shape[1]
     layout: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
     nothing = gl.zeros_like(acc)
     group_steps = group_planes // 4
@@ -94,13 +96,14 @@ def sum_steps(
         after, after_phase = after_turns(stage, phase, TURNS, STAGES)
         next_stage = gl.where(step < end, after, stage)  # the last step's is itself once more, and for nothing
         next_phase = gl.where(step < end, after_phase, phase)
-        part = x.index(stage).slice(0, 64, 1).permute((1, 0))
+        part = x.index(stage).slice(0, 64, 1).slice(0, TOKENS).permute((1, 0))
         if SCALE_SUMS:
             sums = warpgroup_mma(low, part, nothing, use_acc=False, is_async=True)
         else:
             sums = warpgroup_mma(low, part, acc, is_async=True)
         high = operand(unpack(packed, s_high, m_high, 1, dtype), dtype, layout)
-        sums = warpgroup_mma(high, x.index(stage).slice(64, 64, 1).permute((1, 0)), sums, is_async=True)
+        part = x.index(stage).slice(64, 64, 1).slice(0, TOKENS).permute((1, 0))
+        sums = warpgroup_mma(high, part, sums, is_async=True)
         if not SCALE_SUMS:  # the next half unpacked goes into the registers of this step's first
             sums, low = warpgroup_mma_wait(1, deps=[sums, low])
         mbarrier.wait(full.index(next_stage), next_phase)
