@@ -122,6 +122,18 @@ def test_the_last_in_rank_makes_room_and_comes_back():
     assert blocks.num_free == 4 and len(second.token_ids) == 8
 
 
+def test_who_is_preempted_waits_for_the_token_in_flight():
+    scheduler = Scheduler(BlockManager(4, 2, enable_prefix_caching=False), 8, 64)
+    first, second = sequence(0, prompt=4, max_tokens=4), sequence(1, prompt=4, max_tokens=4)
+    scheduler.add(first, second)
+    step = scheduler.schedule()
+    assert scheduler.schedule().chunks == [(first, 4, 1, True)] and second.slot is None and second.in_flight == 1
+    scheduler.abort(0)
+    assert not scheduler.schedule(), "what it has sampled is part of what is computed anew"
+    update(scheduler, step)
+    assert scheduler.schedule().chunks == [(second, 0, 5, True)]
+
+
 def test_a_decode_gives_way_to_a_prompt_of_better_rank():
     scheduler = Scheduler(BlockManager(6, 2, enable_prefix_caching=False), 8, 6)
     scheduler.add(sequence(5, prompt=2, max_tokens=6))
