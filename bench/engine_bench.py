@@ -84,7 +84,7 @@ class Bench:
         self.llm = self._open()
         self.start_seconds = time.perf_counter() - start
         blocks = self.llm.blocks
-        self.cache_bytes = (getattr(self.llm.runner, "cache", None) or self.llm.runner.kv_cache).nbytes
+        self.cache_bytes = self.llm.runner.cache.nbytes
         self.costs: Costs = costs_of(self.llm.model, self.cache_bytes // (blocks.num_pages * blocks.page_size))
         self._runs = count()
 

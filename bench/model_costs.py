@@ -151,6 +151,6 @@ def _product_dtype(model: Decoder) -> str:
     dtype = model.dtype
     if isinstance(layer, W8A8Linear):
         dtype = layer.weight.dtype
-    elif isinstance(layer, StackedExperts) and not getattr(layer, "weights_only", False):
+    elif isinstance(layer, StackedExperts) and not layer.weights_only:
         dtype = layer.w2.dtype if layer.w2.dtype in (torch.int8, torch.float8_e4m3fn) else dtype
     return str(dtype).removeprefix("torch.")

@@ -48,6 +48,9 @@ def _setup(
     cache_tokens: Annotated[int | None, typer.Option(help="Tokens the cache holds; by default what fits.")] = None,
     page_size: Annotated[int, typer.Option(help="Tokens a page of the cache.")] = 16,
     prefix_caching: Annotated[bool, typer.Option(help="Keep what prompts begin with for later ones.")] = True,
+    kv_cache_dtype: Annotated[str | None, typer.Option(help="fp8, fp8_e5m2 or int8; by default the model's.")] = None,
+    enforce_eager: Annotated[bool, typer.Option(help="Without CUDA graphs.")] = False,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Of the GPU's memory, for everything.")] = 0.9,
 ) -> "Setup":
     from octavo.bench.engine_bench import Setup
 
@@ -58,6 +61,9 @@ def _setup(
         cache_tokens=cache_tokens,
         page_size=page_size,
         enable_prefix_caching=prefix_caching,
+        kv_cache_dtype=kv_cache_dtype,
+        enforce_eager=enforce_eager,
+        gpu_memory_utilization=gpu_memory_utilization,
     )
     given = {name: value for name, value in options.items() if value is not None}
     return Setup(model, random_weights, scheme.value, layers, device, given)

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from octavo.engine.config import ModelConfig
+from octavo.engine.options import CACHE_DTYPES
 
-DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2, "int8": torch.int8}
+DTYPES = dict(zip(CACHE_DTYPES, (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8), strict=True))
 """What a user may call the dtypes of a quantised cache."""
 
 

@@ -15,6 +15,7 @@ from octavo.engine.checkpoint import open_checkpoint
 from octavo.engine.core import EngineCore, Request
 from octavo.engine.devices import choose_device, choose_dtype
 from octavo.engine.hub import resolve
+from octavo.engine.kv_cache import DTYPES, KVCache
 from octavo.engine.load_report import measure_load
 from octavo.engine.loader import load_model
 from octavo.engine.model import Decoder
@@ -22,7 +23,7 @@ from octavo.engine.options import EngineOptions
 from octavo.engine.outputs import Completion, refused
 from octavo.engine.params import SamplingParams
 from octavo.engine.progress import running_total, show_progress
-from octavo.engine.runner import ModelRunner
+from octavo.engine.runner import ModelRunner, activation_bytes
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.sequence import Chunk
 from octavo.engine.sequence import Sequence as TokenSequence
@@ -86,8 +87,8 @@ class LLM:
                 limits.max_model_len or config.max_position_embeddings,
                 running_total(progress, checkpoint.num_bytes),
             )
-        self._open(decoder, tokenizer, limits)
-        self.notes = checkpoint.notes
+        self._open(decoder, tokenizer, limits, warmup)
+        self.notes = [*checkpoint.notes, *self.runner.notes]
         if warmup and self.device.type == "cuda":
             self.warmup()
 
@@ -104,33 +105,33 @@ class LLM:
             ValueError: an option out of range.
         """
         llm = cls.__new__(cls)
-        llm._open(model, tokenizer, EngineOptions(**options))
-        llm.notes = []
+        llm._open(model, tokenizer, EngineOptions(**options), warm=True)
+        llm.notes = [*llm.runner.notes]
         return llm
 
-    def _open(self, model: Decoder, tokenizer: Tokenizer | None, options: EngineOptions) -> None:
+    def _open(self, model: Decoder, tokenizer: Tokenizer | None, options: EngineOptions, warm: bool) -> None:
         self.model, self.config, self.device = model, model.config, model.device
         self.max_model_len = options.max_model_len or self.config.max_position_embeddings
         window, page_size = self.config.sliding_window, options.page_size
         ring = None
         if window is not None and window < self.max_model_len:
             ring = ring_pages(window, options.max_num_batched_tokens, page_size)
-        cache_tokens = options.cache_tokens or self._cache_tokens(options)
-        self.blocks = BlockManager(
-            -(-cache_tokens // page_size),
-            page_size,
-            enable_prefix_caching=options.enable_prefix_caching,
-            ring_pages=ring,
-        )
-        self.runner = ModelRunner(
-            model,
-            num_pages=self.blocks.num_pages,
+        limits: dict[str, Any] = dict(
             page_size=page_size,
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             max_model_len=self.max_model_len,
             ring_pages=ring,
+            cache_dtype=DTYPES[options.kv_cache_dtype] if options.kv_cache_dtype else None,
+            enforce_eager=options.enforce_eager,
         )
+        self.blocks = BlockManager(
+            self._num_pages(options, limits, warm),
+            page_size,
+            enable_prefix_caching=options.enable_prefix_caching,
+            ring_pages=ring,
+        )
+        self.runner = ModelRunner(model, num_pages=self.blocks.num_pages, **limits)
         self.scheduler = Scheduler(
             self.blocks, options.max_num_seqs, options.max_num_batched_tokens, max_waiting=options.max_waiting
         )
@@ -327,14 +328,24 @@ class LLM:
         except TypeError:
             raise TypeError(f"{name}: {prompt!r}; expected a text, or token ids, which are integers") from None
 
-    def _cache_tokens(self, options: EngineOptions) -> int:
-        c = self.config
-        bytes_per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.model.dtype.itemsize
+    def _num_pages(self, options: EngineOptions, limits: dict[str, Any], warm: bool) -> int:
+        """Pages of the cache: those asked for, or what memory has room for."""
+        if options.cache_tokens is not None:
+            return -(-options.cache_tokens // options.page_size)
         if self.device.type == "cuda":
-            room = int(0.8 * torch.cuda.mem_get_info(self.device)[0])
+            step = activation_bytes(self.model, **limits) if warm else 0
+            free, total = torch.cuda.mem_get_info(self.device)
+            room = free - step - int((1 - options.gpu_memory_utilization) * total)
         else:
             room = CPU_CACHE_BYTES
-        return max(min(room // bytes_per_token, options.max_num_seqs * self.max_model_len), options.page_size)
+        a_page = KVCache.page_bytes(self.config, options.page_size, limits["cache_dtype"] or self.model.dtype)
+        contexts = options.max_num_seqs * -(-self.max_model_len // options.page_size)
+        if room < a_page:
+            raise ValueError(
+                f"gpu_memory_utilization: {options.gpu_memory_utilization} leaves no memory for a cache beside the "
+                "model and its largest step; raise it, or lower max_num_batched_tokens"
+            )
+        return min(room // a_page, contexts)
 
 
 def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

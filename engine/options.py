@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+CACHE_DTYPES = ("fp8", "fp8_e5m2", "int8")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
@@ -9,8 +11,13 @@ class EngineOptions:
 
     Args:
         max_model_len: longest context in tokens; by default the model's own.
-        cache_tokens: tokens that the KV cache holds; by default what fits in 80 % of the GPU's free memory, or 1 GiB
-            on a CPU, and never more than `max_num_seqs` full contexts.
+        cache_tokens: tokens that the KV cache holds; by default what fits in the GPU's memory beside weights and the
+            largest step, or in 1 GiB on a CPU, and never more than `max_num_seqs` full contexts.
+        gpu_memory_utilization: how much of the GPU's memory all of this process may take when `cache_tokens` is not
+            given; more than 0, at most 1.
+        kv_cache_dtype: None for the model's, or "fp8" (e4m3), "fp8_e5m2" or "int8" (a scale for each token's head),
+            with which twice the tokens fit.
+        enforce_eager: on a GPU, launch every kernel from Python instead of replaying CUDA graphs; for debugging.
         page_size: tokens a page of the cache.
         max_num_seqs: requests in one batch at most.
         max_num_batched_tokens: tokens in one step at most; longer prompts are computed in chunks.
@@ -25,8 +32,11 @@ class EngineOptions:
 
     max_model_len: int | None = None
     cache_tokens: int | None = None
+    gpu_memory_utilization: float = 0.9
+    kv_cache_dtype: str | None = None
+    enforce_eager: bool = False
     page_size: int = 16
-    max_num_seqs: int = 64
+    max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     max_waiting: int | None = None
     enable_prefix_caching: bool = True
@@ -37,3 +47,8 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: {value}; expected at least 1")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization: {self.gpu_memory_utilization}; expected more than 0, at most 1")
+        if self.kv_cache_dtype not in (None, *CACHE_DTYPES):
+            expected = ", ".join(CACHE_DTYPES)
+            raise ValueError(f"kv_cache_dtype: {self.kv_cache_dtype!r}; expected None, or one of {expected}")

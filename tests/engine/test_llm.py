@@ -131,11 +131,23 @@ def test_bad_prompts(llm, prompts, message):
         (dict(page_size=0), "page_size: 0; expected at least 1"),
         (dict(cache_tokens=-1), "cache_tokens: -1"),
         (dict(max_model_len=0), "max_model_len: 0"),
+        (dict(gpu_memory_utilization=1.5), "gpu_memory_utilization: 1.5; expected more than 0, at most 1"),
+        (dict(kv_cache_dtype="fp4"), "kv_cache_dtype: 'fp4'; expected None, or one of fp8, fp8_e5m2, int8"),
     ],
 )
 def test_bad_arguments(folder, argument, message):
     with pytest.raises(ValueError, match=message):
         LLM(folder, **argument)
+
+
+@pytest.mark.parametrize(("cache", "rounding"), [("fp8", 2**-4), ("fp8_e5m2", 2**-3), ("int8", 2**-8)])
+def test_a_quantised_cache_holds_the_same_tokens_in_less(folder, llm, cache, rounding):
+    small = LLM(folder, device="cpu", page_size=4, cache_tokens=200, kv_cache_dtype=cache)
+    assert small.runner.cache.nbytes < 0.6 * llm.runner.cache.nbytes
+    text = [5, 6, 7, 40, 41, 42, 43, 9, 9, 8, 20]
+    exact, rounded = (torch.tensor(m.prompt_logprobs(text)) for m in (llm, small))
+    assert 0 < (exact - rounded).abs().mean() < 8 * rounding  # of log-probabilities from -6 to -11
+    assert len(small.generate([text], GREEDY)[0].token_ids) == 5
 
 
 def test_a_cache_too_small_for_the_request_is_refused(folder):
