@@ -8,6 +8,7 @@ transformers' own models.
 
 from octavo.engine.async_llm import AsyncLLM
 from octavo.engine.llm import LLM
+from octavo.engine.options import EngineOptions
 from octavo.engine.outputs import Completion, CompletionOutput
 from octavo.engine.params import SamplingParams
 from octavo.engine.scheduler import QueueFullError
@@ -18,6 +19,7 @@ __all__ = [
     "AsyncLLM",
     "Completion",
     "CompletionOutput",
+    "EngineOptions",
     "QueueFullError",
     "SamplingParams",
     "register_transformers_attention",

@@ -46,7 +46,7 @@ class AsyncLLM:
 
     Args:
         model: as `LLM` takes it; or an `LLM`, which is nobody else's then.
-        options: those of `LLM`. Beyond `max_waiting` requests are refused.
+        options: those of `LLM`. Where more than `max_waiting` would wait, they are refused.
 
     Raises:
         FileNotFoundError, ValueError: what `LLM` raises.

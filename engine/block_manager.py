@@ -7,7 +7,6 @@ are given up first, of one sequence the last pages, since a page is only found b
 """
 
 from array import array
-from collections.abc import Iterable
 from hashlib import blake2b
 
 from octavo.engine.sequence import Sequence
@@ -170,10 +169,6 @@ class BlockManager:
     def clear_cache(self) -> None:
         """Unlearns the content of all pages."""
         self.forget_since(0)
-
-    def contents(self) -> Iterable[tuple[int, bytes]]:
-        """Pages whose content is known, and their keys."""
-        return [(page, content[0]) for page, content in enumerate(self._content) if content is not None]
 
     def _forget(self, page: int) -> None:
         content = self._content[page]

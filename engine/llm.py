@@ -18,6 +18,7 @@ from octavo.engine.hub import resolve
 from octavo.engine.load_report import measure_load
 from octavo.engine.loader import load_model
 from octavo.engine.model import Decoder
+from octavo.engine.options import EngineOptions
 from octavo.engine.outputs import Completion, refused
 from octavo.engine.params import SamplingParams
 from octavo.engine.progress import running_total, show_progress
@@ -51,19 +52,11 @@ class LLM:
         device: "cpu", "cuda", "cuda:1"; by default the GPU where there is one.
         dtype: of activations and dense weights; by default fp32 on a CPU, on a GPU the checkpoint's own half precision
             or bf16. Quantised weights stay quantised.
-        max_model_len: longest context in tokens; by default the model's own.
-        cache_tokens: tokens that the KV cache holds; by default what fits in 80 % of the GPU's free memory, or 1 GiB
-            on a CPU, and never more than `max_num_seqs` full contexts.
-        page_size: tokens a page of the cache.
-        max_num_seqs: requests in one batch at most.
-        max_num_batched_tokens: tokens in one step at most; longer prompts are computed in chunks.
-        max_waiting: requests that may wait; more are refused. None for no limit.
-        enable_prefix_caching: keep what was computed of earlier requests, for later ones that begin alike. Not for
-            models with a sliding window shorter than the context, whose cache is written over.
         progress: called with (bytes read so far, bytes in all) while the weights load.
         allow_pickle: read pytorch_model.bin where there are no safetensors, by `torch.load(weights_only=True)`.
         warmup: on a GPU, compile every kernel that the model needs before the first request, so that none waits for
             the compiler; or False, and call `warmup()` at your own time.
+        options: those of `EngineOptions`: `max_model_len`, `cache_tokens`, `max_num_seqs` and others.
 
     Raises:
         FileNotFoundError: no such model.
@@ -76,26 +69,12 @@ class LLM:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        max_model_len: int | None = None,
-        cache_tokens: int | None = None,
-        page_size: int = 16,
-        max_num_seqs: int = 64,
-        max_num_batched_tokens: int = 2048,
-        max_waiting: int | None = None,
-        enable_prefix_caching: bool = True,
         progress: Callable[[int, int], None] | None = None,
         allow_pickle: bool = False,
         warmup: bool = True,
+        **options: Any,
     ) -> None:
-        sizes: dict[str, Any] = dict(
-            max_model_len=max_model_len,
-            cache_tokens=cache_tokens,
-            page_size=page_size,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_waiting=max_waiting,
-        )
-        _check_sizes(sizes)
+        limits = EngineOptions(**options)
         checkpoint = open_checkpoint(resolve(str(model), allow_pickle), allow_pickle)
         config, on = checkpoint.config, choose_device(device)
         tokenizer = checkpoint.tokenizer()
@@ -104,81 +83,64 @@ class LLM:
                 checkpoint,
                 on,
                 dtype or choose_dtype(config, on),
-                max_model_len or config.max_position_embeddings,
+                limits.max_model_len or config.max_position_embeddings,
                 running_total(progress, checkpoint.num_bytes),
             )
-        self._open(decoder, tokenizer, **sizes, enable_prefix_caching=enable_prefix_caching)
+        self._open(decoder, tokenizer, limits)
         self.notes = checkpoint.notes
         if warmup and self.device.type == "cuda":
             self.warmup()
 
     @classmethod
     def from_decoder(cls, model: Decoder, tokenizer: Tokenizer | None = None, **options: Any) -> "LLM":
-        """An LLM of a model that is loaded already, and of a tokenizer or none: then there are token ids alone.
+        """An LLM of a model that is loaded already, not warmed up; without a tokenizer there are token ids alone.
 
         Args:
             model: the model.
             tokenizer: its tokenizer.
-            options: those of `LLM` from `max_model_len` to `enable_prefix_caching`.
+            options: those of `EngineOptions`.
 
         Raises:
             ValueError: an option out of range.
         """
-        prefix_caching = options.pop("enable_prefix_caching", True)
-        defaults = dict(page_size=16, max_num_seqs=64, max_num_batched_tokens=2048)
-        sizes: dict[str, Any] = dict.fromkeys(("max_model_len", "cache_tokens", "max_waiting"))
-        sizes |= defaults | options
-        _check_sizes(sizes)
         llm = cls.__new__(cls)
-        llm._open(model, tokenizer, **sizes, enable_prefix_caching=prefix_caching)
+        llm._open(model, tokenizer, EngineOptions(**options))
         llm.notes = []
         return llm
 
-    def _open(
-        self,
-        model: Decoder,
-        tokenizer: Tokenizer | None,
-        *,
-        max_model_len: int | None,
-        cache_tokens: int | None,
-        page_size: int,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        max_waiting: int | None,
-        enable_prefix_caching: bool,
-    ) -> None:
-        self.model = model
-        self.config, self.device = model.config, model.device
-        self.max_model_len = max_model_len or self.config.max_position_embeddings
-        window = self.config.sliding_window
+    def _open(self, model: Decoder, tokenizer: Tokenizer | None, options: EngineOptions) -> None:
+        self.model, self.config, self.device = model, model.config, model.device
+        self.max_model_len = options.max_model_len or self.config.max_position_embeddings
+        window, page_size = self.config.sliding_window, options.page_size
         ring = None
         if window is not None and window < self.max_model_len:
-            ring = ring_pages(window, max_num_batched_tokens, page_size)
-        cache_tokens = cache_tokens or self._cache_tokens(max_num_seqs, page_size)
+            ring = ring_pages(window, options.max_num_batched_tokens, page_size)
+        cache_tokens = options.cache_tokens or self._cache_tokens(options)
         self.blocks = BlockManager(
             -(-cache_tokens // page_size),
             page_size,
-            enable_prefix_caching=enable_prefix_caching,
+            enable_prefix_caching=options.enable_prefix_caching,
             ring_pages=ring,
         )
         self.runner = ModelRunner(
             model,
             num_pages=self.blocks.num_pages,
             page_size=page_size,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
             max_model_len=self.max_model_len,
             ring_pages=ring,
         )
-        self.scheduler = Scheduler(self.blocks, max_num_seqs, max_num_batched_tokens, max_waiting=max_waiting)
-        ends = frozenset(self.config.eos_token_ids) | frozenset(tokenizer.eos_token_ids if tokenizer else ())
+        self.scheduler = Scheduler(
+            self.blocks, options.max_num_seqs, options.max_num_batched_tokens, max_waiting=options.max_waiting
+        )
         self.core = EngineCore(
             self.runner,
             self.scheduler,
             tokenizer,
             vocab_size=self.config.vocab_size,
             max_model_len=self.max_model_len,
-            eos_token_ids=ends,
+            eos_token_ids=(*self.config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())),
         )
         self._busy = False
         self._count = 0
@@ -251,18 +213,17 @@ class LLM:
     def _run(
         self, requests: list[tuple[list[int], SamplingParams, int]], progress: bool | None, return_errors: bool
     ) -> list[Completion]:
-        with self._requests(requests) as added, show_progress(len(added), progress) as show:
+        total = sum(params.n for _, params, _ in requests)
+        with self._requests(requests) as added, show_progress(total, progress) as show:
             done = read = made = 0
-            left = len(added)
-            while left:
+            while done < total:
                 for event in self.core.step():
                     made += event.token_id is not None
                     if event.finish_reason == "error" and not return_errors:
                         raise RuntimeError(event.request.completion.error)
-                    if event.finish_reason is not None and event.request.unfinished == 0:
+                    if event.finish_reason is not None:
                         done += 1
-                        left -= 1
-                        read += len(event.request.completion.prompt_token_ids)
+                        read += len(event.request.completion.prompt_token_ids) if event.output.index == 0 else 0
                 show(done, read, made)
             return [request.completion for request in added]
 
@@ -366,20 +327,14 @@ class LLM:
         except TypeError:
             raise TypeError(f"{name}: {prompt!r}; expected a text, or token ids, which are integers") from None
 
-    def _cache_tokens(self, max_num_seqs: int, page_size: int) -> int:
+    def _cache_tokens(self, options: EngineOptions) -> int:
         c = self.config
         bytes_per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.model.dtype.itemsize
         if self.device.type == "cuda":
             room = int(0.8 * torch.cuda.mem_get_info(self.device)[0])
         else:
             room = CPU_CACHE_BYTES
-        return max(min(room // bytes_per_token, max_num_seqs * self.max_model_len), page_size)
-
-
-def _check_sizes(sizes: dict[str, int | None]) -> None:
-    for name, value in sizes.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: {value}; expected at least 1")
+        return max(min(room // bytes_per_token, options.max_num_seqs * self.max_model_len), options.page_size)
 
 
 def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def show_progress(prompts: int, shown: bool | None) -> Iterator[Callable[[int, int, int], None]]:
-    """Yields a function of (prompts done, their tokens read, tokens made), all that there are by now.
+def show_progress(texts: int, shown: bool | None) -> Iterator[Callable[[int, int, int], None]]:
+    """Yields a function of (texts done, tokens of prompts read, tokens made), all that there are by now.
 
     Args:
-        prompts: in all.
+        texts: that prompts are continued to, in all.
         shown: whether to draw at all; None for where stderr is a terminal.
     """
     if not (sys.stderr.isatty() if shown is None else shown):
@@ -21,10 +21,10 @@ def show_progress(prompts: int, shown: bool | None) -> Iterator[Callable[[int, i
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     start = time.monotonic()
-    columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("texts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     speed = TextColumn("{task.fields[read]:.0f} tokens/s in, {task.fields[made]:.0f} out")
     with Progress(*columns, speed, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=prompts, read=0.0, made=0.0)
+        task = bar.add_task("", total=texts, read=0.0, made=0.0)
 
         def update(done: int, read: int, made: int) -> None:
             seconds = max(time.monotonic() - start, 1e-6)

@@ -94,9 +94,11 @@ class Scheduler:
                 break
             if sequence.slot is None or sequence.remaining != 1 or sequence.num_tokens >= sequence.max_length:
                 continue  # preempted just now; a prompt; or it ends with the token that is in flight
-            if self._make_room(sequence, sequence.num_computed + 1, decodes):
+            if sequence.num_computed % self.blocks.page_size == 0:  # its token is the first of a page
+                if not self._make_room(sequence, sequence.num_computed + 1, decodes):
+                    continue
                 self.blocks.extend(sequence, sequence.num_computed + 1)
-                decodes[sequence] = None
+            decodes[sequence] = None
         prefills = self._continue_prompts(decodes)
         if self.num_preemptions == preemptions:
             self._admit(self.max_num_batched_tokens - len(decodes) - sum(c.length for c in prefills), prefills)
@@ -115,11 +117,11 @@ class Scheduler:
                 continue
             if budget <= 0:
                 break
-            length = min(sequence.remaining, budget)
-            if self.blocks.missing(sequence, sequence.num_computed + length) > self.blocks.num_free:
-                room = (len(sequence.block_table) + self.blocks.num_free) * self.blocks.page_size
-                length = min(length, max(room - sequence.num_computed, 1))
-            if self._make_room(sequence, sequence.num_computed + length, decodes):
+            if self._make_room(sequence, sequence.num_computed + 1, decodes):
+                length = min(sequence.remaining, budget)
+                if self.blocks.missing(sequence, sequence.num_computed + length) > self.blocks.num_free:
+                    room = (len(sequence.block_table) + self.blocks.num_free) * self.blocks.page_size
+                    length = room - sequence.num_computed
                 self.blocks.extend(sequence, sequence.num_computed + length)
                 chunks.append(self._take(sequence, length))
                 taken += length
