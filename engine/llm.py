@@ -15,8 +15,10 @@ from octavo.engine.checkpoint import open_checkpoint
 from octavo.engine.core import EngineCore, Request
 from octavo.engine.devices import choose_device, choose_dtype
 from octavo.engine.hub import resolve
+from octavo.engine.kv_cache import DTYPES as CACHE_DTYPES
 from octavo.engine.load_report import measure_load
 from octavo.engine.loader import load_model
+from octavo.engine.memory import pages_that_fit
 from octavo.engine.model import Decoder
 from octavo.engine.options import EngineOptions
 from octavo.engine.outputs import Completion, refused
@@ -30,8 +32,6 @@ from octavo.engine.tokenizer import Tokenizer
 
 Message = dict[str, str]
 Prompt = str | Sequence[int]
-CPU_CACHE_BYTES = 1 << 30
-"""What the cache takes of a CPU's memory unless `cache_tokens` says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class LLM:
                 running_total(progress, checkpoint.num_bytes),
             )
         self._open(decoder, tokenizer, limits)
-        self.notes = checkpoint.notes
+        self.notes = [*checkpoint.notes, *self.runner.notes]
         if warmup and self.device.type == "cuda":
             self.warmup()
 
@@ -105,7 +105,7 @@ class LLM:
         """
         llm = cls.__new__(cls)
         llm._open(model, tokenizer, EngineOptions(**options))
-        llm.notes = []
+        llm.notes = [*llm.runner.notes]
         return llm
 
     def _open(self, model: Decoder, tokenizer: Tokenizer | None, options: EngineOptions) -> None:
@@ -115,7 +115,8 @@ class LLM:
         ring = None
         if window is not None and window < self.max_model_len:
             ring = ring_pages(window, options.max_num_batched_tokens, page_size)
-        cache_tokens = options.cache_tokens or self._cache_tokens(options)
+        cache_dtype = None if options.cache_dtype is None else CACHE_DTYPES[options.cache_dtype]
+        cache_tokens = options.cache_tokens or self._cache_tokens(options, cache_dtype)
         self.blocks = BlockManager(
             -(-cache_tokens // page_size),
             page_size,
@@ -129,6 +130,8 @@ class LLM:
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             max_model_len=self.max_model_len,
+            cache_dtype=cache_dtype,
+            enforce_eager=options.enforce_eager,
             ring_pages=ring,
         )
         self.scheduler = Scheduler(
@@ -327,14 +330,16 @@ class LLM:
         except TypeError:
             raise TypeError(f"{name}: {prompt!r}; expected a text, or token ids, which are integers") from None
 
-    def _cache_tokens(self, options: EngineOptions) -> int:
-        c = self.config
-        bytes_per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.model.dtype.itemsize
-        if self.device.type == "cuda":
-            room = int(0.8 * torch.cuda.mem_get_info(self.device)[0])
-        else:
-            room = CPU_CACHE_BYTES
-        return max(min(room // bytes_per_token, options.max_num_seqs * self.max_model_len), options.page_size)
+    def _cache_tokens(self, options: EngineOptions, cache_dtype: torch.dtype | None) -> int:
+        fitting = pages_that_fit(
+            self.model,
+            options.page_size,
+            cache_dtype,
+            options.gpu_memory_utilization,
+            options.max_num_batched_tokens,
+            options.max_num_seqs,
+        )
+        return max(min(fitting * options.page_size, options.max_num_seqs * self.max_model_len), options.page_size)
 
 
 def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
