@@ -45,16 +45,18 @@ class AsyncLLM:
     """An `LLM` that serves requests as they come, to any event loops; close it, or use it with `async with`.
 
     Args:
-        model: as `LLM` takes it; or an `LLM`, which is nobody else's then.
+        model: as `LLM` takes it; or an `LLM`, which is nobody else's until this is closed.
         options: those of `LLM`. Where more than `max_waiting` would wait, they are refused.
 
     Raises:
         FileNotFoundError, ValueError: what `LLM` raises.
+        RuntimeError: the LLM is busy.
     """
 
     def __init__(self, model: str | LLM, **options: Any) -> None:
         self.llm = model if isinstance(model, LLM) else LLM(model, **options)
         self._core = self.llm.core
+        self.llm.take()
         self._changed = threading.Condition()
         self._commands: list[Callable[[], None]] = []
         self._closed: str | None = None
@@ -212,6 +214,7 @@ class AsyncLLM:
             self._tell(listener, [], RuntimeError(self._closed))
         self._listeners.clear()
         self._core.drain()
+        self.llm.give_back()
 
     def _publish(self, events: Iterable[Event]) -> None:
         by_request: dict[Request, list[Event]] = {}

@@ -283,15 +283,22 @@ class LLM:
             finally:
                 self.blocks.free(sequence)
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def take(self) -> None:
+        """Reserves this LLM for one caller, until `give_back`; RuntimeError where it is another's."""
         if self._busy:
             raise RuntimeError("this LLM is in the middle of another generate or stream: finish or close that first")
         self._busy = True
+
+    def give_back(self) -> None:
+        self._busy = False
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        self.take()
         try:
             yield
         finally:
-            self._busy = False
+            self.give_back()
 
     @contextmanager
     def _requests(

@@ -81,6 +81,20 @@ def test_32_prompts_are_continued_as_alone(folder, alone, setting):
     assert (llm.blocks.hit_rate > 0.2) == llm.blocks.enable_prefix_caching
 
 
+def test_log_probabilities_are_those_of_the_prompt_however_often_it_is_computed(folder, alone):
+    one, _ = alone
+    llm = LLM(folder, device="cpu", **SETTINGS["few pages"])
+    prompts = prompts_of(64)
+    for prompt, done in zip(prompts, answers(llm, prompts, prompt_logprobs=0, logprobs=0), strict=True):
+        ids = prompt + done.token_ids
+        exact = torch.cat(list(one.prompt_logits(ids, 128))).log_softmax(-1)
+        told = (done.prompt_logprobs or []) + done.logprobs
+        assert [token.token_id for token in told] == ids[1:] and done.num_cached_tokens == 0
+        expected = [exact[i, token].item() for i, token in enumerate(ids[1:])]
+        assert [token.logprob for token in told] == pytest.approx(expected, abs=1e-3)
+    assert llm.scheduler.num_preemptions > 10
+
+
 def test_a_ring_gives_the_same_text(tmp_path):
     torch.manual_seed(4)
     sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)

@@ -121,6 +121,18 @@ def test_a_ring_holds_what_a_chunks_queries_see(window, chunk, page):
         assert len(seen) <= size
 
 
+def test_a_page_is_known_once_all_its_tokens_are():
+    blocks = BlockManager(8, 2)
+    s = sequence([1, 2, 3])
+    blocks.extend(s, 4)
+    s.num_computed = 4  # of which the last was sampled by a step that runs
+    blocks.register(s, 0, 1)
+    assert len(blocks.match(sequence([1, 2, 3, 4, 5]))) == 1
+    s.token_ids.append(4)
+    blocks.register(s, 3, 2)
+    assert len(blocks.match(sequence([1, 2, 3, 4, 5]))) == 2
+
+
 def test_what_failed_is_unlearned():
     blocks = BlockManager(8, 2)
     first, second = sequence([1, 2, 3]), sequence([4, 5, 6])

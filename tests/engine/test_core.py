@@ -103,6 +103,14 @@ def test_tokens_after_a_stop_token_are_dropped():
     assert ignoring.completion.token_ids == tokens and ignoring.completion.finish_reason == "length"
 
 
+def test_stop_tokens_do_not_count_before_min_tokens():
+    core = engine()
+    tokens = continuation([1, 2, 3], 8)
+    request = core.add("a", [1, 2, 3], params(8, stop_token_ids=tokens[:6], min_tokens=4))
+    finish(core)
+    assert request.completion.token_ids == tokens[:5] and request.completion.finish_reason == "stop"
+
+
 def test_continuations_share_their_prompt():
     core = engine(budget=100)
     request = core.add("a", list(range(20)), params(4, n=3))
@@ -132,6 +140,15 @@ def test_prefixes_are_found_again():
     assert core.scheduler.blocks.hit_rate == 16 / 40
 
 
+def test_what_was_generated_is_found_again():
+    core = engine()
+    first = core.add("a", [1, 2, 3], params(15))
+    finish(core)
+    again = core.add("b", [1, 2, 3, *first.completion.token_ids, 5], params(2))
+    finish(core)
+    assert again.completion.num_cached_tokens == 16, "all that was computed, of 17 tokens, in pages of 4"
+
+
 @pytest.mark.parametrize("where", ["start", "wait"])
 def test_a_failed_step_ends_its_own_requests_alone(where):
     def fail(step):
@@ -146,6 +163,19 @@ def test_a_failed_step_ends_its_own_requests_alone(where):
         assert done.token_ids == continuation([1, 2, 3], 2), "what came before is kept"
     assert waiting.completion.token_ids == continuation([1, 2, 3], 6)
     assert [e.request.id for e in events if e.finish_reason == "error"] == ["a", "b"] and idle(core)
+
+
+def test_who_shared_a_failed_prompt_is_computed_anew():
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    core = engine(fail=lambda step: "wait" if step.number == 1 else None)
+    first = core.add("a", prompt, params(4))
+    core.step()
+    second = core.add("b", prompt, params(4))
+    core.step()  # starts with pages of the first, then learns that these hold nothing
+    assert second.completion.num_cached_tokens == 8 and first.completion.finish_reason == "error"
+    assert core.runner.forgotten == {0, 1} and second.sequences[0].num_computed == 0
+    finish(core)
+    assert second.completion.token_ids == continuation(prompt, 4) and idle(core)
 
 
 def test_no_token_is_an_error_of_one_request():
@@ -344,7 +374,7 @@ def test_ten_thousand_requests_end_in_an_answer_or_an_error_of_their_own():
 
 def async_engine(core):
     llm = LLM.__new__(LLM)
-    llm.core = core
+    llm.core, llm._busy = core, False
     return AsyncLLM(llm)
 
 

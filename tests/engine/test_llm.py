@@ -334,6 +334,8 @@ def test_async_answers_are_those_of_generate(bpe):
                 server.generate(messages, free(bpe, 4, logprobs=1)),
             )
             got = await asyncio.gather(*map(last, asked))
+            with pytest.raises(RuntimeError, match="in the middle of another"):
+                bpe.generate("the sea")
             streamed = [token.text async for token in server.stream("the sea", free(bpe, stop=stop))]
         return got, "".join(streamed)
 

@@ -144,6 +144,24 @@ def test_a_decode_gives_way_to_a_prompt_of_better_rank():
     assert run(scheduler) == [(1, 3)] and scheduler.waiting[0].id == 5
 
 
+def test_a_decode_of_this_step_gives_way_too():
+    scheduler = Scheduler(BlockManager(4, 4, enable_prefix_caching=False), 8, 7)
+    scheduler.add(sequence(5, prompt=1, max_tokens=6))
+    assert run(scheduler) == [(5, 1)]
+    scheduler.add(sequence(1, prompt=16, max_tokens=1, priority=-1))
+    assert [run(scheduler) for _ in range(2)] == [[(5, 1), (1, 6)]] * 2
+    assert run(scheduler) == [(1, 4)], "there was room for the token of 5, but 1 needs its page"
+
+
+def test_who_is_preempted_does_not_come_back_in_the_same_step():
+    scheduler = Scheduler(BlockManager(6, 2, enable_prefix_caching=False), 8, 12)
+    scheduler.add(sequence(0, prompt=4, max_tokens=4), sequence(1, prompt=8, max_tokens=2))
+    assert run(scheduler) == [(0, 4), (1, 8)]
+    scheduler.max_num_batched_tokens = 5
+    assert run(scheduler) == [(0, 1)] and scheduler.num_preemptions == 1
+    assert run(scheduler) == [(0, 1), (1, 4)]
+
+
 def test_slots_are_the_lowest_that_are_free():
     scheduler = Scheduler(BlockManager(100, 4), 3, 64)
     sequences = [sequence(i) for i in range(4)]
