@@ -17,13 +17,14 @@ CPU_CACHE_BYTES = 1 << 30
 def activation_bytes(config: ModelConfig, dtype: torch.dtype, tokens: int, sequences: int) -> int:
     """What a step of so many tokens takes at most, by its largest tensors: those of an MLP, or the logits.
 
-    With 8-bit activations, and with experts, there are more of them: a third is added for those and for workspaces.
+    With 8-bit activations, and with experts, there are more of them: a third is added for those, and 64 MiB for what
+    cuBLAS keeps for itself.
     """
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     of_mlp = (3 * config.intermediate_size + config.hidden_size) * max(config.num_experts_per_tok, 1)
     of_token = 4 * config.hidden_size + max(heads * config.head_dim, of_mlp)
     logits = sequences * config.vocab_size * (dtype.itemsize + 1)  # and what sampling leaves of them
-    return int((tokens * of_token * dtype.itemsize + logits) * 4 / 3) + 2**24
+    return int((tokens * of_token * dtype.itemsize + logits) * 4 / 3) + 2**26
 
 
 def measured_activations(model: Decoder, **limits: Any) -> int:
