@@ -15,15 +15,16 @@ from octavo.engine.checkpoint import open_checkpoint
 from octavo.engine.core import EngineCore, Request
 from octavo.engine.devices import choose_device, choose_dtype
 from octavo.engine.hub import resolve
-from octavo.engine.kv_cache import DTYPES, KVCache
+from octavo.engine.kv_cache import DTYPES as CACHE_DTYPES
 from octavo.engine.load_report import measure_load
 from octavo.engine.loader import load_model
+from octavo.engine.memory import pages_that_fit
 from octavo.engine.model import Decoder
 from octavo.engine.options import EngineOptions
 from octavo.engine.outputs import Completion, refused
 from octavo.engine.params import SamplingParams
 from octavo.engine.progress import running_total, show_progress
-from octavo.engine.runner import ModelRunner, activation_bytes
+from octavo.engine.runner import ModelRunner
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.sequence import Chunk
 from octavo.engine.sequence import Sequence as TokenSequence
@@ -31,8 +32,6 @@ from octavo.engine.tokenizer import Tokenizer
 
 Message = dict[str, str]
 Prompt = str | Sequence[int]
-CPU_CACHE_BYTES = 1 << 30
-"""What the cache takes of a CPU's memory unless `cache_tokens` says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class LLM:
                 limits.max_model_len or config.max_position_embeddings,
                 running_total(progress, checkpoint.num_bytes),
             )
-        self._open(decoder, tokenizer, limits, warmup)
+        self._open(decoder, tokenizer, limits)
         self.notes = [*checkpoint.notes, *self.runner.notes]
         if warmup and self.device.type == "cuda":
             self.warmup()
@@ -105,33 +104,36 @@ class LLM:
             ValueError: an option out of range.
         """
         llm = cls.__new__(cls)
-        llm._open(model, tokenizer, EngineOptions(**options), warm=True)
+        llm._open(model, tokenizer, EngineOptions(**options))
         llm.notes = [*llm.runner.notes]
         return llm
 
-    def _open(self, model: Decoder, tokenizer: Tokenizer | None, options: EngineOptions, warm: bool) -> None:
+    def _open(self, model: Decoder, tokenizer: Tokenizer | None, options: EngineOptions) -> None:
         self.model, self.config, self.device = model, model.config, model.device
         self.max_model_len = options.max_model_len or self.config.max_position_embeddings
         window, page_size = self.config.sliding_window, options.page_size
         ring = None
         if window is not None and window < self.max_model_len:
             ring = ring_pages(window, options.max_num_batched_tokens, page_size)
-        limits: dict[str, Any] = dict(
-            page_size=page_size,
-            max_num_seqs=options.max_num_seqs,
-            max_num_batched_tokens=options.max_num_batched_tokens,
-            max_model_len=self.max_model_len,
-            ring_pages=ring,
-            cache_dtype=DTYPES[options.kv_cache_dtype] if options.kv_cache_dtype else None,
-            enforce_eager=options.enforce_eager,
-        )
+        cache_dtype = None if options.kv_cache_dtype is None else CACHE_DTYPES[options.kv_cache_dtype]
+        cache_tokens = options.cache_tokens or self._cache_tokens(options, cache_dtype)
         self.blocks = BlockManager(
-            self._num_pages(options, limits, warm),
+            -(-cache_tokens // page_size),
             page_size,
             enable_prefix_caching=options.enable_prefix_caching,
             ring_pages=ring,
         )
-        self.runner = ModelRunner(model, num_pages=self.blocks.num_pages, **limits)
+        self.runner = ModelRunner(
+            model,
+            num_pages=self.blocks.num_pages,
+            page_size=page_size,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            cache_dtype=cache_dtype,
+            enforce_eager=options.enforce_eager,
+            ring_pages=ring,
+        )
         self.scheduler = Scheduler(
             self.blocks, options.max_num_seqs, options.max_num_batched_tokens, max_waiting=options.max_waiting
         )
@@ -187,7 +189,6 @@ class LLM:
         Raises:
             TypeError, ValueError: an invalid request, before anything is computed: an empty prompt, one longer than the
                 context, a token id outside the vocabulary, more than the cache could hold.
-            QueueFullError: there are more than `max_waiting`.
             RuntimeError: a request that failed.
         """
         several = _several(prompts)
@@ -336,24 +337,16 @@ class LLM:
         except TypeError:
             raise TypeError(f"{name}: {prompt!r}; expected a text, or token ids, which are integers") from None
 
-    def _num_pages(self, options: EngineOptions, limits: dict[str, Any], warm: bool) -> int:
-        """Pages of the cache: those asked for, or what memory has room for."""
-        if options.cache_tokens is not None:
-            return -(-options.cache_tokens // options.page_size)
-        if self.device.type == "cuda":
-            step = activation_bytes(self.model, **limits) if warm else 0
-            free, total = torch.cuda.mem_get_info(self.device)
-            room = free - step - int((1 - options.gpu_memory_utilization) * total)
-        else:
-            room = CPU_CACHE_BYTES
-        a_page = KVCache.page_bytes(self.config, options.page_size, limits["cache_dtype"] or self.model.dtype)
-        contexts = options.max_num_seqs * -(-self.max_model_len // options.page_size)
-        if room < a_page:
-            raise ValueError(
-                f"gpu_memory_utilization: {options.gpu_memory_utilization} leaves no memory for a cache beside the "
-                "model and its largest step; raise it, or lower max_num_batched_tokens"
-            )
-        return min(room // a_page, contexts)
+    def _cache_tokens(self, options: EngineOptions, cache_dtype: torch.dtype | None) -> int:
+        fitting = pages_that_fit(
+            self.model,
+            options.page_size,
+            cache_dtype,
+            options.gpu_memory_utilization,
+            options.max_num_batched_tokens,
+            options.max_num_seqs,
+        )
+        return max(min(fitting * options.page_size, options.max_num_seqs * self.max_model_len), options.page_size)
 
 
 def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -266,29 +266,3 @@ class ModelRunner:
             else:
                 with torch.cuda.stream(self.stream):
                     yield
-
-
-def activation_bytes(model: Decoder, progress: Callable[[int, int], None] | None = None, **limits: Any) -> int:
-    """What the largest step takes beside weights and cache, found by running it over a cache of one page.
-
-    Kernels are compiled for all steps before, so that nothing of this is done twice.
-
-    Args:
-        progress: called with (kernels done, kernels in all).
-        limits: what ModelRunner will be given, but for num_pages.
-    """
-    if model.device.type != "cuda":
-        return 0
-    runner = ModelRunner(model, num_pages=1, **limits | {"enforce_eager": True})
-    assert runner.sizes is not None
-    runner.warmup(progress)
-    shape = runner.sizes.every()[0]
-    torch.cuda.reset_peak_memory_stats(model.device)
-    before = torch.cuda.memory_allocated(model.device)
-    with runner._on_stream():
-        runner._prepare(shape)
-        runner._compute(shape, Mode.DRAWN)
-        torch.cuda.synchronize(model.device)
-    most = torch.cuda.max_memory_allocated(model.device) - before
-    torch.cuda.empty_cache()
-    return most

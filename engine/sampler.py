@@ -164,14 +164,14 @@ class EditedSampler:
         for sequence in counted:
             if sequence is not None and self._counted[sequence.slot] is not sequence:  # type: ignore[index]
                 self._count(sequence, self._counts, self._prompts)
-        values = np.zeros((3, rows), np.float32)
+        values = np.zeros((3, -(-rows // 4) * 4), np.float32)  # aligned as kernels are compiled for
         values[0] = 1
         for row, sequence in enumerate(counted):
             if sequence is not None:
                 p = sequence.params
                 values[:, row] = p.repetition_penalty, p.presence_penalty, p.frequency_penalty
         names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-        return dict(zip(names, self._send(values).unbind(0), strict=True)) | {
+        return dict(zip(names, self._send(values)[:, :rows].unbind(0), strict=True)) | {
             "output_counts": self._counts.index_select(0, slots),
             "prompt_mask": self._prompts.index_select(0, slots),
         }

@@ -1,18 +1,17 @@
 """Which sizes steps are padded to, and that a GPU's graphs do what launching does."""
 
-import warnings
-
 import pytest
 import torch
 import transformers
 from quantised_models import MIXTRAL, save_quantised
 from stepping import Stepping, load
-from tiny_models import save_tiny_mixtral
+from tiny_models import save, save_tiny_llama, save_tiny_mixtral, tiny_llama
 
 import octavo
 from octavo.engine.graphs import Sizes, decode_sizes, modes, token_sizes
 from octavo.engine.inputs import Shape
-from octavo.engine.runner import NOT_CAPTURED, activation_bytes
+from octavo.engine.memory import activation_bytes, measured_activations, pages_that_fit
+from octavo.engine.runner import NOT_CAPTURED
 from octavo.engine.sampler import Mode
 from octavo.kernels import launch as launching
 
@@ -71,8 +70,6 @@ LIMITS = dict(max_num_seqs=5, max_num_batched_tokens=96, max_model_len=400, page
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory):
-    from tiny_models import save, tiny_llama
-
     folder = tmp_path_factory.mktemp("llama")
     save(tiny_llama(**CONFIG), folder, torch.bfloat16)
     return load(folder, "cuda", torch.bfloat16, 512)
@@ -182,16 +179,20 @@ def test_mixtures(tmp_path, name):
 
 
 @pytest.mark.gpu
-def test_what_the_largest_step_takes(decoder):
-    limits = {name: value for name, value in LIMITS.items() if name != "num_pages"}
-    few, many = (activation_bytes(decoder, **limits | dict(max_num_batched_tokens=n)) for n in (64, 4096))
-    assert 0 < few < many < 2**30
+@pytest.mark.parametrize("tokens", [64, 4096])
+def test_what_the_largest_step_takes(decoder, tokens):
+    limits = LIMITS | dict(max_num_batched_tokens=tokens)
+    del limits["num_pages"]
+    measured = measured_activations(decoder, **limits)
+    assert 0 < measured < activation_bytes(decoder.config, torch.bfloat16, tokens, 5) < measured + 2**27
 
 
-def test_a_cpu_plans_no_memory(tmp_path):
-    from tiny_models import save_tiny_llama
-
+def test_pages_that_fit(tmp_path):
     save_tiny_llama(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert activation_bytes(load(tmp_path), max_num_seqs=1) == 0
+    model = load(tmp_path)
+    page = 2 * 2 * 4 * 2 * 16 * 4  # K and V, layers, tokens, heads, head size, bytes
+    assert pages_that_fit(model, 4, None, 0.9, 64, 6) == 2**30 // page
+    assert pages_that_fit(model, 4, torch.float8_e5m2, 0.9, 64, 6) == 2**30 // (page // 4)
+    assert pages_that_fit(model, 4, torch.int8, 0.9, 64, 6) == 2**30 // (page // 4 + 2 * 2 * 4 * 2 * 4)
+    small, large = (activation_bytes(model.config, torch.float32, tokens, 6) for tokens in (1, 1000))
+    assert 0 < small < large

@@ -131,8 +131,9 @@ def test_bad_prompts(llm, prompts, message):
         (dict(page_size=0), "page_size: 0; expected at least 1"),
         (dict(cache_tokens=-1), "cache_tokens: -1"),
         (dict(max_model_len=0), "max_model_len: 0"),
-        (dict(gpu_memory_utilization=1.5), "gpu_memory_utilization: 1.5; expected more than 0, at most 1"),
-        (dict(kv_cache_dtype="fp4"), "kv_cache_dtype: 'fp4'; expected None, or one of fp8, fp8_e5m2, int8"),
+        (dict(gpu_memory_utilization=0.0), "gpu_memory_utilization: 0.0; expected more than 0"),
+        (dict(gpu_memory_utilization=1.5), "gpu_memory_utilization: 1.5"),
+        (dict(kv_cache_dtype="fp16"), "kv_cache_dtype: 'fp16'; expected one of fp8, fp8_e5m2, int8, or None"),
     ],
 )
 def test_bad_arguments(folder, argument, message):
@@ -352,3 +353,10 @@ def test_async_answers_are_those_of_generate(bpe):
     assert [c.text for c in got] == [c.text for c in expected] and streamed == got[0].text
     assert [c.token_ids for c in got] == [c.token_ids for c in expected]
     assert [t.token_id for t in got[1].logprobs] == got[1].token_ids and got[0].outputs[0].stop_reason == stop
+
+
+def test_a_quantised_cache_and_no_graphs_by_option(folder):
+    llm = LLM(folder, device="cpu", page_size=4, kv_cache_dtype="int8", enforce_eager=True)
+    assert llm.runner.cache.data.dtype == torch.int8 and llm.runner.num_graphs == 0
+    plain = LLM(folder, device="cpu", page_size=4, cache_tokens=4 * llm.blocks.num_pages)
+    assert llm.generate([[5, 6, 7]], GREEDY)[0].token_ids == plain.generate([[5, 6, 7]], GREEDY)[0].token_ids
