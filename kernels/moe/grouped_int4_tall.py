@@ -124,7 +124,8 @@ def _left_half(acc):
 
 
 @gluon.jit
-def _with_right_half(left, right, layout: gl.constexpr):
+def _with_right_half(left, right):
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * left.shape[1], 16])
     left = gl.convert_layout(left, right.type.layout, assert_trivial=True)
     both = gl.join(left, right).permute((0, 2, 1)).reshape([64, 2 * left.shape[1]])
     return gl.convert_layout(both, layout, assert_trivial=True)
@@ -137,7 +138,7 @@ def _sum_half(
 ):
     left, right = _left_half(acc)
     left = _sum(left, steps, minima, stride_group, group, GROUPS, EVEN, STAGES)
-    return _with_right_half(left, right, acc.type.layout)
+    return _with_right_half(left, right)
 
 
 @gluon.jit
@@ -147,7 +148,7 @@ def _sum_quarter(
 ):
     left, right = _left_half(acc)
     left = _sum_half(left, steps, minima, stride_group, group, GROUPS, EVEN, STAGES)
-    return _with_right_half(left, right, acc.type.layout)
+    return _with_right_half(left, right)
 
 
 @gluon.jit
