@@ -321,7 +321,7 @@ def test_source_of_int4(counts, k, n, groups, tile, stages, parts, gated, zeros)
     check_grouped(int4_in_python(*args), x, weight, offsets, gated)
 
 
-def int4_tall_in_python(x, packed, scale, offsets, rows, stages, parts, gated, programs, early):
+def int4_tall_in_python(x, packed, scale, minimum, offsets, rows, stages, parts, gated, programs, early):
     """As `grouped_int4_tall.grouped_int4_tall` launches it."""
     s, (_, groups, outputs) = x.shape[0], scale.shape
     n, k_tiles = outputs // 2 if gated else outputs, packed.shape[2]
@@ -343,10 +343,11 @@ def int4_tall_in_python(x, packed, scale, offsets, rows, stages, parts, gated, p
         names = namespace([f"{name}.py" for name in modules], (program,), programs)
         names["_grouped_int4_tall_kernel"](
             described,
-            descriptor(x, rows // 2),
+            descriptor(x, rows // 4),
             out,
             pointer(plan),
             pointer(scale),
+            pointer(minimum),
             *map(Number, (s, n, packed.shape[1], cdiv(n, 64 if gated else 128), k_tiles, part_steps, groups - 1)),
             *map(Number, (group // 32, *scale.stride()[:2])),
             *(per_step, per_step == 1 or per_step * group == 128, rows, stages, parts, gated, early, False),
@@ -364,14 +365,17 @@ def int4_tall_in_python(x, packed, scale, offsets, rows, stages, parts, gated, p
         ([17, 16], 480, 128, 15, 32, 2, 1),
     ],
 )
-def test_source_of_int4_tall(counts, k, n, groups, rows, stages, parts, gated):
-    """The same, tiles of half as many rows and of as many."""
+@pytest.mark.parametrize("zeros", [False, True])
+def test_source_of_int4_tall(zeros, counts, k, n, groups, rows, stages, parts, gated):
+    """The same, tiles of a quarter as many rows, of half as many and of as many."""
     parts = 1 if gated else parts
     x, offsets, scale = grouped_case(counts, k, n, groups, gated)
     q = torch.randint(0, 16, (len(counts), scale.shape[2], k), dtype=torch.uint8)
     packed = torch.stack([int4_pack(of_expert) for of_expert in q])
-    args = x, packed, scale, offsets, rows, stages, parts, gated, 3, random.random() < 0.5
-    check_grouped(int4_tall_in_python(*args), x, (q.double() - 8) * wide(scale, k), offsets, gated)
+    minimum = -torch.randint(0, 16, scale.shape) * scale.float() if zeros else None
+    weight = (q.double() - 8) * wide(scale, k) if minimum is None else q.double() * wide(scale, k) + wide(minimum, k)
+    args = x, packed, scale, minimum, offsets, rows, stages, parts, gated, 3, random.random() < 0.5
+    check_grouped(int4_tall_in_python(*args), x, weight, offsets, gated)
 
 
 def int8_in_python(x, weight, bias, scale, offsets, tile, stages, parts, gated, programs, early):

@@ -167,7 +167,7 @@ def grouped(
         grouped_int4(out, x, weight, scales, plan, tiles, programs, gated, planned_before)
         return
     if tiles.kernel == "int4_tall":
-        grouped_int4_tall(out, x, weight, scales.weight, plan, tiles, programs, gated, planned_before)
+        grouped_int4_tall(out, x, weight, scales, plan, tiles, programs, gated, planned_before)
         return
     if tiles.kernel == "int4_plain":
         grouped_int4_plain(out, x, weight, scales, plan, tiles, programs, gated)

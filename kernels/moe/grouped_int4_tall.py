@@ -3,7 +3,7 @@
 Made of the parts of `octavo.kernels.quant.int4_hopper`, which says what bounds them: to unpack a weight costs as much
 whatever it is multiplied with, so a tile has up to 256 rows. Two warpgroups have 64 outputs each. With SiLU × gate the
 copy engine puts eight outputs of gate and the same eight of up below each other, so that a thread has both of an
-output: of packed tiles of both, half each. A tile of half as many rows or less takes the tensor cores half as long.
+output: of packed tiles of both, half each. A tile of a half as many rows or a quarter takes the tensor cores less.
 """
 
 import torch
@@ -14,8 +14,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.kernels.launch import launch
 from octavo.kernels.moe.grouped_loads import described
-from octavo.kernels.moe.grouped_tall import write_tall
-from octavo.kernels.moe.grouped_tiles import Tiles
+from octavo.kernels.moe.grouped_tall import cleared, write_tall
+from octavo.kernels.moe.grouped_tiles import Scales, Tiles
 from octavo.kernels.moe.schedule import unit_at
 from octavo.kernels.quant.epilogue import halves
 from octavo.kernels.quant.int4_compute import sum_steps
@@ -31,8 +31,18 @@ from octavo.kernels.tiles import cdiv, chains, let_next_start, wait_for_previous
 
 
 @gluon.jit
+def _fetch(ptr, stride_group, n, N, step, group_planes, last_group, GROUPS: gl.constexpr, GATED: gl.constexpr):
+    """Has the scales, or minima, of a step brought into the cache (L2)."""
+    if GATED:
+        fetch_scales(ptr, stride_group, n * 64, N, step, group_planes, last_group, GROUPS, 1)
+        fetch_scales(ptr + N, stride_group, n * 64, N, step, group_planes, last_group, GROUPS, 1)
+    else:
+        fetch_scales(ptr, stride_group, n * 128, N, step, group_planes, last_group, GROUPS, 2)
+
+
+@gluon.jit
 def _load_packed(
-    desc, plan_ptr, scale_ptr, packed, full, empty, N, row_tiles, n_tiles, k_tiles, part_steps, last_group,
+    desc, plan_ptr, scale_ptr, minimum_ptr, packed, full, empty, N, row_tiles, n_tiles, k_tiles, part_steps, last_group,
     group_planes, stride_expert, stride_group, GROUPS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED:
     gl.constexpr, EARLY: gl.constexpr, CHAINED: gl.constexpr,
 ):
@@ -57,11 +67,10 @@ def _load_packed(
                 else:
                     at = ((expert * row_tiles + n * 2 + j) * k_tiles + step) * 32
                     tma.async_copy_global_to_shared(desc, [at, 0], full.index(stage), to)
-            if GATED:
-                fetch_scales(scales, stride_group, n * 64, N, step, group_planes, last_group, GROUPS, 1)
-                fetch_scales(scales + N, stride_group, n * 64, N, step, group_planes, last_group, GROUPS, 1)
-            else:
-                fetch_scales(scales, stride_group, n * 128, N, step, group_planes, last_group, GROUPS, 2)
+            _fetch(scales, stride_group, n, N, step, group_planes, last_group, GROUPS, GATED)
+            if minimum_ptr is not None:
+                minima = minimum_ptr + expert.to(gl.int64) * stride_expert
+                _fetch(minima, stride_group, n, N, step, group_planes, last_group, GROUPS, GATED)
             i += 1
 
 
@@ -70,48 +79,87 @@ def _load_rows(
     desc, plan_ptr, x, full, empty, n_tiles, k_tiles, part_steps, ROWS: gl.constexpr, STAGES: gl.constexpr, PARTS:
     gl.constexpr, CHAINED: gl.constexpr,
 ):
-    """What the warp does that loads rows of x, a half of ROWS at a time; what is past the last is not written."""
-    HALF: gl.constexpr = ROWS // 2
+    """What the warp does that loads rows of x, a quarter of ROWS at a time; what is past the last is not written."""
+    BOX: gl.constexpr = ROWS // 4
     wait_for_previous(CHAINED)
     let_next_start(CHAINED)
     work_end = gl.load(plan_ptr) * n_tiles * PARTS
     i = 0
     for work in range(gl.program_id(0), work_end, gl.num_programs(0)):
         _, first_row, rows, _ = unit_at(plan_ptr, work // PARTS, n_tiles)
+        boxes = (rows + BOX - 1) // BOX
         first, end = steps_of(work % PARTS, k_tiles, part_steps)
         for step in range(first, end):
             stage = i % STAGES
             mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(stage), HALF * 256, pred=rows <= HALF)
-            mbarrier.expect(full.index(stage), ROWS * 256, pred=rows > HALF)
-            for j in gl.static_range(2):
-                at = [first_row, step * 128 + j * 64]
-                tma.async_copy_global_to_shared(desc, at, full.index(stage), x.index(2 * stage + j).slice(0, HALF))
-            if rows > HALF:
-                for j in gl.static_range(2):
-                    at = [first_row + HALF, step * 128 + j * 64]
-                    to = x.index(2 * stage + j).slice(HALF, HALF)
-                    tma.async_copy_global_to_shared(desc, at, full.index(stage), to)
+            for box in gl.static_range(4):
+                mbarrier.expect(full.index(stage), (box + 1) * BOX * 256, pred=boxes == box + 1)
+            for box in gl.static_range(4):
+                if box < boxes:
+                    for j in gl.static_range(2):
+                        at = [first_row + box * BOX, step * 128 + j * 64]
+                        to = x.index(2 * stage + j).slice(box * BOX, BOX)
+                        tma.async_copy_global_to_shared(desc, at, full.index(stage), to)
             i += 1
 
 
 @gluon.jit
-def _cleared(acc):
-    """Zeros in the registers of acc, which compilers take for unknown: else each branch would have its own."""
-    return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=f,f", (acc,), dtype=gl.float32, is_pure=False, pack=1)
+def _sum(
+    acc, steps, minima, stride_group, group: gl.constexpr, GROUPS: gl.constexpr, EVEN: gl.constexpr, STAGES:
+    gl.constexpr,
+):
+    words, x, full, empty, scales, outputs, stage, phase, first, end, last_group, group_planes = steps
+    return sum_steps(
+        acc, words, x, full, empty, scales, minima, outputs, group, stage, phase, first, end, last_group, group_planes,
+        stride_group, stride_group, GROUPS, EVEN, False, 1, 2, 1, STAGES,
+    )
+
+
+@gluon.jit
+def _left_half(acc):
+    """The left half of its columns as sums of their own, in the same registers, and the right one."""
+    left, right = halves(acc)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, acc.shape[1] // 2, 16])
+    return gl.convert_layout(left, layout, assert_trivial=True), right
+
+
+@gluon.jit
+def _with_right_half(left, right):
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * left.shape[1], 16])
+    left = gl.convert_layout(left, right.type.layout, assert_trivial=True)
+    both = gl.join(left, right).permute((0, 2, 1)).reshape([64, 2 * left.shape[1]])
+    return gl.convert_layout(both, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _sum_half(
+    acc, steps, minima, stride_group, group: gl.constexpr, GROUPS: gl.constexpr, EVEN: gl.constexpr, STAGES:
+    gl.constexpr,
+):
+    left, right = _left_half(acc)
+    left = _sum(left, steps, minima, stride_group, group, GROUPS, EVEN, STAGES)
+    return _with_right_half(left, right)
+
+
+@gluon.jit
+def _sum_quarter(
+    acc, steps, minima, stride_group, group: gl.constexpr, GROUPS: gl.constexpr, EVEN: gl.constexpr, STAGES:
+    gl.constexpr,
+):
+    left, right = _left_half(acc)
+    left = _sum_half(left, steps, minima, stride_group, group, GROUPS, EVEN, STAGES)
+    return _with_right_half(left, right)
 
 
 @gluon.jit
 def _compute(
-    group: gl.constexpr, epilogue, plan_ptr, scale_ptr, words, x, full, empty, n_tiles, k_tiles, part_steps, last_group,
-    group_planes, stride_expert, stride_group, ROWS: gl.constexpr, GROUPS: gl.constexpr, EVEN: gl.constexpr, STAGES:
-    gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, CHAINED: gl.constexpr,
+    group: gl.constexpr, epilogue, plan_ptr, scale_ptr, minimum_ptr, words, x, full, empty, n_tiles, k_tiles,
+    part_steps, last_group, group_planes, stride_expert, stride_group, ROWS: gl.constexpr, GROUPS: gl.constexpr, EVEN:
+    gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, CHAINED: gl.constexpr,
 ):
     """What warpgroup number `group` does."""
     layout: gl.constexpr = gl.SliceLayout(1, words_layout(1))
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    half_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS // 2, 16])
-    acc = gl.zeros([64, ROWS], gl.float32, acc_layout)
+    acc = gl.zeros([64, ROWS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16]))
     N = epilogue[7]
     wait_for_previous(CHAINED)
     work_end = gl.load(plan_ptr) * n_tiles * PARTS
@@ -129,22 +177,17 @@ def _compute(
             outputs = gl.minimum(first_n + row, N - 1)
         scales = scale_ptr + expert.to(gl.int64) * stride_expert
         stage, phase = stage_of(i, STAGES)
-        acc = _cleared(acc)
-        if rows <= ROWS // 2:  # in the registers of the left half
-            left, right = halves(acc)
-            left = gl.convert_layout(left, half_layout, assert_trivial=True)
-            left = sum_steps(
-                left, words, x, full, empty, scales, None, outputs, group, stage, phase, first, end, last_group,
-                group_planes, stride_group, 0, GROUPS, EVEN, False, 1, 2, 1, STAGES,
-            )
-            left = gl.convert_layout(left, right.type.layout, assert_trivial=True)
-            acc = gl.join(left, right).permute((0, 2, 1)).reshape([64, ROWS])
-            acc = gl.convert_layout(acc, acc_layout, assert_trivial=True)
+        minima = None
+        if minimum_ptr is not None:
+            minima = minimum_ptr + expert.to(gl.int64) * stride_expert
+        steps = words, x, full, empty, scales, outputs, stage, phase, first, end, last_group, group_planes
+        acc = cleared(acc)
+        if rows <= ROWS // 4:
+            acc = _sum_quarter(acc, steps, minima, stride_group, group, GROUPS, EVEN, STAGES)
+        elif rows <= ROWS // 2:
+            acc = _sum_half(acc, steps, minima, stride_group, group, GROUPS, EVEN, STAGES)
         else:
-            acc = sum_steps(
-                acc, words, x, full, empty, scales, None, outputs, group, stage, phase, first, end, last_group,
-                group_planes, stride_group, 0, GROUPS, EVEN, False, 1, 2, 1, STAGES,
-            )
+            acc = _sum(acc, steps, minima, stride_group, group, GROUPS, EVEN, STAGES)
         write_tall(acc, epilogue, expert, part, first_row, rows, first_n, GATED)
         i += end - first
 
@@ -152,9 +195,9 @@ def _compute(
 @gluon.jit(do_not_specialize=["S", "part_steps", "last_group", "group_planes", "k_tiles"])
 def _grouped_int4_tall_kernel(
     # Bound by the tensor cores, and by unpacking the weights. One program a multiprocessor.
-    packed_desc, x_desc, out_ptr, plan_ptr, scale_ptr, S, N, row_tiles, n_tiles, k_tiles, part_steps, last_group,
-    group_planes, stride_expert, stride_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, ROWS: gl.constexpr, STAGES:
-    gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, EARLY: gl.constexpr, CHAINED: gl.constexpr,
+    packed_desc, x_desc, out_ptr, plan_ptr, scale_ptr, minimum_ptr, S, N, row_tiles, n_tiles, k_tiles, part_steps,
+    last_group, group_planes, stride_expert, stride_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, ROWS: gl.constexpr,
+    STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, EARLY: gl.constexpr, CHAINED: gl.constexpr,
 ):
     dtype: gl.constexpr = x_desc.dtype
     x = gl.allocate_shared_memory(dtype, [STAGES, ROWS, 128], x_desc.layout)
@@ -174,14 +217,15 @@ def _grouped_int4_tall_kernel(
     epilogue = (out_ptr, None, None, None, 0, 0, S, N)
     gl.warp_specialize([
         (_compute, (
-            0, epilogue, plan_ptr, scale_ptr, words, x, full, empty, n_tiles, k_tiles, part_steps, last_group,
-            group_planes, stride_expert, stride_group, ROWS, GROUPS, EVEN, STAGES, PARTS, GATED, CHAINED)),
+            0, epilogue, plan_ptr, scale_ptr, minimum_ptr, words, x, full, empty, n_tiles, k_tiles, part_steps,
+            last_group, group_planes, stride_expert, stride_group, ROWS, GROUPS, EVEN, STAGES, PARTS, GATED, CHAINED)),
         (_compute, (
-            1, epilogue, plan_ptr, scale_ptr, words, x, full, empty, n_tiles, k_tiles, part_steps, last_group,
-            group_planes, stride_expert, stride_group, ROWS, GROUPS, EVEN, STAGES, PARTS, GATED, CHAINED)),
+            1, epilogue, plan_ptr, scale_ptr, minimum_ptr, words, x, full, empty, n_tiles, k_tiles, part_steps,
+            last_group, group_planes, stride_expert, stride_group, ROWS, GROUPS, EVEN, STAGES, PARTS, GATED, CHAINED)),
         (_load_packed, (
-            packed_desc, plan_ptr, scale_ptr, packed, full, empty, N, row_tiles, n_tiles, k_tiles, part_steps,
-            last_group, group_planes, stride_expert, stride_group, GROUPS, STAGES, PARTS, GATED, EARLY, CHAINED)),
+            packed_desc, plan_ptr, scale_ptr, minimum_ptr, packed, full, empty, N, row_tiles, n_tiles, k_tiles,
+            part_steps, last_group, group_planes, stride_expert, stride_group, GROUPS, STAGES, PARTS, GATED, EARLY,
+            CHAINED)),
         (_load_rows, (
             x_desc, plan_ptr, x_read, full, empty, n_tiles, k_tiles, part_steps, ROWS, STAGES, PARTS, CHAINED)),
     ], [4, 1, 1], [240, 24, 24])
@@ -205,16 +249,17 @@ def grouped_int4_tall(
     out: torch.Tensor,
     x: torch.Tensor,
     packed: torch.Tensor,
-    scale: torch.Tensor | None,
+    scales: Scales,
     plan: torch.Tensor,
     tiles: Tiles,
     programs: int,
     gated: bool,
     planned_before: bool,
 ) -> None:
-    """Launches it; packed: `[E, ceil(outputs / 64), ceil(K / 128), 64, 32]`, scale: `[E, groups, outputs]`."""
+    """Launches it; packed: `[E, ceil(outputs / 64), ceil(K / 128), 64, 32]`, scales: `[E, groups, outputs]`."""
     s, n = out.shape[-2:]
     row_tiles, k_tiles = packed.shape[1:3]
+    scale, minimum = scales.weight, scales.minimum
     assert scale is not None
     groups = scale.shape[1]
     group_size = x.shape[1] // groups
@@ -223,10 +268,11 @@ def grouped_int4_tall(
         _grouped_int4_tall_kernel,
         (programs,),
         _packed_desc(packed, gated),
-        described(x, tiles.rows // 2),
+        described(x, tiles.rows // 4),
         out,
         plan,
         scale,
+        minimum,
         s,
         n,
         row_tiles,

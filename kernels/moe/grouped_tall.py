@@ -170,6 +170,17 @@ def write_tall(acc, epilogue, expert, part, first_row, rows, first_n, GATED: gl.
 
 
 @gluon.jit
+def cleared(acc):
+    """Zeros, which compilers take for unknown.
+
+    Else each branch ahead of which sums are zeros has registers of its own for them, of which there are not enough, and
+    ptxas has each product wait for the one before.
+    """
+    CODE: gl.constexpr = "=r,r" if acc.dtype == gl.int32 else "=f,f"
+    return gl.inline_asm_elementwise("mov.b32 $0, 0;", CODE, [acc], dtype=acc.dtype, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _sum_half(
     weight, x, more, full, empty, acc, tail, i, count, group: gl.constexpr, ROWS: gl.constexpr, BLOCK_K: gl.constexpr,
     CHUNKS: gl.constexpr, STAGES: gl.constexpr,
@@ -190,11 +201,7 @@ def _sum_as_many(
     weight, x, more, full, empty, acc, tail, i, count, rows, group: gl.constexpr, ROWS: gl.constexpr, TAIL:
     gl.constexpr, BLOCK_K: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
 ):
-    """Sums by as many rows as a tile has, more or less.
-
-    Sums are kept from tile to tile: else registers are cleared for each branch ahead of all of them, there are not
-    enough, and ptxas has each product wait for the one before.
-    """
+    """Sums by as many rows as a tile has, more or less."""
     if ROWS >= 256:
         if rows <= ROWS // 2:
             acc, tail, i = _sum_half(
@@ -223,8 +230,7 @@ def _compute(
     K: gl.constexpr = BLOCK_K // CHUNKS // 4
     LONG: gl.constexpr = 128 if x.dtype == gl.int8 and ROWS > 128 else ROWS  # Triton has no wider one for int8
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LONG, K])
-    acc = gl.zeros([64, ROWS], SUM, acc_layout)
-    tail = gl.zeros([64, TAIL], SUM, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TAIL, K]))
+    tail_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TAIL, K])
     wait_for_previous(CHAINED)
     work_end = gl.load(plan_ptr) * n_tiles * PARTS
     i = 0
@@ -233,6 +239,8 @@ def _compute(
         part = work % PARTS
         first, end = steps_of(part, steps, part_steps)
         first_n = (2 * n + group) * COLS
+        acc = cleared(gl.zeros([64, ROWS], SUM, acc_layout))
+        tail = cleared(gl.zeros([64, TAIL], SUM, tail_layout))
         acc, tail, i = _sum_as_many(
             weight, x, more, full, empty, acc, tail, i, end - first, rows, group, ROWS, TAIL, BLOCK_K, CHUNKS, STAGES
         )
