@@ -189,6 +189,7 @@ class LLM:
         Raises:
             TypeError, ValueError: an invalid request, before anything is computed: an empty prompt, one longer than the
                 context, a token id outside the vocabulary, more than the cache could hold.
+            QueueFullError: there are more than `max_waiting`.
             RuntimeError: a request that failed.
         """
         several = _several(prompts)

@@ -419,6 +419,10 @@ def slow(step):
     time.sleep(0.005)
 
 
+async def last(steps):
+    return [completion async for completion in steps][-1]
+
+
 def test_async_streams_are_tokens_one_by_one():
     async def main():
         async with async_engine(engine()) as server:
@@ -433,10 +437,33 @@ def test_async_streams_are_tokens_one_by_one():
     asyncio.run(main())
 
 
-def test_async_refusals_concern_one_client():
-    async def last(steps):
-        return [completion async for completion in steps][-1]
+@pytest.mark.parametrize("how", ["break", "aclose", "cancel"])
+def test_a_client_that_leaves_is_computed_for_no_longer(how):
+    async def leave(server):
+        steps = server.generate([1], params(90))
+        if how == "cancel":
+            task = asyncio.create_task(last(steps))
+            while server._core.num_steps < 3:
+                await asyncio.sleep(0.001)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            return
+        async for _ in steps:
+            break
+        if how == "aclose":
+            await steps.aclose()
 
+    async def main():
+        async with async_engine(engine(fail=slow)) as server:
+            await leave(server)
+            await last(server.generate([2], params(4)))
+            assert server._core.num_steps < 40 and not server._core._requests and not server._listeners
+
+    asyncio.run(main())
+
+
+def test_async_refusals_concern_one_client():
     async def main():
         async with async_engine(engine(seqs=1, max_waiting=1, fail=slow)) as server:
             good = asyncio.create_task(last(server.generate([1, 2], params(90), request_id="good")))
