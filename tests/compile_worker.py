@@ -30,15 +30,23 @@ from octavo.kernels.tiles import KNOWN_DEVICES, DeviceProperties
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers and stack and local bytes as ptxas allotted them; stack or local bytes are spills."""
+def dumped(cubin: bytes, what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [CUOBJDUMP, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
+        return subprocess.run([CUOBJDUMP, what, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and stack and local bytes as ptxas allotted them; stack or local bytes are spills."""
+    text = dumped(cubin, "--dump-resource-usage")
     return {key.lower(): int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL")}
+
+
+def serialised(cubin: bytes) -> bool:
+    """Whether there is a wait behind each of Hopper's asynchronous products: ptxas does it where registers run out."""
+    text = dumped(cubin, "-sass")
+    return text.count("WARPGROUP.DEPBAR") >= len(re.findall(r"GMMA\.", text))
 
 
 def described(launch: Launch) -> str:
@@ -105,6 +113,8 @@ def compile_all(properties: DeviceProperties, launches: list, whole_archs: list[
                     "waits": compiled.asm["ptx"].count("griddepcontrol.wait"),
                     "shared_limit": properties.shared_memory,
                 } | resources(compiled.asm["cubin"])
+                gluon = type(launch.kernel).__name__ == "GluonJITFunction"
+                row["serialised"] = gluon and "wgmma" in compiled.asm["ptx"] and serialised(compiled.asm["cubin"])
                 print(json.dumps(row))
 
 

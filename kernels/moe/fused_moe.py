@@ -82,7 +82,7 @@ def _choose(
         most = 64 if copied and not with_minimum and max(map(groups_of_step, sizes)) <= 2 else 32
         most = 16 if with_minimum and x.dtype == torch.float32 else most
         tile = rows_of(pairs, experts, copied=copied, most=most)
-        if copied and not with_minimum:
+        if copied:
             tile = rows_of_tall(pairs, experts, packed=True) or tile
         first = choose_int4(*up, tile, properties, gated=True, copied=copied)
         return tile, first, choose_int4(*down, tile, properties, gated=False, copied=copied)

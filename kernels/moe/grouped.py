@@ -3,10 +3,10 @@
     y[s, n] = Σₖ x[s, k] · w[e(s), n, k] + bias[e(s), n]
     with SiLU × gate: y[s, n] = silu(Σₖ x[s, k] · w[e(s), n, k]) · Σₖ x[s, k] · w[e(s), N + n, k]
 
-Sums are fp32 and rounded once. The plan of tiles comes from `octavo.kernels.moe.schedule`. On Hopper
-`octavo.kernels.moe.grouped_few` and `octavo.kernels.moe.grouped_hopper` do what the copy engine can load; the kernel
-here does the rest, and all on other GPUs: its programs walk units of a tile by a column of outputs. Few rows have the
-weights as the first operand.
+Sums are fp32 and rounded once. The plan of tiles comes from `octavo.kernels.moe.schedule`. On Hopper `grouped_few`,
+`grouped_tall` and `grouped_hopper` of `octavo.kernels.moe` do what the copy engine can load, by how many rows an expert
+has; the kernel here does the rest, and all on other GPUs: its programs walk units of a tile by a column of outputs. Few
+rows have the weights as the first operand.
 """
 
 import torch
