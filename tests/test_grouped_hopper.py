@@ -10,7 +10,7 @@ from gluon_in_python import Descriptor, Number, Pointer, namespace
 
 from octavo.kernels.moe import schedule
 from octavo.kernels.moe.grouped_tiles import Scales
-from octavo.kernels.quant.int4_tiles import groups_of_step
+from octavo.kernels.quant.int4_tiles import groups_of_step, plane_groups
 from octavo.kernels.quant.packing import int4_pack
 from octavo.kernels.tiles import cdiv
 from octavo.reference import moe as reference
@@ -188,7 +188,7 @@ def int4_in_python(x, packed, scale, offsets, tile, stages, parts, gated, progra
             pointer(plan),
             pointer(scale),
             *map(Number, (s, n, packed.shape[1], cdiv(n, 128 if gated else 256), k_tiles, part_steps, groups - 1)),
-            *map(Number, (group // 32, *scale.stride()[:2])),
+            *map(Number, (plane_groups(group), *scale.stride()[:2])),
             *(per_step, per_step == 1 or per_step * group == 128, group % 128 == 0 and tile <= 32),
             *(tile, stages, parts, gated, early, False),
         )
