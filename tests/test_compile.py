@@ -25,8 +25,8 @@ WHOLE, EVERY, EVERY_OF_OTHERS = ["--whole", "sm_90", "--every"], "8", "24"
 has the same, and every eighth of the rest; with each other Triton every twenty-fourth kernel of any architecture."""
 SPILLED = {
     "_prefill_kernel": 56,
-    "_int4_hopper_kernel": 32,
-    "_int8_hopper_kernel": 32,
+    "_int4_hopper_kernel": 48,
+    "_int8_hopper_kernel": 48,
     "_grouped_int4_kernel": 32,
     "_grouped_hopper_kernel": 8,
 }
