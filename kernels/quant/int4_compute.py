@@ -81,11 +81,13 @@ def sum_steps(
 ):
     """Adds to acc this turn's steps of a tile's rounds from `k` to before `end`; `stage` and `phase` are round k's.
 
-    SCALE_SUMS: not the weights are scaled, but each step's sums. That is fewer instructions for few tokens.
+    Of x as many tokens are taken as acc has. SCALE_SUMS: not the weights are scaled, but each step's sums: that is
+    fewer instructions for few tokens.
     """
     dtype: gl.constexpr = x.dtype
     layout: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
     ROUND: gl.constexpr = TURNS * STEPS
+    TOKENS: gl.constexpr = acc.shape[1]
     nothing = gl.zeros_like(acc)
     step = k * ROUND + turn * STEPS
     scales, minima = _bits_of_steps(
@@ -117,17 +119,18 @@ def sum_steps(
         sums = acc
         high = low
         for j in gl.static_range(STEPS):
-            tokens = x.index(now * STEPS + j)
+            part = x.index(now * STEPS + j).slice(0, 64, 1).slice(0, TOKENS).permute((1, 0))
             if SCALE_SUMS:
-                sums = warpgroup_mma(low, tokens.slice(0, 64, 1).permute((1, 0)), nothing, use_acc=False, is_async=True)
+                sums = warpgroup_mma(low, part, nothing, use_acc=False, is_async=True)
             else:
-                sums = warpgroup_mma(low, tokens.slice(0, 64, 1).permute((1, 0)), sums, is_async=True)
+                sums = warpgroup_mma(low, part, sums, is_async=True)
             if j > 0:  # what is unpacked goes into the registers of what has been multiplied
                 sums, high = warpgroup_mma_wait(1, deps=[sums, high])
             high = operand(
                 unpack(packed, of_step(s_high, j, STEPS), of_step(m_high, j, STEPS), 1, dtype), dtype, layout
             )
-            sums = warpgroup_mma(high, tokens.slice(64, 64, 1).permute((1, 0)), sums, is_async=True)
+            part = x.index(now * STEPS + j).slice(64, 64, 1).slice(0, TOKENS).permute((1, 0))
+            sums = warpgroup_mma(high, part, sums, is_async=True)
             if j + 1 < STEPS:
                 packed = load_words(words.index((now * SIDES + side) * STEPS + j + 1), BLOCKS)
             if STEPS > 1 or not SCALE_SUMS:

@@ -46,7 +46,7 @@ def _scales_of_steps(
 
 
 @gluon.jit
-def _sum_scaled(
+def sum_scaled_bytes(
     acc, weights, x, full, empty, scale_ptr, rows, side: gl.constexpr, turn: gl.constexpr, stage, phase, k, end,
     last_group, plane_groups, stride_scale_group, BLOCKS: gl.constexpr, SIDES: gl.constexpr, TURNS: gl.constexpr, STEPS:
     gl.constexpr, STAGES: gl.constexpr,
@@ -106,7 +106,7 @@ def _sum_scaled(
 
 
 @gluon.jit
-def _sum(
+def sum_bytes(
     acc, weights, x, full, empty, scale_ptr, rows, side: gl.constexpr, turn: gl.constexpr, stage, phase, k, end,
     last_group, plane_groups, stride_scale_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, BLOCKS: gl.constexpr, SIDES:
     gl.constexpr, TURNS: gl.constexpr, STEPS: gl.constexpr, INPUTS: gl.constexpr, STAGES: gl.constexpr,
@@ -217,12 +217,12 @@ def compute_bytes(
             scales = group_bits(scale_ptr, stride_scale_group, rows, 0, plane_groups, last_group, 1, True)
         stage, phase = stage_of(128 // INPUTS * i, STAGES)
         if SCALE_SUMS:
-            acc = _sum_scaled(
+            acc = sum_scaled_bytes(
                 acc, weights, x, full, empty, scale_ptr, rows, side, turn, stage, phase, k, end, last_group,
                 plane_groups, stride_scale_group, BLOCKS, SIDES, TURNS, STEPS, STAGES,
             )
         else:
-            acc = _sum(
+            acc = sum_bytes(
                 acc, weights, x, full, empty, scale_ptr, rows, side, turn, stage, phase, k, end, last_group,
                 plane_groups, stride_scale_group, GROUPS, EVEN, BLOCKS, SIDES, TURNS, STEPS, INPUTS, STAGES,
             )
