@@ -73,7 +73,7 @@ def groups_of_step(group_size: int) -> int:
     return 1 if group_size % 128 == 0 else 2 if group_size == 64 else 4
 
 
-ONE, TWO = Warpgroups(1, 2, 1, steps=2), Warpgroups(1, 2, 1, steps=2, at_once=2)
+MOST_INPUTS = 2**20
 
 
 def plane_groups(group_size: int) -> int:
@@ -81,9 +81,8 @@ def plane_groups(group_size: int) -> int:
     return cdiv(2**30, max(group_size // 32, 1))
 
 
-MOST_INPUTS = 2**20
-
 ONE, TWO = Warpgroups(1, 2, 1, steps=2), Warpgroups(1, 2, 1, steps=2, at_once=2)
+"""For few tokens: a program on each multiprocessor, or two."""
 TWO_OF_FEW_REGISTERS = Warpgroups(1, 2, 1, at_once=2)
 CUTS: Cuts = {
     8: {ONE: 0.135, TWO: 0.135, TWO_OF_FEW_REGISTERS: 0.15},
@@ -93,12 +92,14 @@ CUTS: Cuts = {
     128: {Warpgroups(2, 1, 1): 0.4, Warpgroups(2, 1, 2): 0.38},
     256: {Warpgroups(2, 1, 1): 0.71},
 }
-"""By tokens: sides, turns and blocks, and the microseconds that a packed tile takes a multiprocessor (measured, but for
-32 tokens)."""
-STAGE_BYTES = 160 * 1024
-"""Of stages, up to 64 tokens: of more, or of more than 8 stages, a program's first tokens come late (1 µs of 26)."""
+"""By tokens, and the microseconds that a packed tile takes a multiprocessor, but for its way from memory (measured, but
+for 32 tokens)."""
+STAGE_BYTES = 150 * 1024
+"""Of stages, up to 64 tokens: of more, or of more steps than `cut_into` wants, a program's first tokens come late."""
 MEMORY_BYTES_A_US, CACHE_BYTES_A_US = 3.25e6, 7.4e6
 """What comes from memory, which is the weights, and from the cache, with the tokens that each program reads again."""
+END_US = 0.5
+"""What a tile takes behind its steps, where a program takes turns at them and no other goes on beside it."""
 PARTS_US, PART_BYTES_A_US = 4.2, 2.2e6
 """What adding up the parts of shared tiles takes, and how fast they are written and read."""
 
@@ -151,7 +152,8 @@ def cut_into(
     room = properties.shared_memory // at_once - (sides + 1) * OTHER_BYTES - (turns - 1) * sides * blocks * tokens * 256
     round_bytes = turns * steps * step_bytes
     if stages is None:
-        stages = max(min(STAGE_BYTES // round_bytes, 8 // (turns * steps)), 2)
+        wanted = 6 if shared else 8 if turns == 1 else 12
+        stages = max(min(STAGE_BYTES // round_bytes, wanted // (turns * steps)), 2)
     stages = min(room // round_bytes, stages)
     return Tiles(*warpgroups, tokens, stages, scale_sums, programs, shared, min(token_tiles, 4))
 
@@ -174,7 +176,8 @@ def time_of(tiles: Tiles, m: int, n: int, k: int, cuts: Cuts, tile_bytes: int, p
         parts *= tiles.outputs * min(m, tiles.tokens) * 4
         return of_steps(count * k_tiles / tiles.programs, tiles.programs) + PARTS_US + parts / PART_BYTES_A_US
     waves, rest = divmod(count, tiles.programs)
-    return of_steps(waves * k_tiles, tiles.programs) + of_steps(k_tiles if rest else 0, rest)
+    ends = (waves + (rest > 0) - 1) * END_US if tiles.turns > tiles.at_once else 0.0
+    return of_steps(waves * k_tiles, tiles.programs) + of_steps(k_tiles if rest else 0, rest) + ends
 
 
 def fastest_of(
