@@ -33,7 +33,7 @@ SPILLED = {
 """Bytes of the stack that a Gluon kernel may use: the warps that load have few registers, and those that compute may
 keep numbers of a tile in memory (prefill with a window and a softcap, most: 56, else at most 48; int8 products by
 experts: four results that wait for the next tile, with Triton 3.6). They spill nothing in their innermost loop, but for
-up to five numbers of int4's four warpgroups with 64 tokens, and two of prefill with a window."""
+up to five numbers of the four warpgroups of int4 by experts with 64 tokens, and two of prefill with a window."""
 
 
 def compiled(version, modules, *options):

@@ -1,9 +1,9 @@
 """The warpgroups of the Hopper int4 kernel (`int4_hopper.py`) that compute, each 64 · BLOCKS outputs of a tile.
 
 Weights are the first operand: they go from shared memory through registers, where they are dequantised
-(`int4_unpack.py`), into the tensor cores. While these are at 64 inputs, the next 64 are dequantised; and the
-warpgroups, two or four, fill each other's gaps. SIDES of them stand side by side; TURNS of them take turns at the steps
-of the same outputs, and the first adds up their sums, in their order.
+(`int4_unpack.py`), into the tensor cores. While these are at 64 inputs, the next 64 are dequantised; and the two
+warpgroups fill each other's gaps. SIDES of them stand side by side; TURNS of them take turns at the same outputs, of
+STEPS steps each, and the first adds up their sums, in their order.
 """
 
 from triton.experimental import gluon

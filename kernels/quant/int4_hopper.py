@@ -1,19 +1,22 @@
 """The int4 linear layer on Hopper (sm_90), in Gluon; elsewhere, and in fp32, `int4.py`'s kernel does it.
 
-A program on each multiprocessor: two warps load, by TMA (`int4_loads.py`), two or four warpgroups compute
+A program on each multiprocessor, or two: two warps load, by TMA (`int4_loads.py`), two warpgroups compute
 (`int4_compute.py`). What a program computes is told by `int4_shares.py`; tiles that programs share are added up by a
 second kernel (`int4_parts.py`), which is launched only where there are some; `int4_tiles.py` chooses them.
 
 What bounds few tokens. A step of 64 outputs by 128 inputs is 4 KiB, which come from memory in 310 cycles of an H100's
 multiprocessor (3.05 TB/s for 132 of them, at 1.75 GHz). To unpack it takes each warp of a warpgroup, one on each of the
-four schedulers, 32 LOP3, 24 shifts and 32 HFMA2, of the 185 instructions of its loop (SASS; it was 200 before scales
-were loaded behind their use): 185 cycles to issue them, 112 of the pipe of LOP3 and shifts. So instructions leave room;
-what does not is latency. A step is two products, the second of which adds to the first's sums, with a wait for each and
-four barriers of the warpgroup, and two warpgroups took 1077 cycles a step each, as measured. So up to 32 tokens there
-are four. With turns at the same 64 outputs they make tiles so small that 8192 outputs are 128 of them, and nothing is
-shared; with outputs of their own they take 300 cycles a tile (`CUTS`), as long as it takes to come from memory, with
-turns 340 to 450, for those add up in shared memory. On an H100, one token, Marlin's or Machete's best of another day
-beside it: 8192 × 8192 19.0 µs (18.2), 28672 × 4096 25.3 (30.9), 4096 × 14336 17.4 (23.6), 6144 × 4096 11.0 (11.6).
+four schedulers, 32 LOP3, 24 shifts and 32 HFMA2, of the 168 instructions of its loop (SASS): there is room for them;
+what there is not is time for anything else, one after the other. So the warps that load go round their loop once for
+four steps, for it takes 450 cycles with a step a stage; a turn is of two steps, whose products are on their way while
+others are unpacked, between one wait for the copy engine and the next; two warpgroups take turns at the same 64
+outputs, so that 8192 outputs are 128 tiles and nothing is shared; and tiles have 8 tokens where there are no more, for
+the copy engine takes longer over rows that are not there (16 rows for one token: 3 µs of 18). At 8192 × 8192 loading
+alone takes 13.0 µs, and all of it 14.4 (four warpgroups with a step a turn took 19.3, or with a round a stage 15.3).
+Programs of half a multiprocessor's registers and memory are for where there are more tiles than multiprocessors: one
+goes on while the other ends. With fewer tiles they are dealt out unevenly, for those of the next kernel start where the
+last kernel's have ended. On an H100, one token, the best of Marlin and Machete of another day beside it: 8192 × 8192
+14.4 µs (17.7), 4096 × 4096 7.0 (9.1), 28672 × 4096 24.0 (29.9), 4096 × 14336 16.0 (23.6), 10240 × 8192 20.3 (22.1).
 
 What bounds many tokens. A packed tile takes the tensor cores 512 cycles by 128 tokens, 1024 by 256; to unpack it takes
 each warp some 200 instructions. They slow the products down even beside them: with 128 tokens the tensor cores are busy

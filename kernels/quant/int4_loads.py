@@ -1,8 +1,8 @@
 """The warps of the Hopper int4 kernel (`int4_hopper.py`) that load, by TMA: one packed weights, one tokens.
 
-A stage is a round: a step for each of the TURNS warpgroups that take turns, which have a barrier each for what is full
-and one for all that is empty. A warp that loads takes 450 cycles to go round its loop (SASS: 202 instructions, and a
-division among them), and with four turns a step may take 310.
+A stage is a round: the steps of each of the TURNS warpgroups that take turns, with a barrier for each of these that
+tells what is full, and one that tells that all is empty. To go round its loop takes a warp that loads 450 cycles, of
+some 200 instructions that wait for one another; a step may take 310.
 
 Scales are read by those that compute, from the cache, where the warp that loads weights has had them brought: the time
 from memory is that of several steps. Two rows of a packed tile's words stand side by side here, since the copy

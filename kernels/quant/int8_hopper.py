@@ -5,7 +5,7 @@ same shares of the product, the same second kernel for the tiles that programs s
 
 What bounds few tokens. A step of 64 outputs by 128 inputs is 8 KiB, which come from memory in 620 cycles of an H100's
 multiprocessor. To load and unpack it takes each warp of a warpgroup 32 loads and 96 instructions (`int8_unpack.py`),
-half of what it has the time to issue, and the rest of a step is int4's.
+half of what it has the time to issue, and the rest is as with int4: rounds of two turns of two steps.
 
 What bounds many tokens: as with int4, the tensor cores and the GPU's power. A program of 128 outputs and 256 tokens
 has room for not three steps of 128 inputs, so a stage is 64 of them.
