@@ -24,7 +24,7 @@ RUN_TIME_DIMS = ("T", "M", "B", "q", "ctx")
 """What a request decides; the other dimensions are the model's and make the panels."""
 
 _DPI = 100
-_SETTINGS: Any = {
+SETTINGS: Any = {
     **{key: matplotlib.rcParamsDefault[key] for key in ("font.family", "font.sans-serif", "axes.prop_cycle")},
     "font.size": 9,
     "axes.spines.top": False,
@@ -96,7 +96,7 @@ def _scaled(number: float, unit: str) -> str:
     return f"{number:.3g} {unit}"
 
 
-def _png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
     """The figure with 128 colours: a third of the size, and nothing in it that changes from run to run."""
     raw = io.BytesIO()
     figure.savefig(raw, format="png", dpi=_DPI, metadata={"Software": None})
@@ -178,14 +178,14 @@ def _roofline_axes(ax: Axes, rows: Sequence[Row], ceilings: Ceilings, looks: dic
 def roofline(rows: Sequence[Row], ceilings: Ceilings, looks: dict[str, Style]) -> bytes:
     """One op's achieved rate against the machine's roofs: a marker for each shape and provider, axes for each dtype."""
     dtypes = sorted({row.dtype for row in rows})
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(10, 4.6 * len(dtypes) + 0.5), layout="constrained")
         for index, dtype in enumerate(dtypes):
             ax = figure.add_subplot(len(dtypes), 1, index + 1)
             _roofline_axes(ax, [row for row in rows if row.dtype == dtype], ceilings, looks)
         _legend(figure, [n for n in providers(rows) if any(r.median_us for r in rows if r.provider == n)])
         figure.suptitle(_heading(rows, "roofline"), x=0.01, ha="left", fontsize=10)
-        return _png(figure)
+        return to_png(figure)
 
 
 def _legend(figure: Figure, names: Sequence[str]) -> None:
@@ -333,11 +333,11 @@ def speedup(rows: Sequence[Row], looks: dict[str, Style]) -> bytes | None:
     most = max(len(panel.ticks) * len(panel.peers) for panel in drawn)
     columns = 2 if len(drawn) > 1 and most <= 36 else 1
     lines = math.ceil(len(drawn) / columns)
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(11, (2.2 if lines > 1 else 3.2) * lines + 0.9), layout="constrained")
         for index, panel in enumerate(drawn):
             _bars(figure.add_subplot(lines, columns, index + 1), panel, looks, limits)
         _legend(figure, providers(rows))
         title = "time of each peer / time of octavo (above 1: octavo is faster)"
         figure.suptitle(_heading(rows, title), x=0.01, ha="left", fontsize=10)
-        return _png(figure)
+        return to_png(figure)

@@ -9,7 +9,7 @@ from typing import Any
 from octavo.bench.floors import READERS, Ceilings, providers, runs
 from octavo.bench.store import Row
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --page: #fff; --line: #d9d9d9; --soft: #666; --best: #e6f2ea; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e4e4e4; --page: #16181b; --line: #3a3d42; --soft: #a0a0a0; --best: #1f3a2a; }
@@ -164,7 +164,7 @@ def page(gpu: str, sections: Sequence[Section], ceilings: Ceilings, launch_cost:
     links = " · ".join(f'<a href="#{_e(s.op)}">{_e(s.op)}</a>' for s in sections)
     parts = [
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>octavo on {_e(gpu)}</title>',
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>',
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>',
         f"<h1>octavo on {_e(gpu)}</h1>\n<p>{links}</p>",
         "<p>Times are medians in µs with p20 to p80 behind them, and the percentage of the floor that they reach. The "
         "floor is max(bytes / bandwidth, flops / peak) of this machine's own ceilings; the bandwidth is that of "

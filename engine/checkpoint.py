@@ -275,9 +275,10 @@ class FolderCheckpoint:
         module, _, suffix = name.rpartition(".")
         if suffix != "bias" or module not in self._layers:
             return False
-        return not (
-            self.config.mlp_bias if ".mlp." in module else self.config.attention_bias and ".self_attn." in module
-        )
+        if ".mlp." in module:
+            return not self.config.mlp_bias
+        has = self.config.attention_bias or (self.config.qkv_bias and not module.endswith(".o_proj"))
+        return not (has and ".self_attn." in module)
 
     def _layer(self, module: str, parts: dict[str, TensorFile], reader: Reader, dtype: torch.dtype) -> Weight:
         assert self._format is not None

@@ -21,9 +21,10 @@ except ImportError as missing:
 import torch
 
 import octavo
+from octavo.engine import bench_commands
 from octavo.engine.llm import LLM, Token
+from octavo.engine.params import SamplingParams
 from octavo.engine.quantize.command import quantize_command
-from octavo.engine.sequence import SamplingParams
 
 app = typer.Typer(
     help="Run Llama, Mistral and Mixtral models on octavo's kernels.",
@@ -118,6 +119,8 @@ app.command("quantize")(quantize_command)
 
 bench = typer.Typer(help="Measure octavo on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+for command in (bench_commands.throughput, bench_commands.latency, bench_commands.sweep):
+    bench.command(command.__name__)(command)
 
 
 @bench.command()

@@ -5,13 +5,14 @@ supported.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import octavo
+from octavo.engine.config_keys import REQUIRED, divide, flag, integer, number, token_ids, unique
 
 # Of each architecture, what transformers takes where config.json says nothing; a sliding window is Mistral's.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -26,6 +27,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         num_local_experts=8,
         num_experts_per_tok=2,
     ),
+    "Qwen2MoeForCausalLM": dict(
+        max_position_embeddings=32768,
+        num_key_value_heads=16,
+        moe_intermediate_size=1408,
+        num_local_experts=60,
+        num_experts_per_tok=4,
+    ),
     "Qwen3MoeForCausalLM": dict(
         max_position_embeddings=32768,
         num_key_value_heads=4,
@@ -38,18 +46,19 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # A GGUF names one end-of-sequence token, but a chat model's turn may end with any of these.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>")
-_REQUIRED = object()
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Llama, Mistral, Mixtral or Qwen3-MoE decoder.
+    """A Llama, Mistral, Mixtral, Qwen2-MoE or Qwen3-MoE decoder.
 
     `rope_scaling` is None or a dictionary as `octavo.rotary_cos_sin_cache` takes it, with `rope_type`; `sliding_window`
     is None where every token sees all before it; `eos_token_ids` are the tokens that end a completion; `dtype` is the
     one that unquantised weights are stored in. A mixture's layers have `num_local_experts` MLPs of
     `intermediate_size`, and each token takes `num_experts_per_tok` of them, whose weights add up to 1 with
-    `norm_topk_prob`; both numbers are 0 where a layer has one MLP. `qk_norm`: heads of queries and keys are normalised.
+    `norm_topk_prob`; both numbers are 0 where a layer has one MLP. In Qwen2's all tokens share one more expert, of
+    `shared_expert_intermediate_size`. `attention_bias`: the four layers of attention have biases; `qkv_bias`: but not
+    its last. `qk_norm`: heads of queries and keys are normalised.
 
     Raises:
         ValueError: numbers that contradict each other.
@@ -79,6 +88,8 @@ class ModelConfig:
     num_experts_per_tok: int = 0
     norm_topk_prob: bool = True
     qk_norm: bool = False
+    qkv_bias: bool = False
+    shared_expert_intermediate_size: int = 0
 
     def __post_init__(self) -> None:
         if self.num_experts_per_tok > self.num_local_experts:
@@ -121,35 +132,33 @@ class ModelConfig:
             raise ValueError(f"architectures: {config.get('architectures')!r}; supported: {', '.join(ARCHITECTURES)}")
         if config.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act: {config['hidden_act']!r}; supported: silu")
-        heads = _integer(config, "num_attention_heads")
-        hidden = _integer(config, "hidden_size")
-        vocab_size = _integer(config, "vocab_size")
+        heads = integer(config, "num_attention_heads")
+        hidden = integer(config, "hidden_size")
+        vocab_size = integer(config, "vocab_size")
         default = ARCHITECTURES[architectures[0]]
         rope_theta, rope_scaling = _hf_rope(config, default.get("rope_theta", 10000.0))
         window = config.get("sliding_window", default["sliding_window"]) if "sliding_window" in default else None
-        if architectures[0] == "Qwen3MoeForCausalLM" and not _flag(config, "use_sliding_window"):
+        if architectures[0] == "Qwen3MoeForCausalLM" and not flag(config, "use_sliding_window"):
             window = None
         return cls(
             architecture=architectures[0],
             vocab_size=vocab_size,
             hidden_size=hidden,
-            num_hidden_layers=_integer(config, "num_hidden_layers"),
+            num_hidden_layers=integer(config, "num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=_integer(config, "num_key_value_heads", default.get("num_key_value_heads", heads)),
-            head_dim=_integer(config, "head_dim", 0) or _divide(hidden, heads, "hidden_size", "num_attention_heads"),
-            rms_norm_eps=_number(config, "rms_norm_eps", default.get("rms_norm_eps", 1e-6)),
-            max_position_embeddings=_integer(config, "max_position_embeddings", default["max_position_embeddings"]),
+            num_key_value_heads=integer(config, "num_key_value_heads", default.get("num_key_value_heads", heads)),
+            head_dim=integer(config, "head_dim", 0) or divide(hidden, heads, "hidden_size", "num_attention_heads"),
+            rms_norm_eps=number(config, "rms_norm_eps", default.get("rms_norm_eps", 1e-6)),
+            max_position_embeddings=integer(config, "max_position_embeddings", default["max_position_embeddings"]),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            sliding_window=None if window is None else _integer({"sliding_window": window}, "sliding_window"),
-            tie_word_embeddings=_flag(config, "tie_word_embeddings"),
-            attention_bias=_flag(config, "attention_bias"),
-            mlp_bias=_flag(config, "mlp_bias"),
+            sliding_window=None if window is None else integer({"sliding_window": window}, "sliding_window"),
+            tie_word_embeddings=flag(config, "tie_word_embeddings"),
+            attention_bias=flag(config, "attention_bias"),
+            mlp_bias=flag(config, "mlp_bias"),
             hidden_act="silu",
-            bos_token_id=next(iter(_token_ids(config, "bos_token_id")), None),
-            eos_token_ids=_unique(
-                _token_ids(config, "eos_token_id"), _token_ids(generation_config or {}, "eos_token_id")
-            ),
+            bos_token_id=next(iter(token_ids(config, "bos_token_id")), None),
+            eos_token_ids=unique(token_ids(config, "eos_token_id"), token_ids(generation_config or {}, "eos_token_id")),
             dtype=_hf_dtype(config),
             **_hf_mixture(config, architectures[0]),
         )
@@ -178,20 +187,20 @@ class ModelConfig:
                 f"general.architecture: {metadata.get('general.architecture')!r}; supported: 'llama', which Llama, "
                 "Mistral, Mixtral, SmolLM2, TinyLlama and CodeLlama are stored as"
             )
-        experts = _integer(metadata, "llama.expert_count", 0, minimum=0)
-        heads = _integer(metadata, "llama.attention.head_count")
-        hidden = _integer(metadata, "llama.embedding_length")
-        head_dim = _integer(metadata, "llama.attention.key_length", 0) or _divide(
+        experts = integer(metadata, "llama.expert_count", 0, minimum=0)
+        heads = integer(metadata, "llama.attention.head_count")
+        hidden = integer(metadata, "llama.embedding_length")
+        head_dim = integer(metadata, "llama.attention.key_length", 0) or divide(
             hidden, heads, "llama.embedding_length", "llama.attention.head_count"
         )
         for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-            if _integer(metadata, key, head_dim) != head_dim:
+            if integer(metadata, key, head_dim) != head_dim:
                 raise ValueError(f"{key}: {metadata[key]}; supported: the head size ({head_dim})")
         tokens = metadata.get("tokenizer.ggml.tokens", [])
         if not isinstance(tokens, list):
             raise ValueError(f"tokenizer.ggml.tokens: {tokens!r}; expected a list")
-        context = _integer(metadata, "llama.context_length")
-        rope_theta = _number(metadata, "llama.rope.freq_base", 10000.0)
+        context = integer(metadata, "llama.context_length")
+        rope_theta = number(metadata, "llama.rope.freq_base", 10000.0)
         if rope_factors is None:
             rope_scaling = _gguf_rope_scaling(metadata)
         else:
@@ -199,30 +208,30 @@ class ModelConfig:
         types = set(tensor_types.values())
         return cls(
             architecture="MixtralForCausalLM" if experts else "LlamaForCausalLM",
-            vocab_size=_integer(metadata, "llama.vocab_size", len(tokens) or _REQUIRED),
+            vocab_size=integer(metadata, "llama.vocab_size", len(tokens) or REQUIRED),
             hidden_size=hidden,
-            intermediate_size=_integer(metadata, "llama.feed_forward_length"),
-            num_hidden_layers=_integer(metadata, "llama.block_count"),
+            intermediate_size=integer(metadata, "llama.feed_forward_length"),
+            num_hidden_layers=integer(metadata, "llama.block_count"),
             num_attention_heads=heads,
-            num_key_value_heads=_integer(metadata, "llama.attention.head_count_kv", heads),
+            num_key_value_heads=integer(metadata, "llama.attention.head_count_kv", heads),
             head_dim=head_dim,
-            rms_norm_eps=_number(metadata, "llama.attention.layer_norm_rms_epsilon"),
+            rms_norm_eps=number(metadata, "llama.attention.layer_norm_rms_epsilon"),
             max_position_embeddings=context,
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            sliding_window=_integer(metadata, "llama.attention.sliding_window", 0, minimum=0) or None,
+            sliding_window=integer(metadata, "llama.attention.sliding_window", 0, minimum=0) or None,
             tie_word_embeddings="output.weight" not in tensor_types,
             attention_bias="blk.0.attn_q.bias" in tensor_types,
             mlp_bias="blk.0.ffn_gate.bias" in tensor_types,
             hidden_act="silu",
-            bos_token_id=next(iter(_token_ids(metadata, "tokenizer.ggml.bos_token_id")), None),
-            eos_token_ids=_unique(
-                *(_token_ids(metadata, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")),
+            bos_token_id=next(iter(token_ids(metadata, "tokenizer.ggml.bos_token_id")), None),
+            eos_token_ids=unique(
+                *(token_ids(metadata, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")),
                 tuple(i for i, token in enumerate(tokens) if token in END_OF_TURN),
             ),
             dtype=torch.bfloat16 if "BF16" in types else torch.float32 if types == {"F32"} else torch.float16,
             num_local_experts=experts,
-            num_experts_per_tok=_integer(metadata, "llama.expert_used_count") if experts else 0,
+            num_experts_per_tok=integer(metadata, "llama.expert_used_count") if experts else 0,
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -257,72 +266,31 @@ class ModelConfig:
         return config | (dict(sliding_window=self.sliding_window) if mistral or mixtral else {})
 
 
-def _integer(config: Mapping[str, Any], key: str, default: Any = _REQUIRED, minimum: int = 1) -> int:
-    value = config.get(key)
-    if value is None:
-        if default is _REQUIRED:
-            raise ValueError(f"{key}: missing; expected an integer")
-        return default
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{key}: {value!r}; expected an integer of at least {minimum}")
-    return value
-
-
-def _number(config: Mapping[str, Any], key: str, default: Any = _REQUIRED) -> float:
-    value = config.get(key)
-    if value is None:
-        if default is _REQUIRED:
-            raise ValueError(f"{key}: missing; expected a positive number")
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{key}: {value!r}; expected a positive number")
-    return float(value)
-
-
-def _flag(config: Mapping[str, Any], key: str) -> bool:
-    value = config.get(key, False)
-    if not isinstance(value, bool):
-        raise ValueError(f"{key}: {value!r}; expected true or false")
-    return value
-
-
-def _divide(number: int, by: int, name: str, by_name: str) -> int:
-    if number % by:
-        raise ValueError(f"{name}: {number} is not divisible by {by_name} ({by}), and no head size is given")
-    return number // by
-
-
-def _token_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    """One id, a list of them, or none."""
-    value = config.get(key)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(_integer({key: i}, key, minimum=0) for i in ids)
-
-
-def _unique(*groups: Sequence[int]) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(i for group in groups for i in group))
-
-
 def _hf_mixture(config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
     """The fields of a ModelConfig that mixtures of experts have; `intermediate_size` of any model."""
     default = ARCHITECTURES[architecture]
     if "num_local_experts" not in default:
-        return dict(intermediate_size=_integer(config, "intermediate_size"))
+        return dict(intermediate_size=integer(config, "intermediate_size"))
     fields: dict[str, Any] = dict(
-        num_local_experts=_integer(
+        num_local_experts=integer(
             config, "num_experts" if "num_experts" in config else "num_local_experts", default["num_local_experts"]
         ),
-        num_experts_per_tok=_integer(config, "num_experts_per_tok", default["num_experts_per_tok"]),
+        num_experts_per_tok=integer(config, "num_experts_per_tok", default["num_experts_per_tok"]),
     )
     if architecture == "MixtralForCausalLM":
-        return fields | dict(intermediate_size=_integer(config, "intermediate_size"))
+        return fields | dict(intermediate_size=integer(config, "intermediate_size"))
+    if architecture == "Qwen2MoeForCausalLM":
+        if flag(config, "use_sliding_window"):
+            raise ValueError("use_sliding_window: True; supported: False, since it is for some of the layers alone")
+        shared = integer(config, "shared_expert_intermediate_size", 5632)
+        fields |= dict(qkv_bias=flag(config, "qkv_bias", True), shared_expert_intermediate_size=shared)
     for name, supported in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
         if (config.get(name) or supported) != supported:
             raise ValueError(f"{name}: {config[name]!r}; supported: {supported}, experts in every layer")
     return fields | dict(
-        intermediate_size=_integer(config, "moe_intermediate_size", default["moe_intermediate_size"]),
-        norm_topk_prob=_flag(config, "norm_topk_prob"),
-        qk_norm=True,
+        intermediate_size=integer(config, "moe_intermediate_size", default["moe_intermediate_size"]),
+        norm_topk_prob=flag(config, "norm_topk_prob"),
+        qk_norm=architecture == "Qwen3MoeForCausalLM",
     )
 
 
@@ -340,7 +308,7 @@ def _hf_rope(config: Mapping[str, Any], base: float) -> tuple[float, dict[str, A
     if not isinstance(parameters, dict):
         raise ValueError(f"{name}: {parameters!r}; expected a dictionary")
     scaling = dict(parameters)
-    theta = _number(scaling if "rope_theta" in scaling else config, "rope_theta", base)
+    theta = number(scaling if "rope_theta" in scaling else config, "rope_theta", base)
     scaling.pop("rope_theta", None)
     kind = scaling.pop("type", "default")
     scaling.setdefault("rope_type", kind)
@@ -367,9 +335,9 @@ def _gguf_rope_scaling(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
         "yarn_beta_slow": "beta_slow",
     }
     scaling = {"rope_type": "yarn"} | {name: metadata[at + key] for key, name in keys.items() if at + key in metadata}
-    if (attention := _number(metadata, f"{at}attn_factor", 1.0)) != 1:
+    if (attention := number(metadata, f"{at}attn_factor", 1.0)) != 1:
         # llama.cpp multiplies this with YaRN's own factor, Hugging Face replaces that one.
-        scaling["attention_factor"] = attention * (1 + 0.1 * math.log(_number(scaling, "factor")))
+        scaling["attention_factor"] = attention * (1 + 0.1 * math.log(number(scaling, "factor")))
     return scaling
 
 

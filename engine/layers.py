@@ -8,6 +8,8 @@ and up are interleaved for the ops whose epilogue then makes silu(gate) · up of
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,19 @@ import octavo
 from octavo.engine.checkpoint import Activations, Fp8Weight, Int4Weight, Int8Weight, Weight
 
 BLOCK = 128  # outputs and inputs that share a scale where fp8 has scales by blocks
-Linear = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a layer with 8-bit activations takes in place of its input: what came before has quantised it."""
+
+    q: torch.Tensor
+    scale: torch.Tensor
+    dtype: torch.dtype  # the input's, and the result's
+
+
+Linear = Callable[[Any], torch.Tensor]
+"""Takes a tensor, or what `normed` and `gated` make for it."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +39,8 @@ class DenseLinear:
     bias: torch.Tensor | None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if _alone(x):
+            return octavo.gemv(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -69,15 +85,34 @@ class W8A8Linear:
     activations: Activations
     activation: str | None = None  # "silu_and_mul": the outputs are gate and up, interleaved
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        is_int8 = self.weight.dtype == torch.int8
-        quantize = octavo.quantize_int8 if is_int8 else octavo.quantize_fp8
-        linear = octavo.int8_int8_linear if is_int8 else octavo.fp8_linear
-        if self.activations.scale is not None:
-            q, scale = quantize(x, self.activations.scale), self.activations.scale
-        else:
-            q, scale = quantize(x, granularity=self.activations.granularity)
-        return linear(*(q, self.weight, scale, self.scale, self.bias), out_dtype=x.dtype, activation=self.activation)
+    def __call__(self, x: torch.Tensor | Quantized) -> torch.Tensor:
+        if isinstance(x, torch.Tensor):
+            x = self.quantized(x)
+        linear = octavo.int8_int8_linear if self.weight.dtype == torch.int8 else octavo.fp8_linear
+        operands = x.q, self.weight, x.scale, self.scale, self.bias
+        return linear(*operands, out_dtype=x.dtype, activation=self.activation)
+
+    def quantized(self, x: torch.Tensor) -> Quantized:
+        quantize = octavo.quantize_int8 if self.weight.dtype == torch.int8 else octavo.quantize_fp8
+        given = self.activations.scale
+        if given is not None:
+            return Quantized(quantize(x, given), given, x.dtype)
+        q, scale = quantize(x, granularity=self.activations.granularity)
+        return Quantized(q, scale, x.dtype)
+
+    @property
+    def takes_quantized(self) -> bool:
+        """Whether an op that knows a row at a time can quantise what it computes for this layer."""
+        return self.activations.scale is not None or self.activations.granularity != "tensor"
+
+    def from_op(self, quantize: Callable[..., Any], dtype: torch.dtype) -> Quantized:
+        """Its input from an op that quantises what it computes."""
+        given = self.activations.scale
+        if given is not None:
+            return Quantized(quantize(dtype=self.weight.dtype, scale=given), given, dtype)
+        group_size = BLOCK if self.activations.granularity == "group" else None
+        q, scale = quantize(dtype=self.weight.dtype, group_size=group_size)
+        return Quantized(q, scale, dtype)
 
 
 @dataclass(frozen=True)
@@ -96,8 +131,11 @@ class GatedLinear:
 
     gate_up: Linear
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return octavo.silu_and_mul(self.gate_up(x))
+    def __call__(self, x: torch.Tensor | Quantized) -> torch.Tensor:
+        layer = self.gate_up
+        if isinstance(layer, DenseLinear) and isinstance(x, torch.Tensor) and _alone(x):
+            return octavo.gemv(x, layer.weight, layer.bias, activation="silu_and_mul")
+        return octavo.silu_and_mul(layer(x))
 
 
 @dataclass(frozen=True)
@@ -105,8 +143,43 @@ class Mlp:
     gate_up: Linear  # silu(gate) · up
     down: Linear
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.gate_up(x))
+    def __call__(self, x: torch.Tensor | Quantized) -> torch.Tensor:
+        layer = _quantising(self.down)
+        if layer is None or not isinstance(self.gate_up, GatedLinear):
+            return self.down(self.gate_up(x))
+        both = self.gate_up.gate_up(x)
+        return self.down(layer.from_op(partial(octavo.silu_and_mul_quantize, both), both.dtype))
+
+
+def normed(
+    into: object, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> torch.Tensor | Quantized:
+    """RMSNorm of x as the layer or MLP that follows takes it: quantised already, if it would quantise that anyway.
+
+    With `residual`, x is added to it in place first, and their sum is normalised.
+    """
+    layer = _quantising(into)
+    if layer is None:
+        if residual is None:
+            return octavo.rms_norm(x, weight, eps)
+        return octavo.add_rms_norm(x, residual, weight, eps)
+    if residual is None:
+        quantize: Any = partial(octavo.rms_norm_quantize, x, weight, eps=eps)
+    else:
+        quantize = partial(octavo.add_rms_norm_quantize, x, residual, weight, eps=eps)
+    return layer.from_op(quantize, x.dtype)
+
+
+def _alone(x: torch.Tensor) -> bool:
+    """Whether this is one token, whose product with dense weights octavo computes faster on a GPU than torch does."""
+    return x.shape[0] == 1 and x.device.type != "cpu"
+
+
+def _quantising(layer: object) -> W8A8Linear | None:
+    """The layer that quantises the input of this one, where the op before can do that in its place."""
+    while isinstance(layer, Mlp | GatedLinear):
+        layer = layer.gate_up
+    return layer if isinstance(layer, W8A8Linear) and layer.takes_quantized else None
 
 
 def weight_shape(weight: Weight) -> tuple[int, ...]:

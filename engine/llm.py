@@ -1,45 +1,42 @@
 """The front door: a model by name, prompts in, text out."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Integral
+from operator import index as as_int
+from typing import Any, overload
 
 import torch
 
 import octavo
-from octavo.engine.block_manager import BlockManager
+from octavo.engine.block_manager import BlockManager, ring_pages
 from octavo.engine.checkpoint import open_checkpoint
-from octavo.engine.config import ModelConfig
+from octavo.engine.core import EngineCore, Request
+from octavo.engine.devices import choose_device, choose_dtype
 from octavo.engine.hub import resolve
+from octavo.engine.kv_cache import DTYPES as CACHE_DTYPES
 from octavo.engine.load_report import measure_load
 from octavo.engine.loader import load_model
+from octavo.engine.memory import pages_that_fit
+from octavo.engine.model import Decoder
+from octavo.engine.options import EngineOptions
+from octavo.engine.outputs import Completion, refused
+from octavo.engine.params import SamplingParams
+from octavo.engine.progress import running_total, show_progress
 from octavo.engine.runner import ModelRunner
-from octavo.engine.sampler import Sampler
 from octavo.engine.scheduler import Scheduler
-from octavo.engine.sequence import SamplingParams, Sequence
-from octavo.engine.tokenizer import TokenStream
-from octavo.engine.warmup import step_calls
+from octavo.engine.sequence import Chunk
+from octavo.engine.sequence import Sequence as TokenSequence
+from octavo.engine.tokenizer import Tokenizer
 
 Message = dict[str, str]
-CPU_CACHE_BYTES = 1 << 30
-"""What the cache takes of a CPU's memory unless `cache_tokens` says otherwise."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What became of one prompt.
-
-    `finish_reason` is "stop" at an end-of-sequence token and "length" at `max_tokens` or the end of the context.
-    """
-
-    prompt_token_ids: list[int]
-    token_ids: list[int]
-    text: str
-    finish_reason: str
+Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True)
 class Token:
-    """One step of a stream: which prompt, its new token, the text that became final, and why it ended, if it did."""
+    """One step of a stream: which continuation, its new token, the text that became final, why it ended, if it did."""
 
     index: int
     token_id: int
@@ -55,16 +52,11 @@ class LLM:
         device: "cpu", "cuda", "cuda:1"; by default the GPU where there is one.
         dtype: of activations and dense weights; by default fp32 on a CPU, on a GPU the checkpoint's own half precision
             or bf16. Quantised weights stay quantised.
-        max_model_len: longest context in tokens; by default the model's own.
-        cache_tokens: tokens that the KV cache holds; by default what fits in 80 % of the GPU's free memory, or 1 GiB
-            on a CPU, and never more than `max_num_seqs` full contexts.
-        page_size: tokens a page of the cache.
-        max_num_seqs: requests in one batch at most.
-        max_num_batched_tokens: tokens in one step at most; longer prompts are computed in chunks.
         progress: called with (bytes read so far, bytes in all) while the weights load.
         allow_pickle: read pytorch_model.bin where there are no safetensors, by `torch.load(weights_only=True)`.
         warmup: on a GPU, compile every kernel that the model needs before the first request, so that none waits for
             the compiler; or False, and call `warmup()` at your own time.
+        options: those of `EngineOptions`: `max_model_len`, `cache_tokens`, `max_num_seqs` and others.
 
     Raises:
         FileNotFoundError: no such model.
@@ -77,48 +69,95 @@ class LLM:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        max_model_len: int | None = None,
-        cache_tokens: int | None = None,
-        page_size: int = 16,
-        max_num_seqs: int = 64,
-        max_num_batched_tokens: int = 2048,
         progress: Callable[[int, int], None] | None = None,
         allow_pickle: bool = False,
         warmup: bool = True,
+        **options: Any,
     ) -> None:
-        limits = dict(page_size=page_size, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
-        for name, value in (limits | dict(max_model_len=max_model_len, cache_tokens=cache_tokens)).items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: {value}; expected at least 1")
+        limits = EngineOptions(**options)
         checkpoint = open_checkpoint(resolve(str(model), allow_pickle), allow_pickle)
-        self.config = checkpoint.config
-        self.notes = checkpoint.notes
-        self.device = choose_device(device)
-        self.max_model_len = max_model_len or self.config.max_position_embeddings
-        self.tokenizer = checkpoint.tokenizer()
-        self.eos_token_ids = frozenset(self.config.eos_token_ids) | frozenset(self.tokenizer.eos_token_ids)
-        with measure_load(self.device, checkpoint.num_bytes) as self.load_report:
-            self.model = load_model(
+        config, on = checkpoint.config, choose_device(device)
+        tokenizer = checkpoint.tokenizer()
+        with measure_load(on, checkpoint.num_bytes) as self.load_report:
+            decoder = load_model(
                 checkpoint,
-                self.device,
-                dtype or choose_dtype(self.config, self.device),
-                self.max_model_len,
-                _accumulate(progress, checkpoint.num_bytes),
+                on,
+                dtype or choose_dtype(config, on),
+                limits.max_model_len or config.max_position_embeddings,
+                running_total(progress, checkpoint.num_bytes),
             )
-        cache_tokens = cache_tokens or self._cache_tokens(max_num_seqs, page_size)
-        self.blocks = BlockManager(-(-cache_tokens // page_size), page_size)
-        self.runner = ModelRunner(self.model, self.blocks)
-        self.scheduler = Scheduler(self.blocks, max_num_seqs, max_num_batched_tokens)
-        self.sampler = Sampler(self.device)
-        self._next_id = 0
+        self._open(decoder, tokenizer, limits)
+        self.notes = [*checkpoint.notes, *self.runner.notes]
         if warmup and self.device.type == "cuda":
             self.warmup()
 
-    def warmup(self, progress: Callable[[int, int], None] | None = None) -> octavo.WarmupReport:
-        """Compiles, and loads, every kernel that batches of this model need, in parallel processes.
+    @classmethod
+    def from_decoder(cls, model: Decoder, tokenizer: Tokenizer | None = None, **options: Any) -> "LLM":
+        """An LLM of a model that is loaded already, not warmed up; without a tokenizer there are token ids alone.
 
         Args:
-            progress: called with (kernels done, kernels in all).
+            model: the model.
+            tokenizer: its tokenizer.
+            options: those of `EngineOptions`.
+
+        Raises:
+            ValueError: an option out of range.
+        """
+        llm = cls.__new__(cls)
+        llm._open(model, tokenizer, EngineOptions(**options))
+        llm.notes = [*llm.runner.notes]
+        return llm
+
+    def _open(self, model: Decoder, tokenizer: Tokenizer | None, options: EngineOptions) -> None:
+        self.model, self.config, self.device = model, model.config, model.device
+        self.max_model_len = options.max_model_len or self.config.max_position_embeddings
+        window, page_size = self.config.sliding_window, options.page_size
+        ring = None
+        if window is not None and window < self.max_model_len:
+            ring = ring_pages(window, options.max_num_batched_tokens, page_size)
+        cache_dtype = None if options.kv_cache_dtype is None else CACHE_DTYPES[options.kv_cache_dtype]
+        cache_tokens = options.cache_tokens or self._cache_tokens(options, cache_dtype)
+        self.blocks = BlockManager(
+            -(-cache_tokens // page_size),
+            page_size,
+            enable_prefix_caching=options.enable_prefix_caching,
+            ring_pages=ring,
+        )
+        self.runner = ModelRunner(
+            model,
+            num_pages=self.blocks.num_pages,
+            page_size=page_size,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            cache_dtype=cache_dtype,
+            enforce_eager=options.enforce_eager,
+            ring_pages=ring,
+        )
+        self.scheduler = Scheduler(
+            self.blocks, options.max_num_seqs, options.max_num_batched_tokens, max_waiting=options.max_waiting
+        )
+        self.core = EngineCore(
+            self.runner,
+            self.scheduler,
+            tokenizer,
+            vocab_size=self.config.vocab_size,
+            max_model_len=self.max_model_len,
+            eos_token_ids=(*self.config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())),
+        )
+        self._busy = False
+        self._count = 0
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The tokens that end a text: the configuration's, and the tokenizer's."""
+        return self.core.eos_token_ids
+
+    def warmup(self, progress: Callable[[int, int], None] | None = None) -> octavo.WarmupReport:
+        """Compiles, and loads, every kernel that batches of this model need, and captures CUDA graphs of them.
+
+        Args:
+            progress: called with (kernels done, kernels in all), then with (graphs done, graphs in all).
 
         Returns:
             What was compiled, what Triton's cache had, and how long it took.
@@ -126,162 +165,194 @@ class LLM:
         Raises:
             ValueError: the model is not on a GPU.
         """
-        if self.device.type != "cuda":
-            raise ValueError(f"device: {self.device}; only a GPU's kernels are compiled")
-        calls = step_calls(
-            self.model, self.runner.kv_cache, self.scheduler.max_num_batched_tokens, self.scheduler.max_num_seqs
-        )
-        return octavo.warmup(calls, device=self.device, progress=progress)
+        return self.runner.warmup(progress)
 
     def generate(
-        self, prompts: str | list[str] | list[list[int]], params: SamplingParams | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+        progress: bool | None = None,
+        return_errors: bool = False,
     ) -> list[Completion]:
         """Continues prompts, batched, in the order given.
 
         Args:
-            prompts: texts, or lists of token ids.
-            params: for all of them; `SamplingParams()` by default.
+            prompts: a text or token ids, or several.
+            params: for all of them, or one for each; `SamplingParams()` by default.
+            priority: one for each prompt: the smaller go first.
+            progress: show a bar with tokens per second; None for where stderr is a terminal.
+            return_errors: let the others go on where a request is invalid or fails: its completion has the
+                finish_reason "error", and its `error` says why. Otherwise that is raised, and nobody goes on.
 
         Raises:
-            ValueError: an empty prompt, one longer than the context, or a token id outside the vocabulary.
+            TypeError, ValueError: an invalid request, before anything is computed: an empty prompt, one longer than the
+                context, a token id outside the vocabulary, more than the cache could hold.
+            RuntimeError: a request that failed.
         """
-        encoded = self._encode([prompts] if isinstance(prompts, str) else list(prompts))
-        texts = [""] * len(encoded)
-        tokens: list[list[int]] = [[] for _ in encoded]
-        reasons = [""] * len(encoded)
-        for token in self._stream(encoded, params or SamplingParams()):
-            texts[token.index] += token.text
-            tokens[token.index].append(token.token_id)
-            reasons[token.index] = token.finish_reason or ""
-        return [Completion(*fields) for fields in zip(encoded, tokens, texts, reasons, strict=True)]
+        several = _several(prompts)
+        settings = [params or SamplingParams()] * len(several) if not isinstance(params, Sequence) else list(params)
+        ranks = [0] * len(several) if priority is None else list(priority)
+        for name, values in (("params", settings), ("priority", ranks)):
+            if len(values) != len(several):
+                raise ValueError(f"{name}: {len(values)} of them; expected one for each of {len(several)} prompts")
+        invalid: dict[int, Completion] = {}
+        valid: list[tuple[list[int], SamplingParams, int]] = []
+        for i, (prompt, setting, rank) in enumerate(zip(several, settings, ranks, strict=True)):
+            ids: list[int] = []
+            try:
+                ids = self.encode(prompt, f"prompts[{i}]")
+                self.core.check(ids, setting, f"prompts[{i}]")
+            except (TypeError, ValueError) as error:
+                if not return_errors:
+                    raise
+                invalid[i] = refused(ids, setting.n, str(error))
+            else:
+                valid.append((ids, setting, rank))
+        made = iter(self._run(valid, progress, return_errors))
+        return [invalid[i] if i in invalid else next(made) for i in range(len(several))]
 
-    def chat(self, messages: list[Message], params: SamplingParams | None = None) -> Completion:
-        """Answers a conversation, `[{"role": …, "content": …}, …]`, through the model's chat template."""
-        return self.generate([self.tokenizer.apply_chat_template(messages)], params)[0]
+    def _run(
+        self, requests: list[tuple[list[int], SamplingParams, int]], progress: bool | None, return_errors: bool
+    ) -> list[Completion]:
+        total = sum(params.n for _, params, _ in requests)
+        with self._requests(requests) as added, show_progress(total, progress) as show:
+            done = read = made = 0
+            while done < total:
+                for event in self.core.step():
+                    made += event.token_id is not None
+                    if event.finish_reason == "error" and not return_errors:
+                        raise RuntimeError(event.request.completion.error)
+                    if event.finish_reason is not None:
+                        done += 1
+                        read += len(event.request.completion.prompt_token_ids) if event.output.index == 0 else 0
+                show(done, read, made)
+            return [request.completion for request in added]
 
-    def stream(self, prompt: str | list[int] | list[Message], params: SamplingParams | None = None) -> Iterator[Token]:
-        """Continues one prompt (text, token ids, or a conversation), token by token as they come."""
-        if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
-            prompt = self.tokenizer.apply_chat_template(prompt)
-        yield from self._stream(self._encode([prompt]), params or SamplingParams())
+    @overload
+    def chat(self, messages: list[Message], params: SamplingParams | None = ..., **options: Any) -> Completion: ...
+    @overload
+    def chat(
+        self, messages: list[list[Message]], params: SamplingParams | None = ..., **options: Any
+    ) -> list[Completion]: ...
+    def chat(
+        self, messages: list[Message] | list[list[Message]], params: SamplingParams | None = None, **options: Any
+    ) -> Completion | list[Completion]:
+        """Answers a conversation, `[{"role": …, "content": …}, …]`, through the model's chat template.
 
-    @torch.inference_mode()
+        Args:
+            messages: the conversation; or several, of which there is a list of answers.
+            params: as `generate` takes them.
+            options: those of `generate`.
+        """
+        if messages and isinstance(messages[0], list):
+            return self.generate([self.encode(m) for m in messages], params, **options)
+        return self.generate([self.encode(messages)], params, **options)[0]  # type: ignore[arg-type]
+
+    def stream(self, prompt: Prompt | list[Message], params: SamplingParams | None = None) -> Iterator[Token]:
+        """Continues one prompt (text, token ids, or a conversation), token by token as they come.
+
+        Raises:
+            TypeError, ValueError: an invalid request.
+            RuntimeError: it failed.
+        """
+        with self._requests([(self.encode(prompt), params or SamplingParams(), 0)], incremental=True) as (request,):
+            while request.unfinished:
+                for event in self.core.step():
+                    if event.finish_reason == "error" or event.token_id is None:
+                        raise RuntimeError(request.completion.error)
+                    yield Token(event.output.index, event.token_id, event.text, event.finish_reason)
+
     def prompt_logprobs(self, token_ids: list[int]) -> list[float]:
         """log p(token | those before it) of every token of a text but the first; natural logarithm."""
-        self._check(token_ids, "token_ids")
-        out: list[float] = []
-        targets = torch.tensor(token_ids[1:], device=self.device)
-        for logits in self.runner.prompt_logits(token_ids, self.scheduler.max_num_batched_tokens):
-            target = targets[len(out) : len(out) + logits.shape[0]]
-            logprobs = logits[: target.shape[0]].log_softmax(-1)
-            out += logprobs.gather(1, target.unsqueeze(1)).squeeze(1).tolist()
-        return out
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+        self.core.check(token_ids, params, "token_ids")
+        (completion,) = self.generate([token_ids], params, progress=False)
+        return [token.logprob for token in completion.prompt_logprobs or []]
 
-    def _stream(self, prompts: list[list[int]], params: SamplingParams) -> Iterator[Token]:
-        if self.scheduler.has_work:
+    def prompt_logits(self, token_ids: list[int], chunk_size: int) -> Iterator[torch.Tensor]:
+        """The logits at every position of a text, `[tokens, vocab]` a chunk of `chunk_size` tokens."""
+        with self._alone():
+            sequence = TokenSequence(-1, list(token_ids), SamplingParams(max_tokens=1))
+            self.blocks.extend(sequence, len(token_ids))
+            try:
+                for start in range(0, len(token_ids), chunk_size):
+                    length = min(chunk_size, len(token_ids) - start)
+                    yield self.runner.logits(Chunk(sequence, start, length, False))
+            finally:
+                self.blocks.free(sequence)
+
+    def take(self) -> None:
+        """Reserves this LLM for one caller, until `give_back`; RuntimeError where it is another's."""
+        if self._busy:
             raise RuntimeError("this LLM is in the middle of another generate or stream: finish or close that first")
-        sequences = [self._sequence(p, params) for p in prompts]
-        index = {s.id: i for i, s in enumerate(sequences)}
-        streams = [TokenStream(self.tokenizer) for _ in sequences]
+        self._busy = True
+
+    def give_back(self) -> None:
+        self._busy = False
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        self.take()
         try:
-            for sequence in sequences:
-                self.scheduler.add(sequence)
-            while self.scheduler.has_work:
-                for sequence in self._step():
-                    stream = streams[index[sequence.id]]
-                    text = stream.push(sequence.token_ids[-1])
-                    if sequence.finish_reason:
-                        text += stream.flush()
-                    yield Token(index[sequence.id], sequence.token_ids[-1], text, sequence.finish_reason)
+            yield
         finally:
-            for sequence in sequences:  # also when the caller stops listening
-                if sequence.finish_reason is None:
-                    self.scheduler.finish(sequence, "abort")
-                self.sampler.forget(sequence)
+            self.give_back()
 
-    def _step(self) -> list[Sequence]:
-        """Runs one batch; returns the sequences that got a token."""
-        chunks = self.scheduler.schedule()
-        logits = self.runner.run(chunks)
-        sampled = [chunk.sequence for chunk in chunks if chunk.samples]
-        for chunk in chunks:
-            self.scheduler.computed(chunk)
-        if sampled:
-            for sequence, token in zip(sampled, self.sampler.sample(logits, sampled), strict=True):
-                sequence.token_ids.append(token)
-                if token in self.eos_token_ids and not sequence.params.ignore_eos:
-                    self.scheduler.finish(sequence, "stop")
-                elif len(sequence.token_ids) == sequence.max_length:
-                    self.scheduler.finish(sequence, "length")
-        return sampled
+    @contextmanager
+    def _requests(
+        self, requests: list[tuple[list[int], SamplingParams, int]], incremental: bool = False
+    ) -> Iterator[list[Request]]:
+        """Adds requests, and takes them out again, also when the caller stops listening."""
+        with self._alone():
+            added: list[Request] = []
+            try:
+                for prompt, params, priority in requests:
+                    self._count += 1
+                    added.append(
+                        self.core.add(str(self._count), prompt, params, priority=priority, incremental=incremental)
+                    )
+                yield added
+            finally:
+                for request in added:
+                    self.core.abort(request.id)
+                self.core.drain()
 
-    def _sequence(self, prompt: list[int], params: SamplingParams) -> Sequence:
-        room = self.max_model_len - len(prompt)
-        self._next_id += 1
-        return Sequence(self._next_id, list(prompt), replace(params, max_tokens=min(params.max_tokens, room)))
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        if self.core.tokenizer is None:
+            raise ValueError("this LLM has no tokenizer: give it token ids")
+        return self.core.tokenizer
 
-    def _encode(self, prompts: list) -> list[list[int]]:
-        encoded = []
-        for i, prompt in enumerate(prompts):
-            token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            self._check(token_ids, f"prompts[{i}]")
-            encoded.append(token_ids)
-        return encoded
+    def encode(self, prompt: Prompt | list[Message], name: str = "prompt") -> list[int]:
+        """Token ids of a text, of token ids, or of a conversation; TypeError calls it by its `name`."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if prompt and isinstance(prompt[0], dict):
+            return self.tokenizer.apply_chat_template(prompt)  # type: ignore[arg-type]
+        try:
+            return [as_int(token) for token in prompt]  # type: ignore[arg-type]
+        except TypeError:
+            raise TypeError(f"{name}: {prompt!r}; expected a text, or token ids, which are integers") from None
 
-    def _check(self, token_ids: list[int], name: str) -> None:
-        if not token_ids:
-            raise ValueError(f"{name}: empty; expected at least one token")
-        if len(token_ids) >= self.max_model_len:
-            raise ValueError(
-                f"{name}: {len(token_ids)} tokens, but the context holds {self.max_model_len} and needs room for at "
-                "least one more: shorten the prompt"
-            )
-        worst = next((t for t in token_ids if not 0 <= t < self.config.vocab_size), None)
-        if worst is not None:
-            raise ValueError(f"{name}: token id {worst}; expected 0 to {self.config.vocab_size - 1}")
-
-    def _cache_tokens(self, max_num_seqs: int, page_size: int) -> int:
-        c = self.config
-        bytes_per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.model.dtype.itemsize
-        if self.device.type == "cuda":
-            room = int(0.8 * torch.cuda.mem_get_info(self.device)[0])
-        else:
-            room = CPU_CACHE_BYTES
-        return max(min(room // bytes_per_token, max_num_seqs * self.max_model_len), page_size)
+    def _cache_tokens(self, options: EngineOptions, cache_dtype: torch.dtype | None) -> int:
+        fitting = pages_that_fit(
+            self.model,
+            options.page_size,
+            cache_dtype,
+            options.gpu_memory_utilization,
+            options.max_num_batched_tokens,
+            options.max_num_seqs,
+        )
+        return max(min(fitting * options.page_size, options.max_num_seqs * self.max_model_len), options.page_size)
 
 
-def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device that a user means, by default the GPU where there is one.
-
-    Raises:
-        ValueError: a name that is none, or a GPU that is not there.
-    """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device: {device!r}; expected cpu, cuda or cuda:<index>") from None
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: {device!r}, but this machine has {torch.cuda.device_count()} GPUs: choose cpu")
-    return chosen
-
-
-def choose_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
-    """Of activations, where the user does not say: fp32 on a CPU, half precision on a GPU."""
-    if device.type == "cpu":
-        return torch.float32
-    return config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
-
-
-def _accumulate(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None] | None:
-    if progress is None:
-        return None
-    done = 0
-
-    def advance(num_bytes: int) -> None:
-        nonlocal done
-        done += num_bytes
-        progress(min(done, total), total)
-
-    return advance
+def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """The prompts of one text, of one list of token ids, or of several of either."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if len(prompts) and isinstance(prompts[0], Integral):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ import torch
 import octavo
 from octavo.engine.checkpoint import Checkpoint
 from octavo.engine.config import ModelConfig
-from octavo.engine.experts import ExpertLoader, Layout, MixtureOfExperts, layer_of
+from octavo.engine.experts import ExpertLoader, Layout, MixtureOfExperts, SharedExpert, layer_of
 from octavo.engine.layers import Linear, Mlp, Weight, make_linear, weight_shape
 from octavo.engine.model import Decoder, Layer
 
@@ -74,7 +74,7 @@ def check_index(checkpoint: Checkpoint) -> None:
     Raises:
         ValueError: a tensor that is missing, unexpected or of another shape; names it and its file.
     """
-    expected = _expected_shapes(checkpoint.config, checkpoint.index)
+    expected = expected_shapes(checkpoint.config, checkpoint.index)
     index = {name: at for name, at in checkpoint.index.items() if not _is_ignored(name, checkpoint.config)}
     for name, at in index.items():
         if name not in expected:
@@ -98,7 +98,7 @@ class _Collector:
 
     def __init__(self, config: ModelConfig, names: Collection[str], device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device, self.dtype = config, device, dtype
-        self.expected = _expected_shapes(config, names)
+        self.expected = expected_shapes(config, names)
         self.groups = _groups(config, names)
         self.group_of = {member: group for group, members in self.groups.items() for member in members}
         self.pending: dict[str, Weight] = {}
@@ -146,8 +146,11 @@ class _Collector:
         at = f"model.layers.{index}"
         if self.config.num_local_experts:
             experts = self.experts.pop(index).finish()
-            c = self.config
-            return MixtureOfExperts(self.linears[f"{at}.router"], experts, c.num_experts_per_tok, c.norm_topk_prob)
+            c, router, shared = self.config, self.linears[f"{at}.router"], None
+            if c.shared_expert_intermediate_size:
+                mlp = Mlp(self.linears[f"{at}.shared.gate_up"], self.linears[f"{at}.shared.down"])
+                shared = SharedExpert(mlp, self.linears[f"{at}.shared.gate"])
+            return MixtureOfExperts(router, experts, c.num_experts_per_tok, c.norm_topk_prob, shared)
         return Mlp(self.linears[f"{at}.gate_up"], self.linears[f"{at}.mlp.down_proj"])
 
 
@@ -162,13 +165,18 @@ def _groups(config: ModelConfig, names: Collection[str]) -> dict[str, list[str]]
         groups[f"{at}.self_attn.o_proj"] = [f"{at}.self_attn.o_proj"]
         if config.num_local_experts:
             groups[f"{at}.router"] = [layout.router(i)]
+            if config.shared_expert_intermediate_size:
+                shared = layout.shared(i)
+                groups[f"{at}.shared.gate_up"] = [f"{shared}.{p}_proj" for p in ("gate", "up")]
+                groups[f"{at}.shared.down"] = [f"{shared}.down_proj"]
+                groups[f"{at}.shared.gate"] = [f"{shared}_gate"]
         else:
             groups[f"{at}.gate_up"] = [f"{at}.mlp.{p}_proj" for p in ("gate", "up")]
             groups[f"{at}.mlp.down_proj"] = [f"{at}.mlp.down_proj"]
     return groups
 
 
-def _expected_shapes(config: ModelConfig, names: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: ModelConfig, names: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
     """Every tensor of the model and its shape, by Hugging Face's names: of several for experts those among `names`."""
     c = config
     hidden, inner, layout = c.hidden_size, c.intermediate_size, Layout.of(c, names)
@@ -179,10 +187,11 @@ def _expected_shapes(config: ModelConfig, names: Collection[str] = ()) -> dict[s
     }
     if not c.tie_word_embeddings:
         shapes["lm_head.weight"] = (c.vocab_size, hidden)
+    qkv_bias = c.attention_bias or c.qkv_bias
     matrices = {
-        "self_attn.q_proj": (q, hidden, c.attention_bias),
-        "self_attn.k_proj": (kv, hidden, c.attention_bias),
-        "self_attn.v_proj": (kv, hidden, c.attention_bias),
+        "self_attn.q_proj": (q, hidden, qkv_bias),
+        "self_attn.k_proj": (kv, hidden, qkv_bias),
+        "self_attn.v_proj": (kv, hidden, qkv_bias),
         "self_attn.o_proj": (hidden, q, c.attention_bias),
     }
     if not c.num_local_experts:

@@ -2,7 +2,8 @@
 
 All of it looks at metadata only (dtype, shape, stride, device), so it costs no synchronisation and traces cleanly under
 `torch.compile(fullgraph=True)`. Values of index tensors (slots, positions, block ids) can't be read on a GPU without a
-synchronisation: kernels skip what is out of range, and the reference on the CPU raises.
+synchronisation: kernels skip what is out of range, and the reference on the CPU raises. `octavo.kernels.debug` has the
+device look at some of them.
 """
 
 from collections.abc import Sequence

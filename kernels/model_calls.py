@@ -11,15 +11,17 @@ from typing import Any
 import torch
 
 from octavo.kernels.activation import gelu_and_mul, silu_and_mul
+from octavo.kernels.activation_quantize import silu_and_mul_quantize
 from octavo.kernels.attention.paged_attention import paged_attention
 from octavo.kernels.attention.plan_attention import plan_attention
 from octavo.kernels.attention.rope_write_kv import rotary_embedding_write_kv
 from octavo.kernels.attention.write_kv import write_kv
 from octavo.kernels.checks import FLOATS
+from octavo.kernels.gemv import gemv
 from octavo.kernels.moe.fused_moe import fused_moe
-from octavo.kernels.moe.permute import moe_permute, moe_unpermute
 from octavo.kernels.moe.route import moe_route
 from octavo.kernels.norm import add_rms_norm, rms_norm
+from octavo.kernels.norm_quantize import add_rms_norm_quantize, rms_norm_quantize
 from octavo.kernels.quant.int4 import int4_linear
 from octavo.kernels.quant.int8 import int8_linear
 from octavo.kernels.quant.packing import packed_shape
@@ -27,6 +29,7 @@ from octavo.kernels.quant.quantize import quantize_fp8, quantize_int8
 from octavo.kernels.quant.w8a8_linear import fp8_linear, int8_int8_linear
 from octavo.kernels.rope import rotary_embedding
 
+QUANTISED = {"int8_int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_blocks": torch.float8_e4m3fn}
 WEIGHTS = ("dense", "int4", "int8", "int8_int8", "fp8", "fp8_blocks")
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": silu_and_mul,
@@ -56,10 +59,9 @@ def model_calls(
             sliding_window; of a mixture of experts num_local_experts or num_experts, num_experts_per_tok,
             norm_topk_prob, and moe_intermediate_size where experts have another size than intermediate_size.
         dtype: of activations, cache and norm weights.
-        weights: "dense" (the GEMMs are torch's), "int4" (scales without a minimum and with one), "int8"; or with
-            activations quantised by token, "int8_int8" and "fp8", and in groups of 128, "fp8_blocks". Experts of
-            "int8" and "fp8_blocks", and of "int4" with minima, are linear layers, called for the tokens of one expert
-            after another.
+        weights: "dense" (the products of more than one token are torch's), "int4" (scales without a minimum and with
+            one, of experts also one in fp32, as the engine has zero points), "int8"; or with activations quantised by
+            token, "int8_int8" and "fp8", and in groups of 128, "fp8_blocks".
         group_size: of int4 and int8 weights.
         page_size: tokens a page of the KV cache.
         max_num_batched_tokens: tokens in one step at most.
@@ -112,6 +114,12 @@ def model_calls(
         for max_seqlen_q in token_counts(tokens):
             sizes = tokens, max_seqlen_q, heads, kv_heads, head_dim, page_size
             calls.append(partial(_attention, *sizes, _get(config, "sliding_window", None), dtype))
+        if tokens == 1:  # what has dense weights, the head and a router among them
+            alone = linears if weights == "dense" else set()
+            alone |= {(n, hidden, None) for n in (experts, _get(config, "vocab_size", 0)) if n}
+            calls += [partial(_gemv, n, k, end, dtype) for n, k, end in sorted(alone, key=str)]
+        if weights in QUANTISED:
+            calls.append(partial(_quantising, weights, tokens, hidden, intermediate, dtype))
         if weights != "dense":
             kept: dict[str, Callable[..., None]] = {"int4": _int4, "int8": _int8}
             linear = kept.get(weights, partial(_w8a8, weights))
@@ -155,6 +163,19 @@ def _norms(tokens: int, hidden: int, dtype: torch.dtype) -> None:
     x, weight = _empty(tokens, hidden, dtype=dtype), _empty(hidden, dtype=dtype)
     rms_norm(x, weight)
     add_rms_norm(x, torch.empty_like(x), weight)
+
+
+def _quantising(weights: str, tokens: int, hidden: int, intermediate: int, dtype: torch.dtype) -> None:
+    """What quantises for the layer that follows."""
+    x, gate_up = _empty(tokens, hidden, dtype=dtype), _empty(tokens, 2 * intermediate, dtype=dtype)
+    q_dtype, group_size = QUANTISED[weights], 128 if weights == "fp8_blocks" else None
+    rms_norm_quantize(x, _empty(hidden, dtype=dtype), q_dtype, group_size=group_size)
+    add_rms_norm_quantize(x, torch.empty_like(x), _empty(hidden, dtype=dtype), q_dtype, group_size=group_size)
+    silu_and_mul_quantize(gate_up, q_dtype, group_size=group_size)
+
+
+def _gemv(n: int, k: int, activation: str | None, dtype: torch.dtype) -> None:
+    gemv(_empty(1, k, dtype=dtype), _empty(n, k, dtype=dtype), activation=activation)
 
 
 def _activation(activation: Callable[[torch.Tensor], Any], tokens: int, intermediate: int, dtype: torch.dtype) -> None:
@@ -218,22 +239,25 @@ def _experts(
 ) -> None:
     x, logits = _empty(tokens, hidden, dtype=dtype), _empty(tokens, experts, dtype=dtype)
     topk_weights, topk_ids = moe_route(logits, top_k, renormalize=renormalize)
-    if weights in ("int4", "int8", "fp8_blocks"):  # of int4 those with minima
-        rows, _, positions = moe_permute(x, topk_ids, experts)
-        moe_unpermute(rows, positions, topk_weights)
-    kept = {"dense": dtype, "int8_int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.int16}
-    if weights not in kept:
-        return
+    kept = {"dense": dtype, "int4": torch.int16, "int8": torch.int8, "int8_int8": torch.int8}
     both: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     for n, k in ((2 * intermediate, hidden), (hidden, intermediate)):
-        if weights == "int4":
+        scale = None
+        if weights in ("int4", "int8"):
             scale = _empty(experts, k // group_size, n, dtype=dtype)
-            both.append((_empty(experts, *packed_shape(n, k), dtype=torch.int16), scale))
-            continue
-        scales = None if weights == "dense" else _empty(experts, n, dtype=torch.float32)
-        both.append((_empty(experts, n, k, dtype=kept[weights]), scales))
+        elif weights == "fp8_blocks":
+            scale = _empty(experts, -(-n // 128), k // 128, dtype=torch.float32)
+        elif weights != "dense":
+            scale = _empty(experts, n, dtype=torch.float32)
+        shape = packed_shape(n, k) if weights == "int4" else (n, k)
+        both.append((_empty(experts, *shape, dtype=kept.get(weights, torch.float8_e4m3fn)), scale))
     (w1, w1_scale), (w2, w2_scale) = both
-    fused_moe(x, w1, w2, topk_weights, topk_ids, w1_scale=w1_scale, w2_scale=w2_scale)
+    given: dict[str, Any] = dict(w1_scale=w1_scale, w2_scale=w2_scale, weights_only=weights == "int8")
+    fused_moe(x, w1, w2, topk_weights, topk_ids, **given)
+    if weights == "int4" and w1_scale is not None and w2_scale is not None:
+        for of_minima in {dtype, torch.float32}:
+            minima: dict[str, Any] = dict(w1_minimum=w1_scale.to(of_minima), w2_minimum=w2_scale.to(of_minima))
+            fused_moe(x, w1, w2, topk_weights, topk_ids, **given, **minima)
 
 
 def _int4(tokens: int, n: int, k: int, group_size: int, dtype: torch.dtype, activation: str | None) -> None:

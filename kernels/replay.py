@@ -12,9 +12,9 @@ launcher depends on nothing but its arguments' metadata: it calls `empty` and `l
 
 No plan is made, and the ordinary path taken, where something must see the op itself: under `torch.compile`, under
 dispatch and function modes, inside functorch's transforms, with a tensor that requires a gradient in grad mode, while
-torch's profiler or a launch hook of Triton is active, and on every device but CUDA. Nor for addresses that are not
-aligned to 16 bytes, while a graph is being captured, or for one tensor given twice; a plan that was made before serves
-a capture.
+torch's profiler or a launch hook of Triton is active, under `OCTAVO_DEBUG=1`, and on every device but CUDA. Nor for
+addresses that are not aligned to 16 bytes, while a graph is being captured, or for one tensor given twice; a plan that
+was made before serves a capture.
 """
 
 import inspect
@@ -27,6 +27,7 @@ import torch
 from torch.autograd import profiler
 from torch.utils._device import DeviceContext
 
+from octavo.kernels.debug import DEBUG
 from octavo.kernels.launch import (
     DEVICES,
     Recorder,
@@ -202,6 +203,8 @@ def replayed(function: Callable[P, R]) -> Callable[P, R]:
     Annotations say which parameters are tensors; all others are compared by value. The function around `function` is
     generated from its signature, because sorting `*args` and `**kwargs` at each call would cost as much as a launch.
     """
+    if DEBUG:  # what a debug run looks at is no launch
+        return function
     signature = inspect.signature(function)
     parameters = list(signature.parameters.values())
     tensors = [p.name for p in parameters if p.annotation in (torch.Tensor, torch.Tensor | None)]

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from octavo.reference.quant import dequantize_int4
+from octavo.reference.quant import dequantize_int4, dequantize_int8
 from octavo.reference.quantize import quantize_rows
 from octavo.reference.w8a8 import BLOCK
 
@@ -92,7 +92,7 @@ def _products(
 ) -> torch.Tensor:
     """fp32 `[S, N]`: each row times the weight of its expert."""
     out = torch.zeros(len(x), weight.shape[1], dtype=torch.float32, device=x.device)
-    ends = offsets.tolist()
+    ends = offsets.clamp(0, len(x)).tolist()
     for expert, (start, end) in enumerate(pairwise(ends)):
         if start < end:
             out[start:end] = x[start:end].float() @ weight[expert].float().t()
@@ -102,8 +102,14 @@ def _products(
 
 
 def grouped_linear(
-    x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    offsets: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    if scale is not None:
+        weight = torch.stack([dequantize_int8(w, s, w.shape[1] // len(s)) for w, s in zip(weight, scale, strict=True)])
     return _products(x, weight, offsets, bias).to(x.dtype)
 
 
@@ -132,18 +138,27 @@ def fused_moe(
     expert_map: torch.Tensor | None,
     w1_scale: torch.Tensor | None = None,
     w2_scale: torch.Tensor | None = None,
+    w1_minimum: torch.Tensor | None = None,
+    w2_minimum: torch.Tensor | None = None,
+    weights_only: bool = False,
 ) -> torch.Tensor:
     rows, offsets, positions = moe_permute(x, topk_ids, len(w1), expert_map)
 
-    def products(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    def products(
+        rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, minimum: torch.Tensor | None
+    ) -> torch.Tensor:
         if scale is None:
             return _products(rows, weight, offsets)
-        if weight.dtype == torch.int16:
-            size = rows.shape[1] // scale.shape[1]
-            pairs = zip(weight, scale, strict=True)
-            return _products(rows, torch.stack([dequantize_int4(w, s, None, size) for w, s in pairs]), offsets)
-        return _quantized_products(rows, weight, scale, offsets)
+        if weight.dtype != torch.int16 and not weights_only:
+            return _quantized_products(rows, weight, scale, offsets)
+        size = rows.shape[1] // scale.shape[1]
+        if weight.dtype == torch.int8:
+            dense = [dequantize_int8(w, s, size) for w, s in zip(weight, scale, strict=True)]
+        else:
+            minima = [None] * len(scale) if minimum is None else minimum
+            dense = [dequantize_int4(w, s, m, size) for w, s, m in zip(weight, scale, minima, strict=True)]
+        return _products(rows, torch.stack(dense), offsets)
 
-    gate, up = products(rows, w1, w1_scale).chunk(2, -1)
+    gate, up = products(rows, w1, w1_scale, w1_minimum).chunk(2, -1)
     hidden = (torch.nn.functional.silu(gate) * up).to(x.dtype)
-    return moe_unpermute(products(hidden, w2, w2_scale), positions, topk_weights).to(x.dtype)
+    return moe_unpermute(products(hidden, w2, w2_scale, w2_minimum), positions, topk_weights).to(x.dtype)

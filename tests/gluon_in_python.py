@@ -144,6 +144,7 @@ class Shared:
         return Shared(self.values[int(i)], self.dtype)
 
     def slice(self, start, length, dim=0):
+        start, length = int(start), int(length)
         if dim == 0:
             return Shared(self.values[start : start + length], self.dtype)
         assert (length, dim) == (64, 1)
@@ -203,6 +204,8 @@ def _assembly(code, constraints, args, dtype, is_pure, pack):
     if code.startswith(("fma.rn.f32", "add.f32")):  # $1 + $2, or $2 · $3 + $1
         acc, sums, scale = (*args, 1)[:3]
         return acc + sums * scale
+    if code == "mov.b32 $0, 0;":
+        return Tensor(np.zeros_like(args[0].values), args[0].dtype)
     if code.startswith("mov.b32 {"):
         return tuple(Tensor(args[0].values.astype(np.uint32) >> s & 0xFFFF, "int16").to("int16") for s in (0, 16))
     results = len(dtype) if isinstance(dtype, tuple) else 1
@@ -243,8 +246,8 @@ class Descriptor:
 
     def copy(self, at, barrier, result):
         tile = np.zeros(self.block, self.values.dtype)
-        part = self.values[at[0] : at[0] + self.block[0], at[1] : at[1] + self.block[1]]
-        tile[: part.shape[0], : part.shape[1]] = part
+        part = self.values[tuple(slice(a, a + size) for a, size in zip(map(int, at), self.block, strict=True))]
+        tile[tuple(map(slice, part.shape))] = part
         if random.random() < 0.02:
             time.sleep(0.001)
         result.values[...] = tile
@@ -365,7 +368,7 @@ def namespace(modules, place, programs):
     mbarrier = SimpleNamespace(
         MBarrierLayout=lambda: None,
         init=lambda barrier, count: barrier.values.init(count),
-        expect=lambda barrier, size: barrier.values.change(1, size),
+        expect=lambda barrier, size, pred=True: barrier.values.change(1, size) if pred else None,
         arrive=lambda barrier, count, pred=True: barrier.values.change(count, 0) if pred else None,
         wait=lambda barrier, phase: barrier.values.wait(phase),
     )
@@ -382,6 +385,7 @@ def namespace(modules, place, programs):
             exp2=lambda x: Tensor(np.exp2(x.values), x.dtype),
             load=_load,
             minimum=_extremum(np.minimum),
+            num_programs=lambda axis: Number(programs),
         ),
         torch=torch,
         wide_layout=lambda rows, columns: None,

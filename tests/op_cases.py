@@ -76,6 +76,7 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
         w1_scale=new(4, 1, 128),
         w2_scale=new(4, 1, 128),
     )
+    int8_alone = dict(w1=new(4, 128, 128, dtype=torch.int8), w2=new(4, 128, 64, dtype=torch.int8))
     int8_moe = dict(w1=new(4, 160, 128, dtype=torch.int8), w2=new(4, 128, 80, dtype=torch.int8))
     return {
         "rms_norm": (octavo.rms_norm, dict(x=new(tokens, 512), weight=new(512)), dict(eps=1e-5)),
@@ -103,6 +104,12 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
             octavo.rotary_embedding,
             dict(query=q, key=None, positions=index, cos_sin_cache=new(32, d)),
             dict(interleaved=True),
+        ),
+        "gemv": (octavo.gemv, dict(x=new(tokens, 256), weight=new(80, 256), bias=new(80)), {}),
+        "gemv with an activation": (
+            octavo.gemv,
+            dict(x=new(tokens, 256), weight=new(80, 256), bias=None),
+            dict(activation="silu_and_mul"),
         ),
         "write_kv": (
             octavo.write_kv,
@@ -268,10 +275,25 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
         ),
         "grouped_linear": (octavo.grouped_linear, grouped, {}),
         "grouped_linear with bias": (octavo.grouped_linear, grouped | dict(bias=new(4, 80)), {}),
+        "grouped_linear of int8": (
+            octavo.grouped_linear,
+            grouped | dict(weight=new(4, 80, 128, dtype=torch.int8), scale=new(4, 1, 80)),
+            {},
+        ),
         "fused_moe": (octavo.fused_moe, moe, {}),
         "fused_moe of some experts": (octavo.fused_moe, moe | dict(expert_map=offsets), {}),
         "fused_moe of int8": (octavo.fused_moe, moe | int8_moe | dict(w1_scale=ones(4, 160), w2_scale=ones(4)), {}),
         "fused_moe of int4": (octavo.fused_moe, moe | int4_moe, {}),
+        "fused_moe of int4 with minima": (
+            octavo.fused_moe,
+            moe | int4_moe | dict(w1_minimum=new(4, 1, 128), w2_minimum=new(4, 1, 128)),
+            {},
+        ),
+        "fused_moe of int8 alone": (
+            octavo.fused_moe,
+            moe | int8_alone | dict(w1_scale=new(4, 1, 128), w2_scale=new(4, 1, 128)),
+            dict(weights_only=True),
+        ),
         "sample greedily": (octavo.sample, dict(logits=new(tokens, vocab)), {}),
         "sample": (octavo.sample, dict(logits=new(tokens, vocab), **drawing), {}),
         "sample with everything": (

@@ -150,12 +150,27 @@ def test_quantized_in_blocks(device, tokens, experts, top_k, hidden):
     assert_accurate(reference.moe.fused_moe(x, w1, w2, weights, ids, None, w1_scale, w2_scale), exact, plain)
 
 
-def int4(experts, n, k, groups, device):
-    """Packed weights, their scales, and the weights themselves."""
+def wide(of_groups, k):
+    """What belongs to groups, for each weight."""
+    return of_groups.double().transpose(1, 2).repeat_interleave(k // of_groups.shape[1], 2)
+
+
+def int4(experts, n, k, groups, device, zeros=False):
+    """Packed weights, their scales, and the weights themselves; `zeros`: minima, in fp32, before those."""
     q = torch.randint(0, 16, (experts, n, k), dtype=torch.uint8, device=device)
     scale = ((torch.rand(experts, groups, n, device=device) + 0.5) / (5 * k**0.5)).half()
-    w = (q.double() - 8) * scale.double().transpose(1, 2).repeat_interleave(k // groups, 2)
-    return torch.stack([octavo.int4_pack(q[e]) for e in range(experts)]), scale, w
+    packed = torch.stack([octavo.int4_pack(q[e]) for e in range(experts)])
+    if not zeros:
+        return packed, scale, (q.double() - 8) * wide(scale, k)
+    minimum = -torch.randint(0, 16, scale.shape, device=device) * scale.float()
+    return packed, scale, minimum, q.double() * wide(scale, k) + wide(minimum, k)
+
+
+def int8(experts, n, k, groups, device):
+    """Weights of all 256 values, their scales, and what they stand for."""
+    q = torch.randint(-128, 128, (experts, n, k), dtype=torch.int8, device=device)
+    scale = (torch.rand(experts, groups, n, device=device) + 0.5) / (80 * k**0.5)
+    return q, scale, q.double() * wide(scale, k)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +186,68 @@ def test_int4(device, dtype, tokens, experts, top_k, hidden, intermediate, group
     exact, plain = layer(*args, torch.float64), layer(*args, dtype)
     assert_accurate(out, exact, plain)
     assert_accurate(reference.moe.fused_moe(x, w1, w2, weights, ids, None, w1_scale, w2_scale), exact, plain)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "hidden", "intermediate", "groups", "which"),
+    [
+        (1, 8, 2, 128, 64, (1, 1), "w1 w2"),
+        (9, 4, 2, 160, 96, (5, 1), "w2"),
+        (9, 4, 2, 96, 160, (1, 5), "w1"),
+        (50, 2, 2, 256, 32, (2, 1), "w1 w2"),
+    ],
+)
+def test_int4_with_minima(device, dtype, tokens, experts, top_k, hidden, intermediate, groups, which):
+    x, _, _, weights, ids = case(tokens, experts, top_k, hidden, intermediate, dtype, device)
+    w1, w1_scale, *w1_minimum, exact_w1 = int4(experts, 2 * intermediate, hidden, groups[0], device, "w1" in which)
+    w2, w2_scale, *w2_minimum, exact_w2 = int4(experts, hidden, intermediate, groups[1], device, "w2" in which)
+    given = dict(w1_scale=w1_scale, w2_scale=w2_scale)
+    given |= dict(w1_minimum=next(iter(w1_minimum), None), w2_minimum=next(iter(w2_minimum), None))
+    out = octavo.fused_moe(x, w1, w2, weights, ids, **given)
+    args = x, exact_w1, exact_w2, weights, ids
+    exact, plain = layer(*args, torch.float64), layer(*args, dtype)
+    assert_accurate(out, exact, plain)
+    assert_accurate(reference.moe.fused_moe(x, w1, w2, weights, ids, None, **given), exact, plain)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "hidden", "intermediate", "groups"),
+    [(1, 8, 2, 128, 96, (1, 1)), (9, 4, 2, 160, 96, (5, 1)), (50, 2, 2, 256, 32, (2, 1)), (3, 3, 1, 64, 320, (1, 10))],
+)
+def test_int8_weights_alone(device, dtype, tokens, experts, top_k, hidden, intermediate, groups):
+    x, _, _, weights, ids = case(tokens, experts, top_k, hidden, intermediate, dtype, device)
+    w1, w1_scale, exact_w1 = int8(experts, 2 * intermediate, hidden, groups[0], device)
+    w2, w2_scale, exact_w2 = int8(experts, hidden, intermediate, groups[1], device)
+    given = dict(w1_scale=w1_scale, w2_scale=w2_scale, weights_only=True)
+    out = octavo.fused_moe(x, w1, w2, weights, ids, **given)
+    args = x, exact_w1, exact_w2, weights, ids
+    exact, plain = layer(*args, torch.float64), layer(*args, dtype)
+    assert_accurate(out, exact, plain)
+    assert_accurate(reference.moe.fused_moe(x, w1, w2, weights, ids, None, **given), exact, plain)
+
+
+@given(
+    tokens=st.integers(1, 9),
+    hidden=st.integers(1, 5),
+    intermediate=st.integers(1, 5),
+    whole=st.booleans(),
+    is_int4=st.booleans(),
+)
+def test_any_groups(tokens, hidden, intermediate, whole, is_int4):
+    """Weights alone, of any multiple of 32 inputs, with ids that are no expert's."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hidden, intermediate = 32 * hidden, 32 * intermediate
+    x, _, _, weights, _ = case(tokens, 3, 2, hidden, intermediate, device=device)
+    ids = torch.randint(-1, 4, (tokens, 2), device=device)
+    make = (lambda *sizes: int4(*sizes, zeros=True)) if is_int4 else int8
+    w1, w1_scale, *w1_minimum, exact_w1 = make(3, 2 * intermediate, hidden, 1 if whole else hidden // 32, device)
+    w2, w2_scale, *w2_minimum, exact_w2 = make(3, hidden, intermediate, 1 if whole else intermediate // 32, device)
+    given = dict(w1_scale=w1_scale, w2_scale=w2_scale, weights_only=True)
+    if is_int4:
+        given |= dict(w1_minimum=w1_minimum[0], w2_minimum=w2_minimum[0])
+    out = octavo.fused_moe(x, w1, w2, weights, ids, **given)
+    args = x, exact_w1, exact_w2, weights, ids
+    assert_accurate(out, layer(*args, torch.float64), layer(*args, x.dtype))
 
 
 @pytest.mark.parametrize("expert", [0, 3])
@@ -231,7 +308,7 @@ def test_gather(device):
     order = torch.tensor([3, 9, 0, 1, 8, 2, 4, 5, 6, 7], dtype=torch.int32, device=device)
     offsets = torch.tensor([0, 4, 10], dtype=torch.int32, device=device)
     scale = torch.rand(5, 3, device=device)
-    rows, scales, plan = schedule.gather_and_plan(x, order, offsets, 2, 16, scale)
+    rows, scales, plan = schedule.gather_and_plan(x, order, offsets, 2, 16, 0, scale)
     assert torch.equal(rows, x[order.long() // 2]) and torch.equal(scales, scale[order.long() // 2])
     assert torch.equal(plan[:21].cpu()[[0, 8, 9, 10, 16, 17, 18]], torch.tensor([2, 0, 0, 4, 1, 4, 6]))
 
@@ -259,6 +336,11 @@ def test_opcheck_and_compile(device):
     expert_map = torch.tensor([1, -1, 0, 3], dtype=torch.int32, device=device)
     check_op("fused_moe", octavo.fused_moe, (*args, None), *args)
     check_op("fused_moe", octavo.fused_moe, (*args, expert_map), *args, expert_map=expert_map)
+    w1, w1_scale, _ = int8(4, 64, 64, 2, device)
+    w2, w2_scale, _ = int8(4, 64, 32, 1, device)
+    args = args[0], w1, w2, *args[3:]
+    given = dict(w1_scale=w1_scale, w2_scale=w2_scale, weights_only=True)
+    check_op("fused_moe", octavo.fused_moe, (*args, None, w1_scale, w2_scale, None, None, True), *args, **given)
 
 
 @pytest.mark.gpu
@@ -280,6 +362,32 @@ def test_large_on_a_gpu(tokens, experts, top_k, hidden, intermediate):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 16, 60, 200, 600])
+@pytest.mark.parametrize("group", [32, 64, 96, 128, 256, None], ids=str)
+@pytest.mark.parametrize("kind", ["int8", "int4", "int4 with minima"])
+def test_weights_alone_on_a_gpu(tokens, group, kind, dtype):
+    """Also of sizes that are no multiple of a tile's."""
+    hidden, intermediate = (480, 768) if group == 96 else (768, 1280)
+    sizes = (hidden // (group or hidden), intermediate // (group or intermediate))
+    x, _, _, weights, drawn = case(tokens, 8, 2, hidden, intermediate, dtype, "cuda")
+    make = int8 if kind == "int8" else (lambda *of: int4(*of, zeros=kind != "int4"))
+    w1, w1_scale, *w1_minimum, exact_w1 = make(8, 2 * intermediate, hidden, sizes[0], "cuda")
+    w2, w2_scale, *w2_minimum, exact_w2 = make(8, hidden, intermediate, sizes[1], "cuda")
+    given = dict(w1_scale=w1_scale, w2_scale=w2_scale, weights_only=True)
+    given |= dict(w1_minimum=next(iter(w1_minimum), None), w2_minimum=next(iter(w2_minimum), None))
+    for ids in (drawn, torch.full_like(drawn, 7), torch.randint_like(drawn, -1, 9)):
+        out = octavo.fused_moe(x, w1, w2, weights, ids, **given)
+        exact, plain = (
+            reference.moe.fused_moe(x.to(of), exact_w1.to(of), exact_w2.to(of), weights, ids, None)
+            for of in (torch.float64, dtype)
+        )
+        assert_accurate(out, exact.double(), plain)
+        for _ in range(3):
+            assert torch.equal(out, octavo.fused_moe(x, w1, w2, weights, ids, **given))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 16, 300])
 def test_graph_replayed_with_other_ids(tokens):
     x, w1, w2, weights, ids = case(tokens, 8, 2, 512, 256, torch.bfloat16, "cuda")
@@ -295,6 +403,11 @@ def test_graph_replayed_with_other_ids(tokens):
 
 BYTES = dict(w1=torch.zeros(3, 12, 8).char(), w2=torch.zeros(3, 8, 6).char())
 BYTES |= dict(w1_scale=torch.zeros(3, 12), w2_scale=torch.zeros(3))
+
+
+ALONE = dict(x=torch.zeros(4, 32), w1=torch.zeros(3, 128, 32).char(), w2=torch.zeros(3, 32, 64).char())
+ALONE |= dict(w1_scale=torch.zeros(3, 1, 128), w2_scale=torch.zeros(3, 2, 32), weights_only=True)
+INT4 = ALONE | dict(w1=torch.zeros(3, 2, 1, 64, 32).short(), w2=torch.zeros(3, 1, 1, 64, 32).short())
 
 
 @pytest.mark.parametrize(
@@ -325,6 +438,15 @@ BYTES |= dict(w1_scale=torch.zeros(3, 12), w2_scale=torch.zeros(3))
         (BYTES | dict(w2_scale=torch.zeros(3, 1, 1)), ValueError, r"w2_scale: shape \(3, 1, 1\); expected one of"),
         (BYTES | dict(w1_scale=torch.zeros(3, 12).half()), TypeError, "w1_scale: dtype float16"),
         (dict(expert_map=torch.zeros(9)), TypeError, "expert_map: dtype float32"),
+        (dict(weights_only=True), ValueError, "weights_only: True beside w1 of dtype float32; it is for int8 weights"),
+        (dict(w2_minimum=torch.zeros(3, 1, 8)), ValueError, "w2_minimum: given beside weights that are not int4"),
+        (ALONE | dict(w1_scale=torch.zeros(3, 12)), ValueError, r"w1_scale: shape \(3, 12\) has 2 dimensions"),
+        (ALONE | dict(w2_scale=None), ValueError, "w2_scale: None beside quantised weights"),
+        (ALONE | dict(w2_scale=torch.zeros(3, 3, 32)), ValueError, "w2_scale: 3 groups of 64 inputs"),
+        (ALONE | dict(w1_scale=torch.zeros(3, 1, 64)), ValueError, r"w1_scale: shape .* expected \(3, 1, 128\)"),
+        (INT4 | dict(w1_minimum=torch.zeros(3, 1, 64)), ValueError, r"w1_minimum: shape .* expected \(3, 1, 128\)"),
+        (INT4 | dict(w2_minimum=torch.zeros(3, 1, 32)), ValueError, r"w2_minimum: shape .* expected \(3, 2, 32\)"),
+        (INT4 | dict(w2_minimum=torch.zeros(3, 2, 32).int()), TypeError, "w2_minimum: dtype int32"),
     ],
 )
 def test_errors(change, error, message):
@@ -341,15 +463,14 @@ def launches(dtype):
         return torch.empty(shape, device="meta", dtype=dtype)
 
     for experts, top_k, hidden, intermediate in ((8, 2, 4096, 14336), (64, 6, 2048, 1408), (8, 2, 161, 96)):
-        for tokens in (1, 2, 16, 64, 128, 256, 1024, 4096):
+        for tokens in (1, 2, 16, 64, 128, 256, 512, 1024, 4096):
             ids, weights = new(tokens, top_k, dtype=torch.int32), new(tokens, top_k, dtype=torch.float32)
             w1, w2 = new(experts, 2 * intermediate, hidden), new(experts, hidden, intermediate)
             fused_moe._fused_moe_cuda(new(tokens, hidden), w1, w2, weights, ids, None)
-            for group in (128, 64, 32) if tokens in (16, 64, 256) and hidden > 161 else ():
-                w1 = new(experts, *packed_shape(2 * intermediate, hidden), dtype=torch.int16)
-                w2 = new(experts, *packed_shape(hidden, intermediate), dtype=torch.int16)
-                scales = new(experts, hidden // group, 2 * intermediate), new(experts, intermediate // group, hidden)
-                fused_moe._fused_moe_cuda(new(tokens, hidden), w1, w2, weights, ids, None, *scales)
+            for group in (None, 128, 64, 32) if tokens in (16, 64, 256, 1024) and hidden > 161 else ():
+                launches_alone(new, dtype, experts, ids, weights, hidden, intermediate, group)
+                if group == 128 and experts == 8 and tokens < 256:  # in fp32, too
+                    launches_alone(new, torch.float32, experts, ids, weights, hidden, intermediate, group)
             if tokens % 3 == 1:  # of each kernel's tiles one or two
                 for of_weights in _bytes_here():
                     scales = new(experts, 2 * intermediate, dtype=torch.float32), new(experts, dtype=torch.float32)
@@ -359,6 +480,20 @@ def launches(dtype):
                     if of_weights == torch.float8_e4m3fn and hidden > 161:
                         scales = [new(experts, *(s // 128 for s in w.shape[1:]), dtype=torch.float32) for w in (w1, w2)]
                         fused_moe._fused_moe_cuda(new(tokens, hidden), w1, w2, weights, ids, None, *scales)
+
+
+def launches_alone(new, dtype, experts, ids, weights, hidden, intermediate, group):
+    """Weights alone, int8 and int4 with minima or without; None: a scale an output, in fp32."""
+    x, scale_dtype = new(len(ids), hidden, dtype=dtype), torch.float32 if group is None else dtype
+    scales, packed, plain = [], [], []
+    for n, k in ((2 * intermediate, hidden), (hidden, intermediate)):
+        scales.append(new(experts, k // (group or k), n, dtype=scale_dtype))
+        packed.append(new(experts, *packed_shape(n, k), dtype=torch.int16))
+        plain.append(new(experts, n, k, dtype=torch.int8))
+    fused_moe._fused_moe_cuda(x, *plain, weights, ids, None, *scales, weights_only=True)
+    if group is not None:
+        for minima in ((), scales):
+            fused_moe._fused_moe_cuda(x, *packed, weights, ids, None, *scales, *minima)
 
 
 def _bytes_here():

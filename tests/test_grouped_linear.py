@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 import octavo
 from octavo import reference
 from octavo.kernels.moe import combine, grouped, grouped_linear, schedule
-from octavo.kernels.moe.grouped_tiles import Tiles, choose_tiles, rows_of
+from octavo.kernels.moe.grouped_tiles import Tiles, choose_tiles, rows_of_plain
 from octavo.kernels.moe.schedule import most_tiles
 from octavo.kernels.tiles import KNOWN_DEVICES, cdiv
 from octavo.testing import assert_accurate, check_op
@@ -52,6 +52,26 @@ def check(args, out=None):
 def test_grouped_linear(device, dtype, counts, k, n):
     check(case(counts, k, n, dtype, device))
     check(case(counts, k, n, dtype, device, before=2, after=3, bias=True))
+
+
+def int8(experts, n, k, groups, device):
+    """Weights of all 256 values, their scales, and what they stand for."""
+    q = torch.randint(-128, 128, (experts, n, k), dtype=torch.int8, device=device)
+    scale = (torch.rand(experts, groups, n, device=device) + 0.5) / (80 * k**0.5)
+    return q, scale, q.double() * scale.double().transpose(1, 2).repeat_interleave(k // groups, 2)
+
+
+@pytest.mark.parametrize(
+    ("counts", "k", "n", "groups"),
+    [([3, 0, 18, 1], 64, 128, 2), ([0, 40], 96, 40, 1), ([0, 5, 0, 2], 160, 300, 5), ([34, 1, 3], 256, 70, 2)],
+)
+def test_int8_weights_alone(device, dtype, counts, k, n, groups):
+    x, _, offsets, bias = case(counts, k, n, dtype, device, before=2, after=3, bias=True)
+    weight, scale, exact = int8(len(counts), n, k, groups, device)
+    for bias_or_none in (bias, None):
+        args = x, exact, offsets, bias_or_none
+        check(args, octavo.grouped_linear(x, weight, offsets, bias=bias_or_none, scale=scale))
+        check(args, reference.moe.grouped_linear(x, weight, offsets, bias_or_none, scale))
 
 
 @given(counts=st.lists(st.integers(0, 20), min_size=1, max_size=6), k=st.integers(1, 70), n=st.integers(1, 140))
@@ -114,22 +134,22 @@ def test_parts_are_added_up_in_order(device):
 @pytest.mark.parametrize("experts", [1, 8, 64, 256])
 @pytest.mark.parametrize(("n", "k"), [(28672, 4096), (4096, 14336), (1408, 2048), (96, 160)])
 def test_tiles(experts, n, k):
-    """What a tile takes fits; parts have work; rows of a tile rise with the number of rows."""
+    """What a tile takes fits; parts have work; rows of a tile rise with the number of rows, up to those of many."""
     before = 0
     for rows in (1, 2, 8, 33, 64, 100, 128, 500, 512, 4096, 8192):
         for copied in (False, True):
-            tile = rows_of(rows, experts, copied=copied)
+            tile = rows_of_plain(rows, experts, copied=copied)
             for gated in (False, True):
                 tiles = choose_tiles(rows, experts, n, k, tile, H100, gated=gated, copied=copied, itemsize=2)
-                assert tiles.rows == tile and 16 <= tile <= 128
+                assert tiles.rows == tile and 16 <= tile <= 256
                 assert (tiles.kernel == "triton") == (not copied)
                 if copied:
-                    stage = (tile + tiles.outputs) * tiles.block_k * 2
-                    assert tiles.stages * stage + 1024 < H100.shared_memory and tiles.stages >= 3
+                    stage = (tile + tiles.tail + tiles.outputs) * tiles.block_k * 2
+                    assert tiles.stages * stage + 1024 < H100.shared_memory and tiles.stages >= 2
                 steps = cdiv(k, tiles.block_k)
                 assert tiles.parts == 1 or (copied and not gated)
                 assert cdiv(steps, cdiv(steps, tiles.parts)) == tiles.parts  # none is without a step
-        assert tile >= before
+        assert tile >= before or tiles.kernel == "many"
         before = tile
 
 
@@ -144,6 +164,9 @@ def test_reference_against_a_loop():
 def test_opcheck_and_compile(device):
     x, weight, offsets, bias = case([3, 0, 18], 64, 96, device=device, bias=True)
     check_op("grouped_linear", octavo.grouped_linear, (x, weight, offsets, bias), x, weight, offsets, bias=bias)
+    weight, scale, _ = int8(3, 96, 64, 2, device)
+    args = (x, weight, offsets, None, scale)
+    check_op("grouped_linear", octavo.grouped_linear, args, x, weight, offsets, scale=scale)
 
 
 @pytest.mark.gpu
@@ -157,6 +180,21 @@ def test_large_on_a_gpu(counts, k):
         assert_accurate(out, exact.double(), exact.bfloat16())
         for _ in range(5):
             assert torch.equal(out, octavo.grouped_linear(*args[:3], bias=args[3]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("counts", [[1, 0, 2], [20, 30, 0, 4], [100, 70], [0, 700, 130, 64]])
+@pytest.mark.parametrize(("k", "groups"), [(1024, 1), (1024, 8), (1056, 33), (1152, 18), (1184, 1)])
+def test_int8_weights_alone_on_a_gpu(counts, k, groups):
+    """Also beside inputs of a number that the copy engine does not take."""
+    x, _, offsets, bias = case(counts, k, 1000, torch.bfloat16, "cuda", after=3, bias=True)
+    weight, scale, exact = int8(len(counts), 1000, k, groups, "cuda")
+    for bias_or_none in (bias, None):
+        out = octavo.grouped_linear(x, weight, offsets, bias=bias_or_none, scale=scale)
+        expected = reference.moe._products(x, exact, offsets, bias_or_none)
+        assert_accurate(out, expected.double(), expected.bfloat16())
+        for _ in range(3):
+            assert torch.equal(out, octavo.grouped_linear(x, weight, offsets, bias=bias_or_none, scale=scale))
 
 
 @pytest.mark.gpu
@@ -201,6 +239,13 @@ def test_offsets_beyond_int32():
         (dict(offsets=torch.zeros(4)), TypeError, "offsets: dtype float32"),
         (dict(offsets=torch.zeros(3, dtype=torch.int32)), ValueError, r"offsets: shape \(3,\); expected \(4,\)"),
         (dict(bias=torch.zeros(3, 4)), ValueError, r"bias: shape \(3, 4\); expected \(3, 5\)"),
+        (dict(scale=torch.zeros(3, 1, 5)), ValueError, "scale: given beside weights of x's dtype; expected None"),
+        (dict(weight=torch.zeros(3, 5, 8).char()), ValueError, "scale: None beside quantised weights"),
+        (
+            dict(weight=torch.zeros(3, 5, 8).char(), scale=torch.zeros(3, 1, 5)),
+            ValueError,
+            "scale: 1 groups of 8 inputs; expected a group size, a multiple of 32",
+        ),
     ],
 )
 def test_errors(change, error, message):
@@ -220,6 +265,9 @@ def launches(dtype):
             offsets = new(experts + 1, dtype=torch.int32)
             for bias in (None, new(experts, n)):
                 grouped_linear._grouped_linear_cuda(new(rows, k), new(experts, n, k), offsets, bias)
+                if experts == 8 and k % 128 == 0 and rows in (8, 512):  # fused_moe has the rest of such tiles
+                    weight, scale = new(experts, n, k, dtype=torch.int8), new(experts, 1, n)
+                    grouped_linear._grouped_linear_cuda(new(rows, k), weight, offsets, bias, scale)
     for tiles in (Tiles("many", 128, 128, 64, 4, 6, 1), Tiles("triton", 16, 128, 32, 4, 3, 1)):
         wide = torch.float32 if tiles.kernel == "triton" else dtype
         x, plan = new(512, 1024, dtype=wide), new(800, dtype=torch.int32)

@@ -11,12 +11,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TREES = ("octavo", "kernels", "reference", "engine", "bench")
-NO_TORCH = {"engine/scheduler.py", "engine/block_manager.py", "engine/sequence.py"}
+NO_TORCH = {f"engine/{name}.py" for name in ("options", "params", "sequence", "block_manager", "scheduler")}
 ENGINE_FRIENDS = {"torch", "numpy", "transformers", "tokenizers", "safetensors", "gguf", "huggingface_hub", "jinja2"}
 ENGINE_FRIENDS |= {"typer", "rich"}
 # What bench/ may import when it is imported; peers are imported inside the functions that need them.
 BENCH_FRIENDS = {"torch", "triton", "numpy", "octavo"}
-BENCH_EXTRAS = {"bench/figures.py": {"matplotlib", "PIL"}, "bench/cpu_decode.py": {"transformers"}}
+BENCH_EXTRAS = {
+    "bench/figures.py": {"matplotlib", "PIL"},
+    "bench/sweep_figure.py": {"matplotlib"},
+    "bench/cpu_decode.py": {"transformers"},
+}
+BENCH_COMMANDS = ("engine/bench_commands.py", "engine/cli.py")
 MODULES = sorted(p for tree in TREES for p in (ROOT / tree).rglob("*.py"))
 MODULES = [p for p in MODULES if not any(folder.is_symlink() for folder in p.parents)]
 
@@ -28,8 +33,10 @@ def name_of(path):
 
 
 def outside_functions(tree):
+    """What is done when a module is imported."""
     for node in ast.iter_child_nodes(tree):
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not for_types:
             yield node
             yield from outside_functions(node)
 
@@ -62,7 +69,7 @@ def allowed(path, name):
     if tree == "bench":
         return top in BENCH_FRIENDS | BENCH_EXTRAS.get(relative, set())
     if name.startswith("octavo.bench"):  # the command line starts it; inside a function: see below
-        return relative == "engine/cli.py"
+        return relative in BENCH_COMMANDS
     return top in ENGINE_FRIENDS or name == "octavo" or name.startswith("octavo.engine")
 
 
@@ -73,8 +80,9 @@ def test_layers(path):
     assert not wrong, f"{path.relative_to(ROOT)} must not import {wrong}"
 
 
-def test_the_command_line_imports_bench_only_when_asked():
-    path = ROOT / "engine/cli.py"
+@pytest.mark.parametrize("relative", BENCH_COMMANDS)
+def test_the_command_line_imports_bench_only_when_asked(relative):
+    path = ROOT / relative
     assert any(name.startswith("octavo.bench") for name in imports(path))
     assert not any(name.startswith("octavo.bench") for name in imports(path, outside_functions))
 

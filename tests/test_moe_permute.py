@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 
 import octavo
 from octavo import reference
+from octavo.kernels import debug
 from octavo.kernels.launch import record_launches
 from octavo.kernels.moe import permute, sort
 from octavo.kernels.tiles import KNOWN_DEVICES, device_properties
@@ -43,6 +47,51 @@ def permuted(x, order, offsets, top_k):
 
 def same(actual, expected):
     return all(torch.equal(a.cpu(), e) and a.dtype == e.dtype for a, e in zip(actual, expected, strict=True))
+
+
+def test_ids_are_looked_at_where_a_debug_option_asks_for_it(device, monkeypatch):
+    """Without it they are left out, by every op; -1 is none, and no error."""
+    x, weights, ids = torch.randn(3, 32, device=device), torch.ones(3, 2, device=device), torch.full((3, 2), -1)
+    ids[:, 1] = torch.tensor([0, 1, 1])
+    w1, w2 = torch.randn(2, 16, 32, device=device), torch.randn(2, 32, 8, device=device)
+    elsewhere = torch.tensor([1, -1, 0], dtype=torch.int32, device=device)
+    offsets = torch.tensor([0, 1, 3], dtype=torch.int32, device=device)
+    calls = {
+        "topk_ids": lambda ids: octavo.fused_moe(x, w1, w2, weights, ids.to(device)),
+        "topk_ids of all": lambda ids: octavo.moe_permute(x, ids.to(device), 2)[0],
+        "expert_map": lambda ids: octavo.moe_permute(x, ids.to(device), 2, elsewhere + ids.amax().to(device) // 2)[0],
+        "positions": lambda ids: octavo.moe_unpermute(x[:2], ids.int().to(device), weights),
+        "offsets": lambda ids: octavo.grouped_linear(x, w1, offsets + 3 * (ids.amax().int().to(device) > 1)),
+    }
+    wrong = ids.clone()
+    wrong[1, 1] = 7
+    for ask in (False, True) if device == "cpu" else (False,):
+        monkeypatch.setattr(debug, "DEBUG", ask)
+        for name, call in calls.items():
+            assert call(ids).isfinite().all(), name
+            if ask:
+                with pytest.raises(RuntimeError, match=rf"^{name.split()[0]}: "):
+                    call(wrong)
+            else:
+                assert call(wrong).isfinite().all(), name
+
+
+@pytest.mark.gpu
+def test_a_debug_run_on_a_gpu_says_what_is_wrong():
+    """In a process of its own, whose GPU is of no use afterwards; without the option the same runs to its end."""
+    code = """
+import torch, octavo
+x, w1, w2 = (torch.randn(shape, device="cuda") for shape in ((3, 32), (2, 16, 32), (2, 32, 8)))
+ids, weights = torch.zeros(3, 2, dtype=torch.int32, device="cuda"), torch.ones(3, 2, device="cuda")
+for value in (0, 0, 0, -1, 7):
+    octavo.fused_moe(x, w1, w2, weights, ids.fill_(value))
+torch.cuda.synchronize()
+"""
+    for ask in ("0", "1"):
+        environment = os.environ | {"OCTAVO_DEBUG": ask}
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+        assert (run.returncode != 0) == (ask == "1"), run.stderr
+        assert ("topk_ids: has an id out of range" in run.stdout + run.stderr) == (ask == "1")
 
 
 @pytest.fixture(params=[False, True], ids=["compared", "counted"])

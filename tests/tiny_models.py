@@ -63,13 +63,16 @@ def part_experts(model):
     A token's embedding orders the experts; no layer writes over that, and each layer's router knows them in another
     order. Otherwise the model compared with could take another expert somewhere, which no tolerance allows for.
     """
-    config, experts = model.config, torch.arange(model.config.num_local_experts)
+    config = model.config
+    experts = torch.arange(config.num_experts if config.model_type == "qwen2_moe" else config.num_local_experts)
     embedding = model.model.embed_tokens.weight.data
     for row in embedding:
         row[experts] = torch.randperm(len(experts)).float()
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.data[experts] = 0
         layer.mlp.experts.down_proj.data[:, experts] = 0
+        if hasattr(layer.mlp, "shared_expert"):
+            layer.mlp.shared_expert.down_proj.weight.data[experts] = 0
         layer.post_attention_layernorm.weight.data[experts] = 1
         router = torch.randn(len(experts), config.hidden_size) * 0.01
         router[experts, torch.randperm(len(experts))] = 3
@@ -80,7 +83,7 @@ def part_experts(model):
 def released(model):
     """A model's weights by the names of released checkpoints; of experts, which transformers stacks, views."""
     weights = {}
-    qwen = model.config.model_type == "qwen3_moe"
+    qwen = model.config.model_type in ("qwen2_moe", "qwen3_moe")
     block, gate, up, down = (
         ("mlp", "gate_proj", "up_proj", "down_proj") if qwen else ("block_sparse_moe", "w1", "w3", "w2")
     )

@@ -4,7 +4,8 @@
     report = quantize("meta-llama/Llama-3.1-8B", "llama-int4", Settings("int4"))
 
 Layer by layer (`forward.py`), so that a model larger than the GPU fits; each finished layer is a file (`writer.py`), so
-that an interrupted run goes on where it was. `gptq.py`, `smooth.py` and `rounding.py` are the methods.
+that an interrupted run goes on where it was. `gptq.py`, `smooth.py` and `rounding.py` are the methods, `mixture.py`
+what experts have of their own.
 """
 
 from octavo.engine.quantize.run import Report, quantize

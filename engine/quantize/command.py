@@ -1,5 +1,6 @@
 """`octavo quantize`: options, progress and the report on a terminal."""
 
+import re
 from collections import defaultdict
 from enum import StrEnum
 from importlib.resources import files
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from octavo.engine.quantize.mixture import FEW
 from octavo.engine.quantize.run import Report, quantize
 from octavo.engine.quantize.settings import Settings
 
@@ -81,16 +83,20 @@ def print_report(report: Report, console: Console) -> None:
     for row in report.layers:
         if "kept" in row:
             continue
-        rows[row["name"].removesuffix(".weight").split(".", 3)[-1]].append(row)
+        module = row["name"].removesuffix(".weight").split(".", 3)[-1]
+        rows[re.sub(r"block_sparse_moe\.experts\.\d+", "experts.*", module)].append(row)
     with_outputs = any("output_error" in row for row in report.layers)
     table = Table("module", "weight error", "worst layer", *(["output error"] if with_outputs else []))
     for module, of in rows.items():
         worst = max(of, key=lambda row: row["error"])
         cells = [module, f"{mean(row['error'] for row in of):.2%}", f"{worst['error']:.2%} in {_layer(worst['name'])}"]
-        table.add_row(*cells, *([f"{mean(row['output_error'] for row in of):.2%}"] if with_outputs else []))
+        outputs = [row["output_error"] for row in of if "output_error" in row]
+        table.add_row(*cells, *([f"{mean(outputs):.2%}" if outputs else ""] if with_outputs else []))
     console.print(table)
     if kept := sum("kept" in row for row in report.layers):
         console.print(f"{kept} of {len(report.layers)} kept as they were")
+    if rounded := sum("rounded" in row for row in report.layers):
+        console.print(f"{rounded} weights of experts that saw fewer than {FEW} tokens rounded to nearest")
     if report.perplexity_before is not None and report.perplexity_after is not None:
         change = report.perplexity_after / report.perplexity_before - 1
         console.print(

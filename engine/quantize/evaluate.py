@@ -6,8 +6,8 @@ from functools import partial
 import torch
 
 from octavo.engine.checkpoint import Checkpoint
+from octavo.engine.devices import choose_dtype
 from octavo.engine.layers import dequantize
-from octavo.engine.llm import choose_dtype
 from octavo.engine.quantize.forward import Forward, Stream, cut
 from octavo.engine.quantize.source import half_weights, layer_names, layer_weights, outer_weights
 
@@ -51,7 +51,7 @@ def layerwise_perplexity(
     for name in layer_names(checkpoint):
         if progress is not None:
             progress(name)
-        halves = half_weights(name, layer_weights(checkpoint, name), device, dtype)
+        halves = half_weights(config, name, layer_weights(checkpoint, name), device, dtype)
         stream.advance(partial(forward.layer, halves))
     head = outer.get("lm_head.weight", embedding).to(device)
     return stream.perplexity(outer["model.norm.weight"].to(device), head, config.rms_norm_eps)

@@ -1,7 +1,8 @@
 """A decoder one layer at a time: only one layer's weights lie on the device, and the hidden states between layers.
 
 A layer is two halves of one form, `h += last(middle(first(norm(h))))`: attention between q, k, v and o, the gated
-activation between gate, up and down. Shape letters: T tokens of a sequence, Hq and Hkv heads, D head size.
+activation between gate, up and down. A mixture of experts has `h += mixture(norm(h))` for the second (`mixture.py`).
+Shape letters: T tokens of a sequence, Hq and Hkv heads, D head size.
 """
 
 import math
@@ -41,6 +42,14 @@ class HalfWeights:
     last: Linear
 
 
+@dataclass(frozen=True)
+class MixtureWeights:
+    """What stands where a dense layer has the half of its MLP."""
+
+    norm: torch.Tensor
+    mixture: Linear
+
+
 class Forward:
     """What of a model's computation has no weights.
 
@@ -70,16 +79,18 @@ class Forward:
         """What `last` takes."""
         return self._attention(first_outputs) if half is ATTENTION else octavo.silu_and_mul(first_outputs)
 
-    def layer(self, halves: tuple[HalfWeights, ...], hidden: torch.Tensor) -> torch.Tensor:
+    def layer(self, halves: tuple[HalfWeights | MixtureWeights, ...], hidden: torch.Tensor) -> torch.Tensor:
         """One layer: `[T, hidden] -> [T, hidden]`."""
         for half, weights in zip(HALVES, halves, strict=True):
             hidden = self.half(half, weights, hidden)
         return hidden
 
-    def half(self, half: Half, weights: HalfWeights, hidden: torch.Tensor) -> torch.Tensor:
+    def half(self, half: Half, weights: HalfWeights | MixtureWeights, hidden: torch.Tensor) -> torch.Tensor:
         """Half a layer: `[T, hidden] -> [T, hidden]`."""
-        x = weights.first(self.first_inputs(hidden, weights.norm))
-        return hidden + weights.last(self.last_inputs(half, x))
+        x = self.first_inputs(hidden, weights.norm)
+        if isinstance(weights, MixtureWeights):
+            return hidden + weights.mixture(x)
+        return hidden + weights.last(self.last_inputs(half, weights.first(x)))
 
     def probabilities(self, qkv: torch.Tensor) -> Iterator[torch.Tensor]:
         """What each token attends to, in fp32, one KV head after another: `[T, (Hq + 2 Hkv) D] -> [Hq / Hkv, T, T]`."""

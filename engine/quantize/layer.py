@@ -1,16 +1,18 @@
 """Quantising one layer, half by half: each linear layer sees in calibration what those before it have become."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 
+import octavo
 from octavo.engine.checkpoint import Weight
 from octavo.engine.layers import Linear, dequantize, make_linear
 from octavo.engine.packed_formats import packed_format
-from octavo.engine.quantize.forward import ATTENTION, HALVES, Forward, Half, HalfWeights, Stream
+from octavo.engine.quantize.forward import ATTENTION, HALVES, MLP, Forward, Half, HalfWeights, MixtureWeights, Stream
 from octavo.engine.quantize.gptq import gptq
+from octavo.engine.quantize.mixture import FEW, Routed, halves_of, layout_of, mixture_weights
 from octavo.engine.quantize.rounding import round_to_nearest, stored
 from octavo.engine.quantize.settings import BLOCK, Settings
 from octavo.engine.quantize.smooth import TOKENS, Largest, balance, balance_rows
@@ -59,13 +61,19 @@ class LayerQuantizer:
             if key.endswith((".bias", "layernorm.weight"))
         }
         rows: list[dict[str, Any]] = []
+        if self.forward.config.num_local_experts:
+            rows += self._quantize_half(name, ATTENTION, weights, tensors, calibration, progress)
+            return tensors, rows + self._quantize_experts(name, weights, tensors, calibration, progress)
         for half in HALVES:
             rows += self._quantize_half(name, half, weights, tensors, calibration, progress)
         return tensors, rows
 
-    def halves(self, name: str, tensors: Tensors) -> tuple[HalfWeights, ...]:
+    def halves(self, name: str, tensors: Tensors) -> tuple[HalfWeights | MixtureWeights, ...]:
         """A quantised layer as it is calibrated on: dense, and its activations as they are."""
-        return tuple(self._dense_half(name, half, tensors) for half in HALVES)
+        attention = self._dense_half(name, ATTENTION, tensors)
+        if self.forward.config.num_local_experts:
+            return attention, self._dense_mixture(name, tensors)
+        return attention, self._dense_half(name, MLP, tensors)
 
     def _quantize_half(
         self,
@@ -105,6 +113,64 @@ class LayerQuantizer:
         rows += self._round([last], [last_values], hessian, tensors)
         if calibration is not None:
             calibration.advance(partial(forward.half, half, self._dense_half(name, half, tensors)))
+        return rows
+
+    def _quantize_experts(
+        self,
+        name: str,
+        weights: dict[str, Weight],
+        tensors: Tensors,
+        calibration: Stream | None,
+        progress: Callable[[str], None],
+    ) -> list[dict[str, Any]]:
+        """The same of a mixture, an expert after the other; the router stays as it is."""
+        router = f"{layout_of(self.forward.config).router(int(name.rpartition('.')[2]))}.weight"
+        tensors[router] = dequantize(weights[router], torch.device("cpu")).to(self.stored_dtype)
+        routed = None
+        if calibration is not None:
+            norm = tensors[f"{name}.{MLP.norm}.weight"].to(self.device, self.dtype)
+            routed = Routed(self.forward, calibration, norm, tensors[router].to(self.device, self.dtype))
+        rows = []
+        for expert, half in enumerate(halves_of(self.forward.config)[1:]):
+            rows += self._quantize_expert(name, expert, half, weights, tensors, routed, progress)
+        if calibration is not None:
+            calibration.advance(partial(self.forward.half, MLP, self._dense_mixture(name, tensors)))
+        return rows
+
+    def _quantize_expert(
+        self,
+        name: str,
+        expert: int,
+        half: Half,
+        weights: dict[str, Weight],
+        tensors: Tensors,
+        routed: Routed | None,
+        progress: Callable[[str], None],
+    ) -> list[dict[str, Any]]:
+        first, last = [f"{name}.{module}" for module in half.first], f"{name}.{half.last}"
+        progress(first[0])
+        values, last_values = [self._values(module, weights) for module in first], self._values(last, weights)
+        count = 0 if routed is None else routed.count(expert)
+        if routed is not None and count and self.settings.smooths:
+            largest = Largest(len(values[0]), self.device)
+            linear = make_linear([torch.cat(values)], [None], self.device, self.dtype)
+            for x in routed.inputs(expert):
+                largest.add(octavo.silu_and_mul(linear(x)))
+            values[1], last_values, _ = balance_rows(values[1], last_values, largest.value, self.settings.smooth, 1)
+        seen = None if count < FEW else routed
+        hessian = None
+        if seen is not None and first[0] not in self.kept:
+            hessian = self._hessian(seen.inputs(expert), lambda x: x)
+        rows = self._round(first, values, hessian, tensors)
+        hessian = None
+        if seen is not None and last not in self.kept:
+            made = self._dense_linear(first, tensors)
+            hessian = self._hessian(seen.inputs(expert), lambda x: octavo.silu_and_mul(made(x)))
+        rows += self._round([last], [last_values], hessian, tensors)
+        if routed is not None:
+            rows = [row | {"tokens": count} for row in rows]
+            if seen is None and self.settings.uses_gptq:
+                rows = [row if "kept" in row else row | {"rounded": True} for row in rows]
         return rows
 
     def _smooth(
@@ -149,7 +215,7 @@ class LayerQuantizer:
         return values
 
     def _hessian(
-        self, calibration: Stream | None, inputs: Callable[[torch.Tensor], torch.Tensor]
+        self, calibration: Iterable[torch.Tensor] | None, inputs: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor | None:
         if calibration is None or not self.settings.uses_gptq:
             return None
@@ -226,6 +292,14 @@ class LayerQuantizer:
     def _dense_linear(self, modules: list[str], tensors: Tensors) -> Linear:
         weights: list[Weight] = [dequantize(self._weight(m, tensors), self.device) for m in modules]
         return make_linear(weights, [tensors.get(f"{m}.bias") for m in modules], self.device, self.dtype)
+
+    def _dense_mixture(self, name: str, tensors: Tensors) -> MixtureWeights:
+        config = self.forward.config
+        norm = tensors[f"{name}.{MLP.norm}.weight"].to(self.device, self.dtype)
+        router = tensors[f"{layout_of(config).router(int(name.rpartition('.')[2]))}.weight"]
+        modules = [f"{name}.{module}" for half in halves_of(config)[1:] for module in half.modules]
+        experts = ((f"{m}.weight", dequantize(self._weight(m, tensors), self.device)) for m in modules)
+        return mixture_weights(config, norm, router, experts, self.device)
 
     def _dense_half(self, name: str, half: Half, tensors: Tensors) -> HalfWeights:
         norm = tensors[f"{name}.{half.norm}.weight"].to(self.device, self.dtype)

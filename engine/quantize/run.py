@@ -14,9 +14,9 @@ import torch
 import octavo
 from octavo.engine.checkpoint import Checkpoint, FolderCheckpoint, open_checkpoint, read_json
 from octavo.engine.config import ModelConfig
+from octavo.engine.devices import choose_device, choose_dtype
 from octavo.engine.hub import resolve
 from octavo.engine.layers import dequantize
-from octavo.engine.llm import choose_device, choose_dtype
 from octavo.engine.quantize.evaluate import layerwise_perplexity, sequences_of
 from octavo.engine.quantize.forward import Forward, Stream, cut
 from octavo.engine.quantize.layer import LayerQuantizer
@@ -34,8 +34,9 @@ class Report:
 
     `layers` holds for each weight its name, `error`, the root mean square of what rounding changed over that of the
     weight, and after GPTQ `output_error`, the same of the layer's outputs in calibration (of v what attention makes of
-    them), or `kept` where it was not quantised. `perplexity_before` is the source's as it is stored, `perplexity_after`
-    that of the result on the ops that serve it; None without a text.
+    them), or `kept` where it was not quantised; of an expert's weights also how many `tokens` of the calibration it
+    saw, and `rounded` where those were too few for GPTQ. `perplexity_before` is the source's as it is stored,
+    `perplexity_after` that of the result on the ops that serve it; None without a text.
     """
 
     settings: dict[str, Any]
@@ -192,8 +193,8 @@ class _Run:
                 config.pop(key, None)
         else:
             config = self.config.to_hf()
-        kept, weights_only = self.settings.kept(self.config), self.settings.by_weights_only(self.config)
-        return config | {"quantization_config": self.settings.quantization_config(kept, weights_only)}
+        ignored, weights_only = self.settings.ignored(self.config), self.settings.by_weights_only(self.config)
+        return config | {"quantization_config": self.settings.quantization_config(ignored, weights_only)}
 
     def write_tokenizer(self, folder: Path) -> None:
         if isinstance(self.checkpoint, FolderCheckpoint):

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from octavo.engine.config import ModelConfig
-from octavo.engine.quantize.forward import HALVES
+from octavo.engine.quantize.mixture import halves_of, routers
 
 SCHEMES = ("int4", "int8", "fp8", "fp8-block")
 METHODS = ("gptq", "rtn")
@@ -22,7 +22,8 @@ class Settings:
             layer's inputs quantised too, by token (W8A8); "fp8", the same in e4m3; "fp8-block", with a scale for 128 by
             128 weights and for 128 inputs of a token.
         method: "gptq" (Frantar et al. 2022, https://arxiv.org/abs/2210.17323): the error of each input's weights is
-            made up for in those that follow, by calibration; or "rtn", round to nearest, the fast way.
+            made up for in those that follow, by calibration; or "rtn", round to nearest, the fast way, which is also
+            that of experts who see few tokens of the calibration text.
         group_size: of int4, 32, 64 or 128: a divisor of every layer's inputs.
         act_order: of GPTQ, whether inputs are taken in the order of their size (groups stay as they lie, so that the
             layers cost the same; compressed-tensors calls it actorder "weight").
@@ -30,7 +31,7 @@ class Settings:
             calibration text.
         smooth: of int8, SmoothQuant's alpha (Xiao et al. 2022, https://arxiv.org/abs/2211.10438), by which large inputs
             of a layer are balanced with its weights, by what comes before it; behind norms it is where a search for the
-            best balance begins. 0 does without.
+            best balance begins. 0 does without. Of experts, whose norm is the router's too, down alone is balanced.
         calibration_tokens: of the calibration text at most.
         sequence_length: tokens of it that see each other. Every token attends to a sequence's first, which is unlike
             others: GPTQ weighs k's and v's inputs by the attention that they receive.
@@ -104,6 +105,10 @@ class Settings:
         """The full names of the layers that stay as they are."""
         return _named(self.keep, config)
 
+    def ignored(self, config: ModelConfig) -> list[str]:
+        """The full names of the linear layers that are not quantised, the routers of experts among them."""
+        return [*routers(config), *self.kept(config)]
+
     def by_weights_only(self, config: ModelConfig) -> list[str]:
         """The full names of the layers whose inputs stay as they are."""
         kept = set(self.kept(config))
@@ -114,12 +119,12 @@ class Settings:
 
         Raises:
             ValueError: a shape that the scheme does not fit; it names the tensor, and what would fit. Or a part of
-                `keep` or `weights_only` that no layer has, or a model of experts.
+                `keep` or `weights_only` that no layer has, or a mixture of experts that is not Mixtral.
         """
-        if config.num_local_experts:
+        if config.num_local_experts and config.architecture != "MixtralForCausalLM":
             raise ValueError(
-                f"num_local_experts: {config.num_local_experts}; octavo quantize takes dense models: quantise a "
-                "mixture of experts with llm-compressor or GPTQModel, whose checkpoints octavo loads"
+                f"architecture: {config.architecture}; octavo quantize takes dense models and Mixtral: quantise other "
+                "mixtures of experts with llm-compressor or GPTQModel, whose checkpoints octavo loads"
             )
         for name in ("keep", "weights_only"):
             for part in getattr(self, name):
@@ -134,10 +139,10 @@ class Settings:
             "self_attn.k_proj": (kv, c.hidden_size),
             "self_attn.v_proj": (kv, c.hidden_size),
             "self_attn.o_proj": (c.hidden_size, q),
-            "mlp.gate_proj": (c.intermediate_size, c.hidden_size),
-            "mlp.up_proj": (c.intermediate_size, c.hidden_size),
-            "mlp.down_proj": (c.hidden_size, c.intermediate_size),
         }
+        mlp = halves_of(config)[1]  # of experts, the first's
+        shapes |= dict.fromkeys(mlp.first, (c.intermediate_size, c.hidden_size))
+        shapes[mlp.last] = c.hidden_size, c.intermediate_size
         for name, (n, k) in shapes.items():
             at = f"model.layers.0.{name}.weight"
             if self.scheme == "int4" and k % self.group_size:
@@ -195,6 +200,6 @@ def _named(parts: Sequence[str], config: ModelConfig) -> list[str]:
     def named(modules: list[str]) -> bool:
         return any(f".{part}." in f".{module}." for part in parts for module in modules)
 
-    same_input = [of for half in HALVES for of in (half.first, (half.last,))]
+    same_input = [of for half in halves_of(config) for of in (half.first, (half.last,))]
     inputs = [[f"model.layers.{i}.{m}" for m in of] for i in range(config.num_hidden_layers) for of in same_input]
     return [module for modules in inputs if named(modules) for module in modules]

@@ -3,8 +3,10 @@
 import torch
 
 from octavo.engine.checkpoint import Checkpoint, Weight
+from octavo.engine.config import ModelConfig
 from octavo.engine.layers import Linear, dequantize, make_linear
-from octavo.engine.quantize.forward import HALVES, HalfWeights
+from octavo.engine.quantize.forward import ATTENTION, MLP, Half, HalfWeights, MixtureWeights
+from octavo.engine.quantize.mixture import by_expert, halves_of, mixture_weights, routers
 
 
 def layer_names(checkpoint: Checkpoint) -> list[str]:
@@ -17,7 +19,13 @@ def layer_weights(checkpoint: Checkpoint, name: str) -> dict[str, Weight]:
     Raises:
         ValueError: one is missing; it names it.
     """
-    return _whole(checkpoint, [f"{name}."], [f"{name}.{m}.weight" for h in HALVES for m in (h.norm, *h.modules)])
+    config = checkpoint.config
+    weights = dict(checkpoint.tensors(prefix=f"{name}."))
+    wanted = [f"{name}.{m}.weight" for h in halves_of(config) for m in (h.norm, *h.modules)]
+    if config.num_local_experts:
+        weights = by_expert(config, weights)
+        wanted += [f"{router}.weight" for router in routers(config) if router.startswith(f"{name}.")]
+    return _with_all(weights, wanted)
 
 
 def outer_weights(checkpoint: Checkpoint) -> dict[str, Weight]:
@@ -28,6 +36,10 @@ def outer_weights(checkpoint: Checkpoint) -> dict[str, Weight]:
 
 def _whole(checkpoint: Checkpoint, prefixes: list[str], wanted: list[str]) -> dict[str, Weight]:
     weights = {name: weight for prefix in prefixes for name, weight in checkpoint.tensors(prefix=prefix)}
+    return _with_all(weights, wanted)
+
+
+def _with_all(weights: dict[str, Weight], wanted: list[str]) -> dict[str, Weight]:
     for name in wanted:
         if name not in weights:
             raise ValueError(f"{name}: missing from the checkpoint")
@@ -35,8 +47,8 @@ def _whole(checkpoint: Checkpoint, prefixes: list[str], wanted: list[str]) -> di
 
 
 def half_weights(
-    name: str, weights: dict[str, Weight], device: torch.device, dtype: torch.dtype
-) -> tuple[HalfWeights, ...]:
+    config: ModelConfig, name: str, weights: dict[str, Weight], device: torch.device, dtype: torch.dtype
+) -> tuple[HalfWeights | MixtureWeights, ...]:
     """A layer on the device, on the ops that serve the formats of its weights."""
 
     def linear(*modules: str) -> Linear:
@@ -46,4 +58,12 @@ def half_weights(
     def norm(module: str) -> torch.Tensor:
         return dequantize(weights[f"{name}.{module}.weight"], device).to(dtype)
 
-    return tuple(HalfWeights(norm(h.norm), linear(*h.first), linear(h.last)) for h in HALVES)
+    def half(h: Half) -> HalfWeights:
+        return HalfWeights(norm(h.norm), linear(*h.first), linear(h.last))
+
+    if not config.num_local_experts:
+        return half(ATTENTION), half(MLP)
+    router = next(f"{of}.weight" for of in routers(config) if of.startswith(f"{name}."))
+    experts = ((full, weight) for full, weight in weights.items() if ".experts." in full)
+    dense = dequantize(weights[router], device)
+    return half(ATTENTION), mixture_weights(config, norm(MLP.norm), dense, experts, device)

@@ -18,6 +18,10 @@ from octavo.kernels.moe.grouped_few import grouped_few
 from octavo.kernels.moe.grouped_hopper import grouped_hopper
 from octavo.kernels.moe.grouped_int4 import grouped_int4
 from octavo.kernels.moe.grouped_int4_plain import grouped_int4_plain
+from octavo.kernels.moe.grouped_int4_tall import grouped_int4_tall
+from octavo.kernels.moe.grouped_int8 import grouped_int8
+from octavo.kernels.moe.grouped_int8_plain import grouped_int8_plain
+from octavo.kernels.moe.grouped_tall import grouped_tall
 from octavo.kernels.moe.grouped_tiles import Scales, Tiles
 from octavo.kernels.moe.schedule import most_tiles, unit_at
 from octavo.kernels.quant.epilogue import silu_times
@@ -150,7 +154,8 @@ def grouped(
         bias: None, or `[E, N]`, contiguous.
         plan: from `octavo.kernels.moe.schedule`, for tiles of as many rows.
         gated: whether the result is SiLU × gate.
-        scales: of quantised operands, int8 or e4m3: `y = sums · x_scale · weight_scale`; of int4 weights in groups.
+        scales: of quantised operands, int8 or e4m3: `y = sums · x_scale · weight_scale`; of weights alone in groups,
+            with their minima.
         planned_before: whether another kernel ran between the one that made the plan and this.
     """
     experts, k = weight.shape[0], x.shape[1]
@@ -159,13 +164,25 @@ def grouped(
     units = most_tiles(s, experts, tiles.rows) * n_tiles * tiles.parts
     programs = min(device_properties(x.device).num_sms * tiles.programs_per_sm, units)
     if tiles.kernel == "int4":
-        grouped_int4(out, x, weight, scales.weight, plan, tiles, programs, gated, planned_before)
+        grouped_int4(out, x, weight, scales, plan, tiles, programs, gated, planned_before)
+        return
+    if tiles.kernel == "int4_tall":
+        grouped_int4_tall(out, x, weight, scales, plan, tiles, programs, gated, planned_before)
         return
     if tiles.kernel == "int4_plain":
-        grouped_int4_plain(out, x, weight, scales.weight, plan, tiles, programs, gated)
+        grouped_int4_plain(out, x, weight, scales, plan, tiles, programs, gated)
+        return
+    if tiles.kernel == "int8":
+        grouped_int8(out, x, weight, bias, scales.weight, plan, tiles, programs, gated, planned_before)
+        return
+    if tiles.kernel == "int8_plain":
+        grouped_int8_plain(out, x, weight, bias, scales.weight, plan, tiles, programs, gated)
         return
     if tiles.kernel == "few":
         grouped_few(out, x, weight, bias, scales, plan, tiles, n_tiles, programs, gated, planned_before)
+        return
+    if tiles.kernel == "tall":
+        grouped_tall(out, x, weight, bias, scales, plan, tiles, n_tiles, programs, gated, planned_before)
         return
     if tiles.kernel == "many":
         grouped_hopper(out, x, weight, bias, scales, plan, tiles, n_tiles, programs, gated)

@@ -2,8 +2,8 @@
 
 The time is that of reading the weights. Programs walk their units of work, and one warp loads weights by TMA as far
 ahead as shared memory has room, beyond the unit that is being multiplied: memory is never waited for but at the start.
-Weights are the first operand, which has 64 rows at least, and a tile has 128 of them: of gate and of up 64 each, so
-that SiLU × gate is done where they meet, in registers.
+Weights are the first operand, which has 64 rows at least; a tile has one or two times as many. With SiLU × gate the
+copy engine puts eight rows of gate and the same eight of up below each other, so that a thread has both of an output.
 """
 
 import torch
@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from octavo.kernels.launch import launch
-from octavo.kernels.moe.grouped_loads import described, load_rows, load_weights, scaled
+from octavo.kernels.moe.grouped_loads import described, gate_and_up, gate_beside_up, load_rows, load_weights, scaled
 from octavo.kernels.moe.grouped_tiles import COPIED_BYTES, Scales, Tiles
 from octavo.kernels.moe.schedule import unit_at
 from octavo.kernels.quant.epilogue import halves, silu_times
@@ -51,9 +51,9 @@ def _write(
 ):
     """What becomes of the sums of a tile's outputs and of rows from the first one on."""
     N = epilogue[7]
-    if GATED:  # those of gate are above those of up
+    if GATED:
         first_n = n_tile * (OUTPUTS // 2)
-        gate, up = acc.reshape([2, acc.shape[0] // 2, acc.shape[1]]).permute([1, 2, 0]).split()
+        gate, up = gate_and_up(acc)
         gate = scaled(gate, epilogue, expert, first_row, rows, first_n, N, 1)
         up = scaled(up, epilogue, expert, first_row, rows, N + first_n, 2 * N, 1)
         write_turned(silu_times(gate, up), epilogue, None, expert, 0, first_row, rows, first_n)
@@ -101,7 +101,7 @@ def _compute(
             m = gl.arange(0, ROWS, layout=gl.SliceLayout(0, layout))
             row = gl.arange(0, OUTPUTS, layout=gl.SliceLayout(1, layout))
             if GATED:
-                row = gl.minimum(n * (OUTPUTS // 2) + row % (OUTPUTS // 2), N - 1) + row // (OUTPUTS // 2) * N
+                row = gl.minimum(n * (OUTPUTS // 2) + row // 16 * 8 + row % 8, N - 1) + row // 8 % 2 * N
             else:
                 row = gl.minimum(n * OUTPUTS + row, N - 1)
             x_scale_ptrs = epilogue[2] + (first_row + m) * blocks
@@ -159,7 +159,12 @@ def _grouped_few_kernel(
 ):
     WIDTH: gl.constexpr = BLOCK_K // CHUNKS
     x = gl.allocate_shared_memory(x_desc.dtype, [STAGES * CHUNKS, ROWS, WIDTH], x_desc.layout)
-    weight = gl.allocate_shared_memory(weight_desc.dtype, [STAGES * CHUNKS, OUTPUTS, WIDTH], weight_desc.layout)
+    dtype: gl.constexpr = x_desc.dtype
+    if GATED:
+        loaded = gl.allocate_shared_memory(dtype, [STAGES * CHUNKS, OUTPUTS // 16, 2, 8, WIDTH], weight_desc.layout)
+    else:
+        loaded = gl.allocate_shared_memory(dtype, [STAGES * CHUNKS, OUTPUTS, WIDTH], weight_desc.layout)
+    weight = loaded._reinterpret(dtype, [STAGES * CHUNKS, OUTPUTS, WIDTH], x_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -172,7 +177,7 @@ def _grouped_few_kernel(
             epilogue, plan_ptr, x, weight, full, empty, n_tiles, steps, part_steps, ROWS, OUTPUTS, BLOCK_K, CHUNKS,
             STAGES, PARTS, GATED, PROMOTED, BLOCKS, CHAINED)),
         (load_weights, (
-            weight_desc, plan_ptr, weight, full, empty, N, n_tiles, steps, part_steps, ROWS, OUTPUTS, BLOCK_K, CHUNKS,
+            weight_desc, plan_ptr, loaded, full, empty, N, n_tiles, steps, part_steps, ROWS, OUTPUTS, BLOCK_K, CHUNKS,
             STAGES, PARTS, GATED, EARLY, CHAINED)),
         (load_rows, (
             x_desc, plan_ptr, x, full, empty, n_tiles, steps, part_steps, BLOCK_K, CHUNKS, STAGES, PARTS, CHAINED)),
@@ -200,7 +205,7 @@ def grouped_few(
         _grouped_few_kernel,
         (programs,),
         described(x, tiles.rows),
-        described(weight, tiles.outputs // 2),
+        gate_beside_up(weight, tiles.outputs) if gated else described(weight, tiles.outputs),
         out,
         bias,
         plan,

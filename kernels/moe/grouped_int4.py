@@ -13,12 +13,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.kernels.launch import launch
 from octavo.kernels.moe.grouped_few import write_turned
-from octavo.kernels.moe.grouped_loads import described
-from octavo.kernels.moe.grouped_tiles import Tiles
+from octavo.kernels.moe.grouped_loads import described, fetch_of_expert
+from octavo.kernels.moe.grouped_tiles import Scales, Tiles
 from octavo.kernels.moe.schedule import unit_at
 from octavo.kernels.quant.epilogue import silu_times
 from octavo.kernels.quant.int4_compute import sum_steps
-from octavo.kernels.quant.int4_loads import fetch_scales
 from octavo.kernels.quant.int4_shares import stage_of
 from octavo.kernels.quant.int4_tiles import groups_of_step, plane_groups
 from octavo.kernels.quant.int4_unpack import words_layout
@@ -31,7 +30,7 @@ from octavo.kernels.tiles import cdiv, chains, let_next_start, wait_for_previous
 
 @gluon.jit
 def _load_packed(
-    desc, plan_ptr, scale_ptr, packed, full, empty, N, row_tiles, n_tiles, k_tiles, part_steps, last_group,
+    desc, plan_ptr, scale_ptr, minimum_ptr, packed, full, empty, N, row_tiles, n_tiles, k_tiles, part_steps, last_group,
     plane_groups, stride_expert, stride_group, GROUPS: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, PARTS:
     gl.constexpr, GATED: gl.constexpr, EARLY: gl.constexpr, CHAINED: gl.constexpr,
 ):
@@ -42,7 +41,6 @@ def _load_packed(
     i = 0
     for work in range(gl.program_id(0), work_end, gl.num_programs(0)):
         expert, _, _, n = unit_at(plan_ptr, work // PARTS, n_tiles)
-        scales = scale_ptr + expert.to(gl.int64) * stride_expert
         first, end = steps_of(work % PARTS, k_tiles, part_steps)
         for step in range(first, end):
             stage = i % STAGES
@@ -52,11 +50,14 @@ def _load_packed(
                 tile = n * 2 + j % 2 + (N // 64 if j >= 2 else 0) if GATED else n * 4 + j
                 at = ((expert * row_tiles + tile) * k_tiles + step) * 32
                 tma.async_copy_global_to_shared(desc, [at, 0], full.index(stage), packed.index(4 * stage + j))
-            if GATED:
-                fetch_scales(scales, stride_group, n * 128, N, step, plane_groups, last_group, GROUPS, 2)
-                fetch_scales(scales + N, stride_group, n * 128, N, step, plane_groups, last_group, GROUPS, 2)
-            else:
-                fetch_scales(scales, stride_group, n * 256, N, step, plane_groups, last_group, GROUPS, 4)
+            fetch_of_expert(
+                scale_ptr, expert, stride_expert, stride_group, n, N, step, plane_groups, last_group, GROUPS, GATED,
+            )
+            if minimum_ptr is not None:
+                fetch_of_expert(
+                    minimum_ptr, expert, stride_expert, stride_group, n, N, step, plane_groups, last_group, GROUPS,
+                    GATED,
+                )
             i += 1
 
 
@@ -84,10 +85,10 @@ def _load_rows(
 
 @gluon.jit
 def _compute(
-    group: gl.constexpr, epilogue, plan_ptr, scale_ptr, words, x, full, empty, handed, left, taken, n_tiles, k_tiles,
-    part_steps, last_group, plane_groups, stride_expert, stride_group, GROUPS: gl.constexpr, EVEN: gl.constexpr,
-    SCALE_SUMS: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr,
-    CHAINED: gl.constexpr,
+    group: gl.constexpr, epilogue, plan_ptr, scale_ptr, minimum_ptr, words, x, full, empty, handed, left, taken,
+    n_tiles, k_tiles, part_steps, last_group, plane_groups, stride_expert, stride_group, GROUPS: gl.constexpr, EVEN:
+    gl.constexpr, SCALE_SUMS: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED:
+    gl.constexpr, CHAINED: gl.constexpr,
 ):
     """What warpgroup number `group` does."""
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
@@ -109,10 +110,14 @@ def _compute(
         if IS_UP:
             outputs += N
         stage, phase = stage_of(i, STAGES)
+        minima = None
+        if minimum_ptr is not None:
+            minima = minimum_ptr + expert.to(gl.int64) * stride_expert
         acc = gl.zeros([64, ROWS], gl.float32, acc_layout)
         acc = sum_steps(
-            acc, words, x, full, empty, scale_ptr + expert.to(gl.int64) * stride_expert, None, outputs, group, 0, stage,
-            phase, first, end, last_group, plane_groups, stride_group, 0, GROUPS, EVEN, SCALE_SUMS, 1, 4, 1, 1, STAGES,
+            acc, words, x, full, empty, scale_ptr + expert.to(gl.int64) * stride_expert, minima, outputs, group, 0,
+            stage, phase, first, end, last_group, plane_groups, stride_group, stride_group, GROUPS, EVEN, SCALE_SUMS, 1,
+            4, 1, 1, STAGES,
         )
         i += end - first
         if IS_UP:
@@ -132,10 +137,10 @@ def _compute(
 @gluon.jit(do_not_specialize=["S", "part_steps", "last_group", "plane_groups", "k_tiles"])
 def _grouped_int4_kernel(
     # Bound by reading the weights, half a byte each. One program a multiprocessor.
-    packed_desc, x_desc, out_ptr, plan_ptr, scale_ptr, S, N, row_tiles, n_tiles, k_tiles, part_steps, last_group,
-    plane_groups, stride_expert, stride_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, SCALE_SUMS: gl.constexpr, ROWS:
-    gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, EARLY: gl.constexpr, CHAINED:
-    gl.constexpr,
+    packed_desc, x_desc, out_ptr, plan_ptr, scale_ptr, minimum_ptr, S, N, row_tiles, n_tiles, k_tiles, part_steps,
+    last_group, plane_groups, stride_expert, stride_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, SCALE_SUMS:
+    gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, EARLY:
+    gl.constexpr, CHAINED: gl.constexpr,
 ):
     dtype: gl.constexpr = x_desc.dtype
     x = gl.allocate_shared_memory(dtype, [STAGES, ROWS, 128], x_desc.layout)
@@ -160,24 +165,25 @@ def _grouped_int4_kernel(
     epilogue = (out_ptr, None, None, None, 0, 0, S, N)
     gl.warp_specialize([
         (_compute, (
-            0, epilogue, plan_ptr, scale_ptr, words, x, full, empty, handed, left, taken, n_tiles, k_tiles, part_steps,
-            last_group, plane_groups, stride_expert, stride_group, GROUPS, EVEN, SCALE_SUMS, ROWS, STAGES, PARTS, GATED,
-            CHAINED)),
+            0, epilogue, plan_ptr, scale_ptr, minimum_ptr, words, x, full, empty, handed, left, taken, n_tiles, k_tiles,
+            part_steps, last_group, plane_groups, stride_expert, stride_group, GROUPS, EVEN, SCALE_SUMS, ROWS, STAGES,
+            PARTS, GATED, CHAINED)),
         (_compute, (
-            1, epilogue, plan_ptr, scale_ptr, words, x, full, empty, handed, left, taken, n_tiles, k_tiles, part_steps,
-            last_group, plane_groups, stride_expert, stride_group, GROUPS, EVEN, SCALE_SUMS, ROWS, STAGES, PARTS, GATED,
-            CHAINED)),
+            1, epilogue, plan_ptr, scale_ptr, minimum_ptr, words, x, full, empty, handed, left, taken, n_tiles, k_tiles,
+            part_steps, last_group, plane_groups, stride_expert, stride_group, GROUPS, EVEN, SCALE_SUMS, ROWS, STAGES,
+            PARTS, GATED, CHAINED)),
         (_compute, (
-            2, epilogue, plan_ptr, scale_ptr, words, x, full, empty, handed, left, taken, n_tiles, k_tiles, part_steps,
-            last_group, plane_groups, stride_expert, stride_group, GROUPS, EVEN, SCALE_SUMS, ROWS, STAGES, PARTS, GATED,
-            CHAINED)),
+            2, epilogue, plan_ptr, scale_ptr, minimum_ptr, words, x, full, empty, handed, left, taken, n_tiles, k_tiles,
+            part_steps, last_group, plane_groups, stride_expert, stride_group, GROUPS, EVEN, SCALE_SUMS, ROWS, STAGES,
+            PARTS, GATED, CHAINED)),
         (_compute, (
-            3, epilogue, plan_ptr, scale_ptr, words, x, full, empty, handed, left, taken, n_tiles, k_tiles, part_steps,
-            last_group, plane_groups, stride_expert, stride_group, GROUPS, EVEN, SCALE_SUMS, ROWS, STAGES, PARTS, GATED,
-            CHAINED)),
+            3, epilogue, plan_ptr, scale_ptr, minimum_ptr, words, x, full, empty, handed, left, taken, n_tiles, k_tiles,
+            part_steps, last_group, plane_groups, stride_expert, stride_group, GROUPS, EVEN, SCALE_SUMS, ROWS, STAGES,
+            PARTS, GATED, CHAINED)),
         (_load_packed, (
-            packed_desc, plan_ptr, scale_ptr, packed, full, empty, N, row_tiles, n_tiles, k_tiles, part_steps,
-            last_group, plane_groups, stride_expert, stride_group, GROUPS, ROWS, STAGES, PARTS, GATED, EARLY, CHAINED)),
+            packed_desc, plan_ptr, scale_ptr, minimum_ptr, packed, full, empty, N, row_tiles, n_tiles, k_tiles,
+            part_steps, last_group, plane_groups, stride_expert, stride_group, GROUPS, ROWS, STAGES, PARTS, GATED,
+            EARLY, CHAINED)),
         (_load_rows, (
             x_desc, plan_ptr, x_read, full, empty, n_tiles, k_tiles, part_steps, STAGES, PARTS, CHAINED)),
     ], [4, 4, 4, 1, 1], [112, 112, 112, 24, 24])
@@ -188,16 +194,17 @@ def grouped_int4(
     out: torch.Tensor,
     x: torch.Tensor,
     packed: torch.Tensor,
-    scale: torch.Tensor | None,
+    scales: Scales,
     plan: torch.Tensor,
     tiles: Tiles,
     programs: int,
     gated: bool,
     planned_before: bool,
 ) -> None:
-    """Launches it; packed: `[E, ceil(outputs / 64), ceil(K / 128), 64, 32]`, scale: `[E, groups, outputs]`."""
+    """Launches it; packed: `[E, ceil(outputs / 64), ceil(K / 128), 64, 32]`, scales: `[E, groups, outputs]`."""
     s, n = out.shape[-2:]
     row_tiles, k_tiles = packed.shape[1:3]
+    scale, minimum = scales.weight, scales.minimum
     assert scale is not None
     groups = scale.shape[1]
     group_size = x.shape[1] // groups
@@ -211,6 +218,7 @@ def grouped_int4(
         out,
         plan,
         scale,
+        minimum,
         s,
         n,
         row_tiles,
@@ -224,8 +232,8 @@ def grouped_int4(
         device=x.device,
         num_warps=4,
         GROUPS=per_step,
-        EVEN=per_step <= 1 or per_step * group_size == 128,
-        SCALE_SUMS=group_size % 128 == 0 and tiles.rows <= 32,  # more rows would spill
+        EVEN=per_step == 1 or per_step * group_size == 128,
+        SCALE_SUMS=minimum is None and group_size % 128 == 0 and tiles.rows <= 32,  # more rows would spill
         ROWS=tiles.rows,
         STAGES=tiles.stages,
         PARTS=tiles.parts,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.launch import launch
-from octavo.kernels.moe.grouped_tiles import Tiles
+from octavo.kernels.moe.grouped_tiles import Scales, Tiles
 from octavo.kernels.moe.schedule import unit_at
 from octavo.kernels.quant.epilogue import silu_times
 from octavo.kernels.tiles import cdiv, chains, let_next_start, wait_for_previous
@@ -23,9 +23,13 @@ def _packed_ptrs(packed_ptr, expert, n, row_tiles, k_tiles):
 
 
 @triton.jit
-def _add_plane(acc, words, x, scale_ptrs, plane: tl.constexpr):
+def _add_plane(acc, words, x, x_sum, scale_ptr, minimum_ptr, at, plane: tl.constexpr):
     w = (((words >> (4 * plane)) & 15) - 8).to(x.dtype)  # [OUTPUTS, 32]
-    return acc + tl.dot(w, x, input_precision="ieee") * tl.load(scale_ptrs).to(tl.float32)[:, None]
+    scale = tl.load(scale_ptr + at).to(tl.float32)
+    acc += tl.dot(w, x, input_precision="ieee") * scale[:, None]
+    if minimum_ptr is not None:
+        acc += (tl.load(minimum_ptr + at).to(tl.float32) + 8 * scale)[:, None] * x_sum[None, :]
+    return acc
 
 
 @triton.jit(do_not_specialize=["stride_x"])
@@ -35,6 +39,7 @@ def _grouped_int4_plain_kernel(
     x_ptr,
     packed_ptr,
     scale_ptr,
+    minimum_ptr,
     plan_ptr,
     N,
     K,
@@ -62,7 +67,7 @@ def _grouped_int4_plain_kernel(
         x_ptrs = x_ptr + x_rows[None, :] + tl.arange(0, 32)[:, None]  # [32, ROWS]
         word_ptrs = _packed_ptrs(packed_ptr, expert, inside, row_tiles, k_tiles)
         up_ptrs = _packed_ptrs(packed_ptr, expert, N + inside, row_tiles, k_tiles)
-        scale_ptrs = scale_ptr + expert.to(tl.int64) * stride_expert + inside
+        of_expert = expert.to(tl.int64) * stride_expert + inside
         acc = tl.zeros([COLS, ROWS], tl.float32)
         up = acc
         for tile in range(k_tiles):
@@ -73,10 +78,11 @@ def _grouped_int4_plain_kernel(
                 k = tile * 128 + plane * 32
                 # K may end before the last tile does: what is left of it adds zeros, with the last group's scale.
                 x = tl.load(x_ptrs + k, mask=k < K, other=0.0)  # [32, ROWS]
-                group_ptrs = scale_ptrs + (tl.minimum(k, K - 32) // group_size).to(tl.int64) * stride_group
-                acc = _add_plane(acc, words, x, group_ptrs, plane)
+                at = of_expert + (tl.minimum(k, K - 32) // group_size).to(tl.int64) * stride_group
+                x_sum = tl.sum(x.to(tl.float32), 0)  # [ROWS]
+                acc = _add_plane(acc, words, x, x_sum, scale_ptr, minimum_ptr, at, plane)
                 if GATED:
-                    up = _add_plane(up, up_words, x, group_ptrs + N, plane)
+                    up = _add_plane(up, up_words, x, x_sum, scale_ptr, minimum_ptr, at + N, plane)
         if GATED:
             acc = silu_times(acc, up)
         out_ptrs = out_ptr + (first_row + m).to(tl.int64)[None, :] * N + n[:, None]
@@ -87,13 +93,14 @@ def grouped_int4_plain(
     out: torch.Tensor,
     x: torch.Tensor,
     packed: torch.Tensor,
-    scale: torch.Tensor | None,
+    scales: Scales,
     plan: torch.Tensor,
     tiles: Tiles,
     programs: int,
     gated: bool,
 ) -> None:
     """Launches it; the arguments are those of `octavo.kernels.moe.grouped_int4.grouped_int4`."""
+    scale = scales.weight
     assert scale is not None
     n, k = out.shape[-1], x.shape[1]
     launch(
@@ -103,6 +110,7 @@ def grouped_int4_plain(
         x,
         packed,
         scale,
+        scales.minimum,
         plan,
         n,
         k,

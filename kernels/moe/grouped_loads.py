@@ -8,6 +8,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.kernels.moe.grouped_tiles import COPIED_BYTES
 from octavo.kernels.moe.schedule import unit_at
+from octavo.kernels.quant.int4_loads import fetch_scales
 from octavo.kernels.quant.w8a8_parts import steps_of
 from octavo.kernels.tiles import let_next_start, wait_for_previous
 
@@ -21,19 +22,16 @@ def load_weights(
     BLOCK_K: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, EARLY:
     gl.constexpr, CHAINED: gl.constexpr,
 ):
-    """What the warp does that loads weights, two halves of a tile: of gate and of up, or one below the other.
+    """What the warp does that loads weights: of gate and of up eight in turns, if gated.
 
     EARLY: not behind the kernel before, which writes neither them nor the plan.
     """
-    HALF: gl.constexpr = OUTPUTS // 2
     if not EARLY:
         wait_for_previous(CHAINED)
     work_end = gl.load(plan_ptr) * n_tiles * PARTS
     i = 0
     for work in range(gl.program_id(0), work_end, gl.num_programs(0)):
         expert, _, _, n = unit_at(plan_ptr, work // PARTS, n_tiles)
-        left = expert * (2 * N) + n * HALF if GATED else expert * N + n * OUTPUTS
-        right = left + (N if GATED else HALF)
         first, end = steps_of(work % PARTS, steps, part_steps)
         for step in range(first, end):
             stage = i % STAGES
@@ -42,8 +40,11 @@ def load_weights(
             for j in gl.static_range(CHUNKS):
                 at = step * BLOCK_K + j * (BLOCK_K // CHUNKS)
                 to = weight.index(stage * CHUNKS + j)
-                tma.async_copy_global_to_shared(desc, [left, at], full.index(stage), to.slice(0, HALF))
-                tma.async_copy_global_to_shared(desc, [right, at], full.index(stage), to.slice(HALF, HALF))
+                if GATED:  # blocks of eight rows
+                    row = [expert * (N // 4) + n * (OUTPUTS // 16), 0, 0, at]
+                    tma.async_copy_global_to_shared(desc, row, full.index(stage), to)
+                else:
+                    tma.async_copy_global_to_shared(desc, [expert * N + n * OUTPUTS, at], full.index(stage), to)
             i += 1
 
 
@@ -70,6 +71,20 @@ def load_rows(
 
 
 @gluon.jit
+def fetch_of_expert(
+    ptr, expert, stride_expert, stride_group, n, N, step, plane_groups, last_group, GROUPS: gl.constexpr, GATED:
+    gl.constexpr,
+):
+    """Has the scales, or minima, of a step of a tile of 256 outputs, or twice 128, brought into the cache."""
+    ptr += expert.to(gl.int64) * stride_expert
+    if GATED:
+        fetch_scales(ptr, stride_group, n * 128, N, step, plane_groups, last_group, GROUPS, 2)
+        fetch_scales(ptr + N, stride_group, n * 128, N, step, plane_groups, last_group, GROUPS, 2)
+    else:
+        fetch_scales(ptr, stride_group, n * 256, N, step, plane_groups, last_group, GROUPS, 4)
+
+
+@gluon.jit
 def scaled(
     acc, epilogue, expert, first_row, rows, first_n, end_n, ROW_DIM: gl.constexpr,
 ):
@@ -88,7 +103,25 @@ def scaled(
         scale_ptrs = weight_scale_ptr + expert * stride_expert + n * stride_output
         y *= gl.expand_dims(gl.load(scale_ptrs, mask=n < end_n, other=0.0), ROW_DIM)
     return y
+
+
+@gluon.jit
+def gate_and_up(acc):
+    """Of sums of outputs, which are rows, eight of gate above the same eight of up: those of gate, and those of up."""
+    OUTPUTS: gl.constexpr = acc.shape[0]
+    ROWS: gl.constexpr = acc.shape[1]
+    gate, up = acc.reshape([OUTPUTS // 16, 2, 8, ROWS]).permute([0, 2, 3, 1]).split()
+    return gate.reshape([OUTPUTS // 2, ROWS]), up.reshape([OUTPUTS // 2, ROWS])
 # fmt: on
+
+
+def gate_beside_up(weight: torch.Tensor, outputs: int) -> TensorDescriptor:
+    """`[E, 2 · N, K]`, N a multiple of eight, for copies of eight rows of gate, the same of up, and so on."""
+    experts, rows, k = weight.shape
+    bits, n = 8 * weight.element_size(), rows // 2
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=4)
+    shape, strides = [(2 * experts - 1) * n // 8, 2, 8, k], [8 * k, n * k, k, 1]
+    return TensorDescriptor(weight, shape, strides, [outputs // 16, 2, 8, COPIED_BYTES * 8 // bits], layout)
 
 
 def described(x: torch.Tensor, rows: int) -> TensorDescriptor:

@@ -18,6 +18,7 @@ from octavo.kernels.checks import (
     check_ndim,
     check_shape,
 )
+from octavo.kernels.debug import assert_ids
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.moe.sort import check_pairs, sort_by_expert
 from octavo.kernels.quant.rounding import check_supported
@@ -200,7 +201,7 @@ def moe_permute(
     Args:
         x: `[tokens, hidden]`, fp16, bf16, fp32, int8 or float8_e4m3fn (sm_89 or later); last dimension contiguous,
             rows of any stride.
-        topk_ids: `[tokens, top_k]` int32 or int64, the experts of each token; last dimension contiguous.
+        topk_ids: `[tokens, top_k]` int32 or int64, the experts of each token, or -1; last dimension contiguous.
         num_experts: how many there are on this device, up to 512.
         expert_map: `[all experts]` int32, contiguous, where the experts are on several devices: the number here of
             each, or -1. Without it the ids are those of this device.
@@ -208,7 +209,8 @@ def moe_permute(
     Returns:
         `permuted` `[tokens · top_k, hidden]`, contiguous, in x's dtype: a stable sort, an expert's rows by token, then
         by j; rows past `offsets[num_experts]` are zero. `offsets` `[num_experts + 1]` int32. `positions`
-        `[tokens, top_k]` int32, or -1 where an id is no expert of this device, be it out of range.
+        `[tokens, top_k]` int32, or -1 where an id is no expert of this device, be it out of range, which is an error
+        under `OCTAVO_DEBUG=1` alone (`octavo.kernels.debug`).
 
     Raises:
         TypeError: a dtype that is not accepted.
@@ -255,4 +257,5 @@ def moe_unpermute(y: torch.Tensor, positions: torch.Tensor, topk_weights: torch.
     check_shape("topk_weights", topk_weights, positions.shape, "[tokens, top_k], as positions")
     check_last_dim_contiguous("topk_weights", topk_weights)
     check_device("topk_weights", topk_weights, "y", y)
+    assert_ids("positions", positions, y.shape[0], "the rows of y")
     return _moe_unpermute(y, positions, topk_weights)

@@ -21,6 +21,7 @@ from octavo.kernels.checks import (
     check_last_dim_contiguous,
     check_ndim,
 )
+from octavo.kernels.debug import assert_ids
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.tiles import cdiv, chains, let_next_start, next_power_of_2, wait_for_previous
 
@@ -51,7 +52,7 @@ def choose_tiles(pairs: int) -> _Tiles:
 
 
 @triton.jit
-def _expert_of(
+def expert_of(
     topk_ids_ptr, expert_map_ptr, at, inside, top_k, num_experts, map_size, stride_ids_token, DENSE: tl.constexpr
 ):
     """Expert on this device of the pairs `at`, as int32; num_experts for those that have none, and past the end."""
@@ -95,7 +96,7 @@ def _sort_few_kernel(
     is_pair = at < pairs
     wait_for_previous(CHAINED)
     let_next_start(CHAINED)
-    expert = _expert_of(
+    expert = expert_of(
         topk_ids_ptr, expert_map_ptr, at, is_pair, top_k, num_experts, map_size, stride_ids_token, DENSE
     )  # [QUERIES]
     key = tl.where(is_pair, expert * pairs + at, (at - pairs) * pairs)
@@ -103,7 +104,7 @@ def _sort_few_kernel(
     for start in range(0, pairs, BLOCK):
         other = start + tl.arange(0, BLOCK)  # [BLOCK]
         inside = other < pairs
-        other_expert = _expert_of(
+        other_expert = expert_of(
             topk_ids_ptr, expert_map_ptr, other, inside, top_k, num_experts, map_size, stride_ids_token, DENSE
         )
         other_key = tl.where(inside, other_expert * pairs + other, 0x7FFFFFFF)
@@ -135,7 +136,7 @@ def _count_kernel(
     bins = tl.arange(0, BINS)
     wait_for_previous(CHAINED)
     let_next_start(CHAINED)
-    expert = _expert_of(topk_ids_ptr, expert_map_ptr, at, inside, top_k, num_experts, map_size, stride_ids_token, DENSE)
+    expert = expert_of(topk_ids_ptr, expert_map_ptr, at, inside, top_k, num_experts, map_size, stride_ids_token, DENSE)
     # What is past the end counts as pairs without an expert, which nothing comes after.
     counts_ptr += tl.program_id(0).to(tl.int64) * (num_experts + 1)
     tl.store(counts_ptr + bins, tl.histogram(expert, BINS), mask=bins <= num_experts)
@@ -194,11 +195,11 @@ def _place_kernel(
     bins = tl.arange(0, BINS)
     wait_for_previous(CHAINED)
     let_next_start(CHAINED)
-    expert = _expert_of(topk_ids_ptr, expert_map_ptr, at, inside, top_k, num_experts, map_size, stride_ids_token, DENSE)
+    expert = expert_of(topk_ids_ptr, expert_map_ptr, at, inside, top_k, num_experts, map_size, stride_ids_token, DENSE)
     earlier = tl.zeros([QUERIES, BLOCK], tl.int32)
     for start in range(first, first + QUERIES, BLOCK):
         other = start + tl.arange(0, BLOCK)  # [BLOCK]
-        other_expert = _expert_of(
+        other_expert = expert_of(
             topk_ids_ptr, expert_map_ptr, other, other < pairs, top_k, num_experts, map_size, stride_ids_token, DENSE
         )
         earlier += ((other_expert[None, :] == expert[:, None]) & (other[None, :] < at[:, None])).to(tl.int32)
@@ -303,7 +304,10 @@ def sort_by_expert(
 
 
 def check_pairs(topk_ids: torch.Tensor, x: torch.Tensor, num_experts: int, expert_map: torch.Tensor | None) -> None:
-    """Raises TypeError or ValueError unless `topk_ids` are experts of the tokens of `x`, `num_experts` of them here."""
+    """Raises TypeError or ValueError unless `topk_ids` are experts of the tokens of `x`, `num_experts` of them here.
+
+    Their values are looked at by `octavo.kernels.debug` alone.
+    """
     check_dtype("topk_ids", topk_ids, INTS)
     check_ndim("topk_ids", topk_ids, 2, "[tokens, top_k]")
     check_last_dim_contiguous("topk_ids", topk_ids)
@@ -321,3 +325,6 @@ def check_pairs(topk_ids: torch.Tensor, x: torch.Tensor, num_experts: int, exper
         check_device("expert_map", expert_map, "x", x)
         if expert_map.shape[0] == 0:
             raise ValueError("expert_map: no experts; expected the number on this device of each expert, or -1")
+        assert_ids("expert_map", expert_map, num_experts, "the experts on this device")
+    known = num_experts if expert_map is None else expert_map.shape[0]
+    assert_ids("topk_ids", topk_ids, known, "all experts" if expert_map is not None else "the experts of this device")

@@ -18,7 +18,7 @@ from octavo.kernels.quant.w8a8_parts import leave_part, steps_of
 
 
 @gluon.jit
-def _promoted(acc, sums, scale, BLOCKS: gl.constexpr):
+def promoted(acc, sums, scale, BLOCKS: gl.constexpr):
     """acc + sums · scale, in assembly, which stays where it is.
 
     LLVM would move sums behind the next products, where nothing waits for them, and registers have no room for both.
@@ -80,11 +80,11 @@ def compute_wide(
             else:
                 of_left, of_right = None, None
             sums = warpgroup_mma_wait(0, deps=[sums])
-            left = _promoted(left, sums, of_left, BLOCKS)
+            left = promoted(left, sums, of_left, BLOCKS)
             sums = warpgroup_mma(rows, upper.permute((1, 0)), sums, use_acc=False, is_async=True)
             sums = warpgroup_mma_wait(0, deps=[sums])
             mbarrier.arrive(empty.index(stage), count=1)
-            right = _promoted(right, sums, of_right, BLOCKS)
+            right = promoted(right, sums, of_right, BLOCKS)
             i += 1
         _leave(left, parts_ptr, work % PARTS, first_m, first_n, epilogue, PARTS, BLOCKS, ACTIVATED)
         _leave(right, parts_ptr, work % PARTS, first_m, first_n + 128, epilogue, PARTS, BLOCKS, ACTIVATED)
@@ -106,7 +106,7 @@ def _take(acc, sums, scales, empty, i, LATER: gl.constexpr, STAGES: gl.constexpr
     scale = None
     if BLOCKS:
         scale = scales[0] * scales[1]
-    return _promoted(acc, sums, scale, BLOCKS), sums
+    return promoted(acc, sums, scale, BLOCKS), sums
 
 
 @gluon.jit

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from octavo.bench.check import Quantized, difference, not_finite
+from octavo.bench.check import Quantized, Requantized, difference, not_finite
 
 
 def test_tolerance_of_half_precision():
@@ -88,3 +88,15 @@ def test_numbers_quantised_by_a_given_scale(dtype):
     if dtype == torch.float8_e4m3fn:
         q[0, 0] = float("nan")
         assert difference(q, exact) == "1 of 1024 elements differ"
+
+
+def test_what_was_quantised_on_the_way_may_be_twice_its_noise_off():
+    values = torch.randn(64, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = torch.randn(64, 256, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.02
+    exact = Requantized(values, 0.02)
+    assert difference((values + 1.5 * noise).bfloat16(), exact) is None
+    assert "rms error" in difference((values + 3 * noise).bfloat16(), exact)
+    assert "rms error" in difference((values + 1.5 * noise).bfloat16(), values)
+    wrong = values.clone()
+    wrong[3, 4] += 1
+    assert "largest error" in difference(wrong.bfloat16(), exact)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import octavo
-from octavo.bench import bench_write_kv, experts, paged_inputs, providers, shapes, weight_only
+from octavo.bench import bench_write_kv, experts, paged_inputs, providers, quantized_experts, shapes, weight_only
 from octavo.bench.check import difference, tensors
 from octavo.bench.harness import LeftOut, Provider, Unsupported, benchmarks, label, load, parse_label
 from octavo.testing import OPS, without_interpreter
@@ -65,6 +65,7 @@ TINY = {
         {"B": b, "q": q, "prefix": prefix, "own": own, "heads": 6, "kv_heads": 2, "D": 16, "page": 4}
         for b, q, prefix, own in ((3, 1, 20, 9), (2, 5, 12, 7), (1, 1, 4, 1))
     ],
+    "gemv": [{"M": 3, "N": 40, "K": 256, "gated": gated} for gated in (0, 1)],
     "int4_linear": [{"M": 3, "N": 40, "K": 256, "group": 128}],
     "int8_linear": [{"M": 3, "N": 40, "K": 256, "group": 128}, {"M": 3, "N": 40, "K": 256, "group": 256}],
     "int8_int8_linear": [{"M": 3, "N": 40, "K": 256}],
@@ -77,6 +78,10 @@ TINY = {
     "fused_moe": [
         {"T": t, "E": 5, "busy": busy, "top_k": 2, "hidden": 32, "intermediate": 24}
         for t, busy in ((7, 5), (7, 2), (3, 4))
+    ]
+    + [
+        {"T": 7, "E": 3, "busy": 3, "top_k": 2, "hidden": 256, "intermediate": 128} | scheme
+        for scheme in (*quantized_experts.SCHEMES, {"bits": 4, "group": 32})
     ],
     "sample": [
         {"B": 3, "vocab": 100, "k": k, "p": p, "flat": flat}
@@ -145,6 +150,8 @@ BY_HAND = {
     ),
     # 36 bytes of settings, seed, position and token a row.
     "sample": ("B=64,vocab=32000,k=50,p=90,flat=0", 4 * 2048000, 2 * 2048000 + 64 * 36),
+    # Two bytes a weight, an input, and an output, of which there are half as many as rows of weights.
+    "gemv": ("M=1,N=28672,K=4096,gated=1", 234881024, 2 * (117440512 + 4096 + 14336)),
     # A byte a weight and an activation, two an output; a scale a token and an output, or 64 a token and 64·64.
     "int8_int8_linear": ("M=16,N=8192,K=8192", 2147483648, 67108864 + 131072 + 2 * 131072 + 4 * (16 + 8192)),
     # A nibble a weight, a byte an activation, two an output and a weight's scale; fp32 scales of tokens.
@@ -213,7 +220,7 @@ def test_contract(name):
     peers = [p.peer for p in providers.values()]
     assert peers == sorted(peers, key=lambda peer: peer is not None), "what runs beside octavo comes first"
     assert set(peers) <= {None, "flashinfer", "vllm", "triton-peers"} and any(peers)
-    assert "vllm" in peers or name in ("layer_norm", "grouped_linear"), "it has none"
+    assert "vllm" in peers or name in ("layer_norm", "grouped_linear", "gemv"), "it has none"
     on_cpu = [n for n, p in providers.items() if "cpu" in p.devices]
     assert on_cpu == [*list(providers)[:2], *(n for n in providers if n in ("octavo, separate", "octavo, plain"))]
     assert all("cuda" in p.devices for p in providers.values())
@@ -227,7 +234,7 @@ def test_shapes(name):
     assert [parse_label(text) for text in labels] == module.shapes()
     first = tuple(module.shapes()[0])
     assert all(tuple(shape)[: len(first)] == first for shape in module.shapes()), "the same dimensions, in one order"
-    assert name == "paged_attention" or all(len(shape) == len(first) for shape in module.shapes())
+    assert name in ("paged_attention", "fused_moe") or all(len(shape) == len(first) for shape in module.shapes())
     for shape in module.shapes():
         assert shapes.models_of(shape), shape
         for dtype in module.DTYPES:
@@ -287,7 +294,10 @@ def test_what_runs_without_peers_is_right(name, shape, dtype):
 
 
 def unsupported(name, shape, provider):
-    """torch's dense attention has one length and number of queries, with a window one query, no quantised cache."""
+    """torch's dense attention has one length and number of queries, with a window one query, no quantised cache; of
+    layers of experts only the first provider has quantised ones."""
+    if name == "fused_moe":
+        return "bits" in shape and provider is not load(name).PROVIDERS["octavo"]
     if name != "paged_attention":
         return False
     if not {"fp8", "int8", "long", "chunks"} & set(shape) and (not shape["window"] or shape["q"] == 1):
@@ -418,6 +428,8 @@ def test_experts_that_tokens_go_to():
 )
 def test_what_is_for_a_gpu_alone_is_right_too(name, provider):
     for shape in TINY[name]:
+        if "bits" in shape and provider == "torch (loop)":
+            continue
         inputs = draw(name, shape, torch.bfloat16)
         assert difference(load(name).PROVIDERS[provider].make(inputs)(), load(name).exact(inputs)) is None
 

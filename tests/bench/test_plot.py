@@ -226,7 +226,7 @@ def test_numbers_of_bars_stay_inside_the_axes(ratios):
     figure = Figure(figsize=(5.5, 2.2), layout="constrained")  # as small as a panel gets
     ax = figure.add_subplot()
     (panel,) = figures.panels(rows)
-    with matplotlib.rc_context(figures._SETTINGS):
+    with matplotlib.rc_context(figures.SETTINGS):
         figures._bars(ax, panel, figures.styles(["torch", "vllm"]), figures._limits(ratios))
         FigureCanvasAgg(figure).draw()
     inside = ax.get_window_extent()

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from octavo.engine.config import ModelConfig
@@ -124,7 +124,7 @@ def test_the_old_name_of_the_rope_type():
     assert config.rope_scaling == {"rope_type": "linear", "factor": 2.0}
 
 
-@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, MixtralConfig, Qwen3MoeConfig])
+@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig])
 def test_what_transformers_writes_today(kind, tmp_path):
     theirs = kind(vocab_size=99, hidden_size=96, num_attention_heads=6, num_key_value_heads=3, dtype="float16")
     theirs.architectures = [kind.__name__.replace("Config", "ForCausalLM")]
@@ -133,14 +133,14 @@ def test_what_transformers_writes_today(kind, tmp_path):
     same = ["vocab_size", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps"]
     same += ["max_position_embeddings", "tie_word_embeddings", "bos_token_id"]
     same += ["num_local_experts", "num_experts_per_tok"] if kind in (MixtralConfig, Qwen3MoeConfig) else []
-    inner = theirs.moe_intermediate_size if kind is Qwen3MoeConfig else theirs.intermediate_size
+    inner = theirs.moe_intermediate_size if "Qwen" in kind.__name__ else theirs.intermediate_size
     assert ours.intermediate_size == inner and ours.qk_norm == (kind is Qwen3MoeConfig)
     assert ours.norm_topk_prob == getattr(theirs, "norm_topk_prob", True)
     assert {name: getattr(ours, name) for name in same} == {name: getattr(theirs, name) for name in same}
     assert ours.head_dim == 16 and ours.dtype == torch.float16
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"] == (1e6 if kind is MixtralConfig else 1e4)
     assert ours.eos_token_ids == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
-    assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+    assert ours.sliding_window == (getattr(theirs, "sliding_window", None) or None)
 
 
 def test_defaults_are_those_of_transformers():
@@ -191,6 +191,30 @@ def test_qwen():
     assert ModelConfig.from_hf(changed(QWEN, num_experts=GONE, num_local_experts=128)) == config
     assert ModelConfig.from_hf(QWEN | {"sliding_window": 512}).sliding_window is None
     assert ModelConfig.from_hf(QWEN | {"sliding_window": 512, "use_sliding_window": True}).sliding_window == 512
+
+
+def test_qwen2():
+    released = {  # Qwen1.5-MoE-A2.7B's, in part
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408,
+        "norm_topk_prob": False,
+        "shared_expert_intermediate_size": 5632,
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+    }
+    theirs, config = Qwen2MoeConfig(), ModelConfig.from_hf(HF | {"rope_scaling": None} | released)
+    assert (config.num_local_experts, config.num_experts_per_tok, config.intermediate_size) == (60, 4, 1408)
+    assert config.shared_expert_intermediate_size == 5632 and not config.norm_topk_prob and not config.qk_norm
+    assert config.qkv_bias and not config.attention_bias and config.sliding_window is None
+    fewer = {name: value for name, value in released.items() if name == "architectures"}
+    default = ModelConfig.from_hf(HF | {"rope_scaling": None} | fewer)
+    assert (default.num_local_experts, default.num_experts_per_tok) == (theirs.num_experts, theirs.num_experts_per_tok)
+    assert default.intermediate_size == theirs.moe_intermediate_size and default.qkv_bias == theirs.qkv_bias
+    assert default.shared_expert_intermediate_size == theirs.shared_expert_intermediate_size
+    with pytest.raises(ValueError, match="use_sliding_window: True; supported: False"):
+        ModelConfig.from_hf(HF | released | {"use_sliding_window": True})
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from octavo.engine.gguf_file import GgufTensor, _by_expert, _hugging_face_name
 from octavo.engine.gguf_writer import gguf_name
 from octavo.engine.layers import dequantize
 from octavo.engine.loader import load_model
-from octavo.engine.quantize import Settings, quantize
 from octavo.testing import assert_accurate
 
 CPU, F32 = torch.device("cpu"), torch.float32
@@ -109,21 +108,30 @@ def test_the_names_in_a_gguf_are_those_that_llama_cpp_gives():
         assert read == [f"{LAYER}.{module.replace('.', f'.{e}.')}.weight" for e in range(2)]
 
 
+CONFIG_OF_ALL = {k: v for k, v in MIXTRAL.to_diff_dict().items() if k not in ("model_type", "transformers_version")}
 QWEN = transformers.Qwen3MoeConfig(
-    **{k: v for k, v in MIXTRAL.to_diff_dict().items() if k not in ("model_type", "transformers_version")}
-    | dict(num_local_experts=5, num_experts_per_tok=3, moe_intermediate_size=64, norm_topk_prob=True)
+    **CONFIG_OF_ALL | dict(num_local_experts=5, num_experts_per_tok=3, moe_intermediate_size=64, norm_topk_prob=True)
 )
 
 
-@pytest.mark.parametrize("name", ["gptq", "awq", "packed", "float8"])
-def test_quantised_experts_of_qwen(tmp_path, name):
-    model, ids = save_quantised(tmp_path, name, config=QWEN), torch.arange(3, 27)[None]
+QWEN2 = transformers.Qwen2MoeConfig(
+    **{k: v for k, v in CONFIG_OF_ALL.items() if k != "num_local_experts"}
+    | dict(num_experts=5, num_experts_per_tok=3, moe_intermediate_size=64, shared_expert_intermediate_size=96)
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("gptq", QWEN), ("awq", QWEN), ("packed", QWEN), ("float8", QWEN), ("gptq", QWEN2), ("float8", QWEN2)],
+)
+def test_quantised_experts_of_qwen(tmp_path, name, config):
+    model, ids = save_quantised(tmp_path, name, config=config), torch.arange(3, 27)[None]
     with torch.inference_mode():
         plain = model(ids).logits[0]
         exact = model.double()(ids).logits[0]
     llm = LLM(str(tmp_path), device="cpu", dtype=F32)
     assert isinstance(llm.model.layers[0].mlp.experts, StackedExperts if name == "float8" else ExpertLoop)
-    assert_accurate(torch.cat(list(llm.runner.prompt_logits(ids[0].tolist(), 7))), exact, plain)
+    assert_accurate(torch.cat(list(llm.prompt_logits(ids[0].tolist(), 7))), exact, plain)
 
 
 def test_generates_what_transformers_does(folder):
@@ -191,12 +199,6 @@ def test_experts_of_a_gguf_are_three_dimensional(tmp_path):
         open_checkpoint(tmp_path / "m.gguf")
 
 
-def test_quantising_one_is_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match="num_local_experts: 4; octavo quantize takes dense models"):
-        quantize(str(folder), tmp_path / "made", Settings("int4", "rtn", group_size=32))
-    assert not (tmp_path / "made").exists()
-
-
 CONFIG = ModelConfig.from_hf(
     dict(
         architectures=["MixtralForCausalLM"],
@@ -226,8 +228,16 @@ def int4_with_zeros(n, k):
     return replace(weight, minimum=-torch.randint(0, 16, weight.scale.shape) * weight.scale)
 
 
+def int4_act_order(n, k):
+    return replace(int4(n, k), order=torch.randperm(k, generator=torch.Generator().manual_seed(k)))
+
+
 def int8(n, k):
     return Int8Weight(torch.randint(-127, 128, (n, k), dtype=torch.int8), torch.rand(n, k // 32) * 1e-3)
+
+
+def int8_channels(n, k):
+    return Int8Weight(torch.randint(-127, 128, (n, k), dtype=torch.int8), torch.rand(n, 1) * 1e-3, k)
 
 
 def w8a8(n, k):
@@ -263,10 +273,14 @@ WHERE = [("cpu", F32), *(pytest.param(("cuda", d), marks=pytest.mark.gpu) for d 
         (dict(w1=fp8, w2=fp8, w3=fp8), StackedExperts),
         (dict(w1=int4, w2=int4, w3=int4), StackedExperts),
         (dict(w1=q4_0, w2=q4_0, w3=q4_0), StackedExperts),
-        (dict(w1=int4_with_zeros, w2=int4_with_zeros, w3=int4_with_zeros), ExpertLoop),
+        (dict(w1=int4_with_zeros, w2=int4_with_zeros, w3=int4_with_zeros), StackedExperts),
+        (dict(w1=int4_act_order, w2=int4_act_order, w3=int4_act_order), ExpertLoop),
         (dict(w1=int4, w2=int4, w3=int4_with_zeros), ExpertLoop),
-        (dict(w1=int4, w2=int4_with_zeros, w3=int4), ExpertLoop),
-        (dict(w1=int8, w2=int8, w3=int8), ExpertLoop),
+        (dict(w1=int4_with_zeros, w2=int4, w3=int4_with_zeros), StackedExperts),
+        (dict(w1=int8, w2=int8, w3=int8), StackedExperts),
+        (dict(w1=int8_channels, w2=int8, w3=int8_channels), StackedExperts),
+        (dict(w1=int8, w2=w8a8, w3=int8), ExpertLoop),
+        (dict(w1=int8, w2=int8, w3=int8_channels), ExpertLoop),
         (dict(w1=w8a8, w2=w8a8, w3=w8a8), StackedExperts),
         (dict(w1=w8a8_fp8, w2=w8a8_fp8, w3=w8a8_fp8), StackedExperts),
         (dict(w1=w8a8_static, w2=w8a8_static, w3=w8a8_static), ExpertLoop),
@@ -283,7 +297,7 @@ WHERE = [("cpu", F32), *(pytest.param(("cuda", d), marks=pytest.mark.gpu) for d 
 def test_experts_of_any_format_compute_what_each_would(makers, kind, where, monkeypatch):
     """Whatever order their weights come in, and also where an expert gets no token."""
     device, dtype = torch.device(where[0]), where[1]
-    monkeypatch.setattr(experts_of_models, "_fuses_int4", lambda device: True)
+    monkeypatch.setattr(experts_of_models, "_fuses_dequantised", lambda device: True)
     torch.manual_seed(0)
     weights = {(e, w): make(*((64, 128) if w == "w2" else (128, 64))) for e in range(3) for w, make in makers.items()}
     loader = ExpertLoader(CONFIG, device, dtype)
@@ -314,6 +328,38 @@ def test_experts_of_any_format_compute_what_each_would(makers, kind, where, monk
         assert (got.float() - computed(F32)).norm() < bound * computed(F32).norm()
     else:
         assert_accurate(got, computed(torch.float64), computed(dtype))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_experts_of_fp8_in_blocks(device, monkeypatch):
+    """One call computes what their layers do one by one."""
+    config, device = replace(CONFIG, hidden_size=128, intermediate_size=256), torch.device(device)
+    torch.manual_seed(0)
+
+    def fp8_blocks(n, k):
+        q, scale = torch.randn(n, k).to(torch.float8_e4m3fn), torch.rand(n // 128, k // 128) * 0.05 + 0.01
+        return Fp8Weight(q, scale, (128, 128), Activations("group"))
+
+    sizes = dict(w1=(256, 128), w2=(128, 256), w3=(256, 128))
+    weights = {(e, w): fp8_blocks(*size) for e in range(3) for w, size in sizes.items()}
+    x, topk_weights = torch.randn(7, 128).to(device, torch.float16), torch.rand(7, 2, device=device)
+    topk_ids = torch.tensor([[0, 2]] * 4 + [[2, 0]] * 3, dtype=torch.int32, device=device)
+    made = []
+    for fused in (True, False):
+        monkeypatch.setattr(experts_of_models, "_fuses_dequantised", lambda device, fused=fused: fused)
+        loader = ExpertLoader(config, device, torch.float16)
+        for (e, w), weight in weights.items():
+            loader.add(f"model.layers.0.block_sparse_moe.experts.{e}.{w}.weight", weight)
+        experts = loader.finish()
+        assert isinstance(experts, StackedExperts if fused else ExpertLoop)
+        made.append(experts(x, topk_weights, topk_ids).float())
+    assert (made[0] - made[1]).norm() < 1e-2 * made[1].norm()
+    mixed = ExpertLoader(config, device, torch.float16)  # in one stack, another format: each is a layer
+    monkeypatch.setattr(experts_of_models, "_fuses_dequantised", lambda device: True)
+    for (e, w), weight in weights.items():
+        other = dequantize(weight, CPU) if (e, w) == (1, "w3") else weight
+        mixed.add(f"model.layers.0.block_sparse_moe.experts.{e}.{w}.weight", other)
+    assert (mixed.finish()(x, topk_weights, topk_ids).float() - made[1]).norm() < 1e-2 * made[1].norm()
 
 
 def test_the_router_chooses_as_softmax_over_the_largest():

@@ -118,7 +118,7 @@ def test_generates_as_transformers_does(made, record_property):
         exact = model.double()(ids).logits[0]
         model.float()
     llm = load(path)
-    logits = torch.cat(list(llm.runner.prompt_logits(ids[0].tolist(), 7)))
+    logits = torch.cat(list(llm.prompt_logits(ids[0].tolist(), 7)))
     assert_accurate(logits, exact, plain)
     expected = model.generate(ids, max_new_tokens=8, do_sample=False)[0, 24:].tolist()
     (completion,) = llm.generate([ids[0].tolist()], SamplingParams(max_tokens=8, temperature=0.0))

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 import octavo
+from octavo.bench.engine_bench import Bench, Setup, throughput
+from octavo.bench.random_model import SCHEMES, random_checkpoint, random_decoder
+from octavo.bench.workload import Lengths, Workload
 from octavo.engine import LLM, SamplingParams
 
 pytestmark = pytest.mark.gpu
@@ -42,3 +45,25 @@ def test_a_batch_of_mixed_prompts_finishes_and_frees_its_pages():
     done = llm.generate(prompts, SamplingParams(max_tokens=20, temperature=0.7, seed=1, ignore_eos=True))
     assert [len(c.token_ids) for c in done] == [20] * 5
     assert llm.blocks.num_free == llm.blocks.num_pages
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-mixture"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_random_weights_are_served_in_every_scheme(name, scheme):
+    options = dict(max_model_len=128, cache_tokens=4096, max_num_seqs=8, max_num_batched_tokens=64)
+    bench = Bench(Setup(random_weights=name, scheme=scheme, device="cuda", options=options))
+    result = throughput(bench, Workload(Lengths(30, 10, "uniform", 0.5), 12), warmup=4)
+    assert (result["completed"], result["failed"]) == (12, 0)
+    assert result["peak_memory_bytes"] > result["weight_bytes"] + result["cache_bytes"]
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "int4"])
+def test_random_weights_take_little_more_than_themselves_while_they_are_made(scheme):
+    checkpoint = random_checkpoint("Llama-3.2-1B", scheme)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model = random_decoder("Llama-3.2-1B", scheme, torch.device("cuda"), max_model_len=128)
+    assert len(model.layers) == 16
+    largest = 2 * checkpoint.config.vocab_size * checkpoint.config.hidden_size  # the embedding
+    assert torch.cuda.max_memory_allocated() - before < checkpoint.num_bytes + largest

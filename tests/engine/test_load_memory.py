@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tiny_models import save_tiny_llama, save_tiny_mixtral
 
 from octavo.engine.config import ModelConfig
-from octavo.engine.loader import _expected_shapes
+from octavo.engine.loader import expected_shapes
 from octavo.engine.tensor_files import PIECE
 
 SLACK = 16 << 20  # what allocators keep
@@ -51,7 +51,7 @@ def made_up(request, tmp_path_factory):
     config["architectures"] = [f"{kind}ForCausalLM"]
     config["num_local_experts"] = EXPERTS
     (folder / "config.json").write_text(json.dumps(config))
-    shapes = sorted(_expected_shapes(ModelConfig.from_hf(config)).items())  # as models are written
+    shapes = sorted(expected_shapes(ModelConfig.from_hf(config)).items())  # as models are written
     weight_map = {}
     for i in range(5):
         part = shapes[len(shapes) * i // 5 : len(shapes) * (i + 1) // 5]

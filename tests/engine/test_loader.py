@@ -19,7 +19,7 @@ from octavo.engine.layers import (
     make_linear,
     weight_shape,
 )
-from octavo.engine.loader import _expected_shapes, load_model
+from octavo.engine.loader import expected_shapes, load_model
 
 CPU, F32 = torch.device("cpu"), torch.float32
 CONFIG = ModelConfig.from_hf(
@@ -65,7 +65,7 @@ class Made:
 
 
 def weights(config=CONFIG):
-    return {name: torch.randn(shape) for name, shape in _expected_shapes(config).items()}
+    return {name: torch.randn(shape) for name, shape in expected_shapes(config).items()}
 
 
 def load(made):

@@ -89,6 +89,9 @@ TINY = {
     "mistral-window": transformers.MistralConfig(**COMMON, sliding_window=11),
     "mixtral": transformers.MixtralConfig(**COMMON, num_local_experts=5, num_experts_per_tok=2),
     "mixtral-window": transformers.MixtralConfig(**COMMON, sliding_window=11, num_experts_per_tok=3),
+    "qwen2-moe": transformers.Qwen2MoeConfig(
+        **COMMON, moe_intermediate_size=56, shared_expert_intermediate_size=80, num_experts=7, num_experts_per_tok=3
+    ),
     "qwen3-moe": transformers.Qwen3MoeConfig(
         **COMMON, moe_intermediate_size=56, num_experts=7, num_experts_per_tok=3, norm_topk_prob=True
     ),
@@ -142,7 +145,7 @@ def test_tiny_models_give_the_same_logits_at_every_position(tiny, chunk, where):
         exact = copy.deepcopy(model).double()(ids).logits[0]
         plain = copy.deepcopy(model).to(device, dtype)(ids.to(device)).logits[0].cpu()
     llm = LLM(str(folder), device=device, dtype=dtype, page_size=5)
-    logits = torch.cat(list(llm.runner.prompt_logits(ids[0].tolist(), chunk))).cpu()
+    logits = torch.cat(list(llm.prompt_logits(ids[0].tolist(), chunk))).cpu()
     assert_accurate(logits.to(dtype), exact, plain)
     assert llm.blocks.num_free == llm.blocks.num_pages
 

@@ -114,7 +114,7 @@ def perplexity(llm, ids, length):
     logprobs = []
     for start in range(0, len(ids), length):
         window = ids[start : start + length]
-        logits = torch.cat(list(llm.runner.prompt_logits(window, length)))[:-1].log_softmax(-1).cpu()
+        logits = torch.cat(list(llm.prompt_logits(window, length)))[:-1].log_softmax(-1).cpu()
         logprobs.append(logits.gather(1, torch.tensor(window[1:]).unsqueeze(1)))
     return torch.cat(logprobs).double().mean().neg().exp().item()
 
@@ -160,7 +160,7 @@ def test_logits_of_weight_only_int4_are_those_of_the_dequantised_model(quantised
     ids = torch.arange(40).unsqueeze(0)
     with torch.inference_mode():
         plain, exact = peer(ids).logits[0], peer.double()(ids).logits[0]
-    (logits,) = LLM(str(folder), device="cpu").runner.prompt_logits(ids[0].tolist(), 40)
+    (logits,) = LLM(str(folder), device="cpu").prompt_logits(ids[0].tolist(), 40)
     assert_accurate(logits, exact, plain)
 
 

@@ -19,6 +19,8 @@ from octavo.kernels import launch as launching
 STEPS = """
 import torch
 from octavo.engine import LLM
+from octavo.engine.graphs import Sizes
+from octavo.engine.inputs import Shape
 from octavo.engine.warmup import _meta, _step, step_calls
 from octavo.kernels.tiles import KNOWN_DEVICES
 from octavo.kernels.launch import launch_key
@@ -31,14 +33,17 @@ def keys(calls):
     }
 
 llm = LLM("smollm2", device="cpu", dtype=torch.bfloat16)
-warm = keys(step_calls(llm.model, llm.runner.kv_cache, 2048, 64))
-whole, cache = _meta(llm.model), llm.runner.kv_cache.to("meta")
-for tokens, sequences in ((1, 1), (7, 7), (64, 64), (50, 1), (300, 1), (2000, 1), (40, 4)):
-    missing = keys([lambda: _step(whole, cache, tokens, sequences)]) - warm
+width, cache = llm.runner.inputs.width, llm.runner.cache
+sizes = Sizes(64, 2048)
+warm = keys(step_calls(llm.model, cache, sizes.every(), width))
+whole, meta = _meta(llm.model), _meta(cache)
+for tokens, sequences in ((1, 1), (7, 7), (64, 64), (50, 1), (300, 1), (2000, 1), (40, 4), (900, 40)):
+    shape = sizes.shape(tokens, sequences, tokens == sequences)
+    missing = keys([lambda: _step(whole, meta, shape, width, False)]) - warm
     assert not missing, (tokens, sequences, missing)
 assert len(warm) > 10
-fewer = keys(step_calls(llm.model, llm.runner.kv_cache, 8, 8))
-assert keys([lambda: _step(whole, cache, 2000, 1)]) - fewer, "sizes make no difference, so the test shows nothing"
+fewer = keys(step_calls(llm.model, cache, Sizes(8, 8).every(), width))
+assert keys([lambda: _step(whole, meta, Shape(2048, 64, False), width, False)]) - fewer, "sizes make no difference"
 print("covered")
 """
 
@@ -89,9 +94,9 @@ def test_w8a8_layers_are_covered_by_model_calls():
 
 EXPERTS = """
 import sys, torch, octavo
-from dataclasses import replace
 from octavo.engine import LLM, experts
 from octavo.engine.experts import ExpertLoop
+from octavo.engine.graphs import Sizes
 from octavo.engine.warmup import _meta, _step, step_calls
 from octavo.kernels.tiles import KNOWN_DEVICES
 from octavo.kernels.launch import launch_key
@@ -103,44 +108,42 @@ def keys(calls):
         for k in _launches(calls, KNOWN_DEVICES[90])
     }
 
-def around(x, topk_weights, topk_ids):  # what is done beside the experts' layers
-    rows, _, positions = octavo.moe_permute(x, topk_ids, 4)
-    return octavo.moe_unpermute(rows, positions, topk_weights)
-
 folder, weights = sys.argv[1:]
-fused = weights == "int4 fused"
-weights, dtype = weights.split()[0], torch.float16 if fused else torch.bfloat16  # that of the scales
-if fused:
-    experts._fuses_int4 = lambda device: True  # as on a GPU
+alone = weights == "int4 one by one"
+weights = weights.split()[0]
+dtype = torch.float16 if weights in ("int4", "int8") else torch.bfloat16  # that of the scales
+experts._fuses_dequantised = lambda device: True  # as on a GPU
 llm = LLM(folder, device="cpu", dtype=dtype, cache_tokens=4096)
-warm = keys(step_calls(llm.model, llm.runner.kv_cache, 256, 64))
-whole, cache = _meta(llm.model), llm.runner.kv_cache.to("meta")
+width, sizes = llm.runner.inputs.width, Sizes(64, 256)
+warm = keys(step_calls(llm.model, llm.runner.cache, sizes.every(), width))
+whole, cache = _meta(llm.model), _meta(llm.runner.cache)
 for tokens, sequences in ((1, 1), (7, 7), (64, 64), (250, 1), (40, 4)):
-    missing = keys([lambda: _step(whole, cache, tokens, sequences)]) - warm
+    shape = sizes.shape(tokens, sequences, tokens == sequences)
+    missing = keys([lambda: _step(whole, cache, shape, width, False)]) - warm
     assert not missing, (tokens, sequences, missing)
 options = dict(weights=weights, group_size=32, max_num_batched_tokens=256)
 listed = keys(octavo.model_calls(llm.config, dtype=dtype, **options))
 mixture, hidden = whole.layers[0].mlp, llm.config.hidden_size
-alone = isinstance(mixture.experts, ExpertLoop)
-assert alone == (weights == "int4" and not fused)
-for tokens in (1, 7, 50, 250):
+assert alone == isinstance(mixture.experts, ExpertLoop)
+for tokens in (1, 8, 64, 256):
     x = torch.empty(tokens, hidden, dtype=dtype, device="meta")
-    assert keys([lambda: mixture(x)]) <= warm, tokens
-    called = keys([lambda: (replace(mixture, experts=around) if alone else mixture)(x)])
-    assert len(called) > 2 and called <= listed, (tokens, called - listed)
+    called = keys([lambda: mixture(x)])
+    assert called <= warm, tokens
+    assert alone or (len(called) > 2 and called <= listed), (tokens, called - listed)
 if alone:
     for rows in (1, 3, 6, 37, 100):  # as many tokens as an expert may get
-        x = torch.empty(rows, hidden, dtype=torch.bfloat16, device="meta")
+        x = torch.empty(rows, hidden, dtype=dtype, device="meta")
         called = keys([lambda: mixture.experts.experts[1](x)])
         assert called and called <= warm, (rows, called - warm)
 print("covered")
 """
 
 
-QUANTISED = {"int4": "gptq asymmetric", "int4 fused": "gptq", "int8_int8": "integers", "fp8": "float8 channels"}
+QUANTISED = {"int4 one by one": "gptq act-order", "int4 with zeros": "gptq asymmetric", "int4": "gptq"}
+QUANTISED |= {"int8": "packed bytes", "int8_int8": "integers", "fp8": "float8 channels"}
 
 
-@pytest.mark.parametrize("weights", ["dense", "int4", "int4 fused", "int8_int8", "fp8"])
+@pytest.mark.parametrize("weights", ["dense", *QUANTISED])
 def test_experts_are_covered(tmp_path, weights):
     if weights == "dense":
         save_tiny_mixtral(tmp_path, torch.bfloat16)
@@ -148,7 +151,7 @@ def test_experts_are_covered(tmp_path, weights):
         save_quantised(tmp_path, QUANTISED[weights], config=MIXTRAL)
         inputs = dict(num_bits=8, type="float" if weights == "fp8" else "int", dynamic=True, strategy="token")
         config = json.loads((tmp_path / "config.json").read_text())
-        if not weights.startswith("int4"):
+        if weights in ("int8_int8", "fp8"):
             config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = inputs
         (tmp_path / "config.json").write_text(json.dumps(config))
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
