@@ -28,7 +28,7 @@ SPILLED = {
     "_int4_hopper_kernel": 56,
     "_int8_hopper_kernel": 48,
     "_grouped_int4_kernel": 32,
-    "_grouped_int8_kernel": 32,
+    "_grouped_int8_kernel": 48,
     "_grouped_hopper_kernel": 8,
 }
 """Bytes of the stack that a Gluon kernel may use: the warps that load have few registers, and those that compute may

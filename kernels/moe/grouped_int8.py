@@ -83,7 +83,8 @@ def _compute(
         expert, first_row, rows, n = unit_at(plan_ptr, work // PARTS, n_tiles)
         first, end = steps_of(work % PARTS, k_tiles, part_steps)
         row = n * 128 + pair * 64 if GATED else n * 256 + group * 64
-        outputs = gl.minimum(row + gl.arange(0, 64, layout=scale_layout), N - 1)
+        outputs = row + gl.arange(0, 64, layout=scale_layout)
+        outputs = gl.where(outputs < N, outputs, 0)
         if IS_UP:
             outputs += N
         scales = scale_ptr + expert.to(gl.int64) * stride_expert
