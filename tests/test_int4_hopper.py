@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from gluon_in_python import Descriptor, Number, Pointer, namespace
+from gluon_in_python import Descriptor, Number, Pointer, Tensor, namespace
 from test_int4_linear import case, check
 
 import octavo
@@ -228,6 +228,15 @@ def test_a_warm_up_at_powers_of_two_meets_every_kernel(n, k):
         assert kernel(m) == kernel(next_power_of_2(m))
 
 
+@pytest.mark.parametrize("planes", [1, 2, 3, 4, 7, 12, 112, 142, 1023, 32767])
+def test_groups_by_a_product(planes):
+    """The division of a plane's number by how many of them a group has, up to the most inputs that are taken."""
+    group_of = namespace(MODULES[4:5], (0,), 1)["group_of"]
+    numbers = np.arange(int4_tiles.MOST_INPUTS // 32)
+    groups = group_of(Tensor(numbers, "int64"), Number(int4_tiles.plane_groups(32 * planes)))
+    assert np.array_equal(groups.values, numbers // planes)
+
+
 def test_which_calls_it_takes(monkeypatch):
     x = torch.empty(6, 256, dtype=torch.float16, device="meta")
     packed = torch.empty(1, 2, 64, 32, dtype=torch.int16, device="meta")
@@ -238,7 +247,8 @@ def test_which_calls_it_takes(monkeypatch):
     assert all(int4_hopper.takes(x, packed, H100) for x in taken)
     two_strides = torch.empty(6, 3, 264, dtype=torch.float16, device="meta")[:, :2]
     unaligned = torch.empty(6, 250, dtype=torch.float16, device="meta")[:, :224]
-    assert not any(int4_hopper.takes(x, packed, H100) for x in (x.float(), x[:0], two_strides, unaligned))
+    long = torch.empty(1, 2**20 + 32, dtype=torch.float16, device="meta")
+    assert not any(int4_hopper.takes(x, packed, H100) for x in (x.float(), x[:0], two_strides, unaligned, long))
     assert not any(int4_hopper.takes(x, packed, KNOWN_DEVICES[arch]) for arch in (80, 89))
 
 
