@@ -306,6 +306,8 @@ def _extremum(function):
 
 
 def _where(condition, a, b):
+    if isinstance(condition, Tensor):
+        return Tensor(np.where(condition.values, a.values, b), a.dtype)
     if isinstance(a, Tensor):
         return a if condition else Tensor(np.full_like(a.values, b), a.dtype)
     return Number(a if condition else b)

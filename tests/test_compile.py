@@ -25,17 +25,17 @@ WHOLE, EVERY, EVERY_OF_OTHERS = ["--whole", "sm_90", "--every"], "8", "24"
 has the same, and every eighth of the rest; with each other Triton every twenty-fourth kernel of any architecture."""
 SPILLED = {
     "_prefill_kernel": 56,
-    "_int4_hopper_kernel": 32,
-    "_int8_hopper_kernel": 32,
+    "_int4_hopper_kernel": 56,
+    "_int8_hopper_kernel": 48,
     "_grouped_int4_kernel": 32,
-    "_grouped_int8_kernel": 32,
+    "_grouped_int8_kernel": 48,
     "_grouped_hopper_kernel": 8,
 }
 """Bytes of the stack that a Gluon kernel may use: the warps that load have few registers, and those that compute may
-keep numbers of a tile in memory (prefill with a window and a softcap, most: 56, else at most 48; int8 products by
-experts: four results that wait for the next tile, with Triton 3.6). They spill nothing in their innermost loop, but for
-up to five numbers of int4's four warpgroups with 64 tokens, the scales of experts' weights in groups of 32, and two of
-prefill with a window."""
+keep numbers of a tile in memory (prefill with a window and a softcap, most: 56, else at most 48; int4 with two blocks
+of outputs and 128 tokens: 56; int8 products by experts: four results that wait for the next tile, with Triton 3.6).
+They spill nothing in their innermost loop, but for up to five numbers of the four warpgroups of int4 by experts with 64
+tokens, the scales of experts' weights in groups of 32, and two of prefill with a window."""
 
 
 def compiled(version, modules, *options):

@@ -10,8 +10,8 @@ from gluon_in_python import Descriptor, Number, Pointer, namespace
 
 from octavo.kernels.moe import schedule
 from octavo.kernels.moe.grouped_tiles import Scales
-from octavo.kernels.quant.int4_tiles import groups_of_step
-from octavo.kernels.quant.int8_hopper import scales_of_step
+from octavo.kernels.quant.int4_tiles import groups_of_step, plane_groups
+from octavo.kernels.quant.int8_tiles import scales_of_step
 from octavo.kernels.quant.packing import int4_pack
 from octavo.kernels.tiles import cdiv
 from octavo.reference import moe as reference
@@ -266,7 +266,7 @@ def int4_in_python(x, packed, scale, minimum, offsets, tile, stages, parts, gate
             pointer(scale),
             pointer(minimum),
             *map(Number, (s, n, packed.shape[1], cdiv(n, 128 if gated else 256), k_tiles, part_steps, groups - 1)),
-            *map(Number, (group // 32, *scale.stride()[:2])),
+            *map(Number, (plane_groups(group), *scale.stride()[:2])),
             *(per_step, per_step == 1 or per_step * group == 128, minimum is None and group % 128 == 0 and tile <= 32),
             *(tile, stages, parts, gated, early, False),
         )
@@ -349,7 +349,7 @@ def int4_tall_in_python(x, packed, scale, minimum, offsets, rows, stages, parts,
             pointer(scale),
             pointer(minimum),
             *map(Number, (s, n, packed.shape[1], cdiv(n, 64 if gated else 128), k_tiles, part_steps, groups - 1)),
-            *map(Number, (group // 32, *scale.stride()[:2])),
+            *map(Number, (plane_groups(group), *scale.stride()[:2])),
             *(per_step, per_step == 1 or per_step * group == 128, rows, stages, parts, gated, early, False),
         )
     return torch.from_numpy(out.memory).view(parts, s, n).sum(0).to(HALF)
@@ -398,7 +398,7 @@ def int8_in_python(x, weight, bias, scale, offsets, tile, stages, parts, gated, 
             pointer(bias),
             pointer(plan),
             pointer(scale),
-            *map(Number, (s, n, cdiv(n, 128 if gated else 256), k_tiles, part_steps, groups - 1, group // 32)),
+            *map(Number, (s, n, cdiv(n, 128 if gated else 256), k_tiles, part_steps, groups - 1, plane_groups(group))),
             *map(Number, scale.stride()[:2]),
             *(per_step, per_step <= 1 or per_step * group == 128, per_step == 1 and tile <= 32),
             *(tile, stages, parts, gated, early, False),

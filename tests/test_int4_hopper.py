@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from gluon_in_python import Descriptor, Number, Pointer, namespace
+from gluon_in_python import Descriptor, Number, Pointer, Tensor, namespace
 from test_int4_linear import case, check
 
 import octavo
@@ -37,11 +37,12 @@ def run_in_python(x, packed, scale, minimum, bias, group_size, tiles, residual=N
     workspace = Pointer(np.full(size, np.nan, np.float32), "float32")
     row_tiles, token_tiles = cdiv(n, tiles.outputs), cdiv(m, tiles.tokens)
     per_step = int4_tiles.groups_of_step(group_size)
-    numbers = (m, n, packed.shape[1], groups - 1, group_size // 32, row_tiles * token_tiles, tiles.shared, row_tiles,
-               token_tiles, tiles.width, n, n)  # fmt: skip
+    k_tiles, rounds = packed.shape[1], cdiv(packed.shape[1], tiles.turns * tiles.steps)
+    numbers = (m, n, k_tiles, rounds, groups - 1, int4_tiles.plane_groups(group_size), row_tiles * token_tiles,
+               tiles.shared, tiles.shared * rounds, row_tiles, token_tiles, tiles.width, n, n)  # fmt: skip
     for program in random.sample(range(tiles.programs), tiles.programs):
         namespace(MODULES, (program,), tiles.programs)["_int4_hopper_kernel"](
-            Descriptor(packed.view(-1, 64).numpy(), "int16", (32, 64)),
+            Descriptor(packed.view(-1, 64).numpy(), "int16", (32 * tiles.steps, 64)),
             Descriptor(x.float().numpy(), dtype, (tiles.tokens, 64)),
             out,
             *map(pointer, (scale, minimum, bias, residual)),
@@ -54,11 +55,13 @@ def run_in_python(x, packed, scale, minimum, bias, group_size, tiles, residual=N
             tiles.tokens,
             tiles.sides,
             tiles.turns,
+            tiles.steps,
             tiles.stages,
             activation is not None,
+            0,
             False,
         )
-    numbers = m, n, packed.shape[1], tiles.shared, tiles.programs, row_tiles, token_tiles, tiles.width
+    numbers = m, n, rounds, tiles.shared, tiles.programs, row_tiles, token_tiles, tiles.width
     for tile in range(tiles.shared):
         for chunk in range(cdiv(min(m, tiles.tokens) * outputs_of(tiles.outputs, activation), tiles.parts_block)):
             namespace((*MODULES[:2], MODULES[6]), (tile, chunk), tiles.shared)["_int4_parts_kernel"](
@@ -108,11 +111,15 @@ def test_source(m, n, k, group, minimum, bias, programs, changes):
 @pytest.mark.parametrize(
     ("m", "n", "k", "group", "minimum", "warpgroups", "tokens", "sharing", "stages", "programs"),
     [
-        (1, 300, 1024, 128, False, (1, 4, 1), 16, True, 8, 3),
-        (9, 300, 1152, 384, False, (2, 2, 1), 16, True, 4, 4),
-        (20, 200, 1280, 256, True, (1, 4, 1), 32, True, 8, 2),
-        (33, 70, 256, 64, True, (1, 4, 1), 32, False, 16, 2),  # fewer steps than warpgroups
-        (5, 600, 512, 128, False, (4, 1, 1), 16, True, 4, 5),
+        (1, 300, 1024, 128, False, (1, 2, 1), 16, True, 2, 3),
+        (1, 300, 1536, 384, False, (1, 2, 1, 2), 8, True, 2, 3),
+        (8, 300, 1280, 256, True, (1, 2, 1, 2, 2), 8, True, 2, 3),
+        (13, 300, 1056, 32, True, (1, 2, 1, 2, 1), 16, False, 3, 3),
+        (30, 200, 1024, 64, True, (1, 2, 1, 1, 2), 32, True, 3, 3),
+        (9, 300, 1152, 384, False, (1, 2, 1, 2, 2), 16, True, 2, 4),
+        (20, 200, 1280, 256, True, (1, 2, 1, 2), 32, True, 3, 2),
+        (33, 70, 256, 64, True, (1, 2, 1, 2), 32, False, 4, 2),  # fewer steps than a round has
+        (5, 600, 512, 128, False, (2, 1, 1), 64, True, 4, 4),
         (60, 600, 512, 128, False, (2, 1, 2), 64, True, 4, 5),
         (130, 520, 384, 32, True, (2, 1, 1), 128, True, 2, 7),
         (260, 300, 384, 128, True, (2, 1, 1), 256, True, 2, 5),
@@ -126,7 +133,7 @@ def test_source_of_every_cut(m, n, k, group, minimum, warpgroups, tokens, sharin
     x = torch.randn(m, k).to(dtype)
     device = replace(H100, num_sms=programs)
     scale_sums = not minimum and tokens <= 64
-    tiles = int4_tiles.cut(m, n, k, warpgroups, tokens, sharing, device, scale_sums, stages)
+    tiles = int4_tiles.cut(m, n, k, int4_tiles.Warpgroups(*warpgroups), tokens, sharing, device, scale_sums, stages)
     assert (tiles.shared > 0) == sharing
     check(run_in_python(x, *args, group, tiles), x, q, args)
 
@@ -134,9 +141,9 @@ def test_source_of_every_cut(m, n, k, group, minimum, warpgroups, tokens, sharin
 @pytest.mark.parametrize(
     ("m", "n", "k", "minimum", "warpgroups", "tokens", "sharing", "stages", "programs"),
     [
-        (3, 304, 1024, False, (1, 4, 1), 16, True, 8, 3),
-        (9, 528, 256, False, (4, 1, 1), 16, False, 4, 5),
-        (20, 208, 512, True, (2, 2, 1), 32, True, 4, 3),
+        (3, 304, 1024, False, (1, 2, 1, 2, 2), 8, True, 2, 3),
+        (9, 528, 256, False, (1, 2, 1, 2), 16, False, 4, 5),
+        (20, 208, 512, True, (1, 2, 1, 1, 2), 32, True, 2, 3),
         (60, 592, 384, False, (2, 1, 2), 64, True, 4, 5),
         (130, 528, 256, True, (2, 1, 1), 128, True, 2, 7),
         (150, 272, 256, False, (2, 1, 2), 128, False, 2, 3),
@@ -156,7 +163,9 @@ def test_source_of_what_follows(
     x = torch.randn(m, k).to(dtype)
     residual = torch.randn(m, outputs_of(n, activation)).to(dtype) if with_residual else None
     device = replace(H100, num_sms=programs)
-    tiles = int4_tiles.cut(m, n, k, warpgroups, tokens, sharing, device, not minimum and tokens <= 64, stages)
+    tiles = int4_tiles.cut(
+        m, n, k, int4_tiles.Warpgroups(*warpgroups), tokens, sharing, device, not minimum and tokens <= 64, stages
+    )
     assert (tiles.shared > 0) == sharing
     with without_interpreter():
         check(run_in_python(x, *args, 128, tiles, residual, activation), x, q, args, residual, activation)
@@ -174,38 +183,39 @@ def test_rounded_scales_of_another_dtype():
 @pytest.mark.parametrize("programs", [1, 78, 132])
 def test_every_step_is_computed_once(m, n, k, programs):
     tiles = int4_tiles.choose_tiles(m, n, k, 32, False, replace(H100, num_sms=programs))
-    count, k_tiles = cdiv(n, tiles.outputs) * cdiv(m, tiles.tokens), cdiv(k, 128)
+    count, rounds = cdiv(n, tiles.outputs) * cdiv(m, tiles.tokens), cdiv(k, 128 * tiles.turns * tiles.steps)
     names = namespace(MODULES[1:2], (0,), 1)
-    shape = map(Number, (tiles.programs, count, tiles.shared, k_tiles))
-    of, count, shared, k_tiles = shape
-    longest, steps = 0, np.zeros((count, k_tiles), int)
+    shape = map(Number, (tiles.programs, count, tiles.shared, rounds))
+    of, count, shared, rounds = shape
+    shares = count, shared, shared * rounds, rounds
+    longest, steps = 0, np.zeros((count, rounds), int)
     for program in map(Number, range(of)):
-        first, own, total = names["share_of"](program, of, count, shared, k_tiles)
+        first, own, total = names["share_of"](program, of, shares)
         longest = max(longest, total)
         for i in {0, own - 1, own, total - 1} & set(range(total)) if total > 300 else range(total):
-            tile, at = names["step_at"](Number(i), first, own, program, of, shared, k_tiles)
+            tile, at = names["round_at"](Number(i), first, own, program, of, shares)
             steps[tile, at] += 1
             if i < own:
-                assert names["program_of"](tile * k_tiles + at, of, shared, k_tiles) == program
+                assert names["program_of"](tile * rounds + at, of, shared * rounds) == program
     assert steps.max() == 1
     assert longest > 300 or steps.min() == 1
-    assert tiles.programs <= programs
+    assert tiles.programs <= programs * tiles.at_once
     if tiles.shared:  # no program has more than its part; else no more tiles than it must have
-        assert longest <= max(1.05 * count * k_tiles / of, count * k_tiles / of + 1)
+        assert longest <= max(1.05 * count * rounds / of, count * rounds / of + 1)
     else:
-        assert longest == cdiv(count, tiles.programs) * k_tiles
+        assert longest == cdiv(count, tiles.programs) * rounds
 
 
 @pytest.mark.parametrize(("n", "k"), [(8192, 8192), (28672, 4096), (4096, 14336), (6144, 4096), (32, 32)])
 @pytest.mark.parametrize(("group", "minimum"), [(128, False), (32, True)])
 @pytest.mark.parametrize("programs", [78, 132])
-def test_stages_go_round_by_warpgroup(n, k, group, minimum, programs):
-    """A warpgroup releases a step when it has the next, and meets the same stages again and again."""
+def test_there_are_stages_for_two_rounds(n, k, group, minimum, programs):
+    """A warpgroup releases a step when it has the next."""
     for m in (1, 17, 33, 65, 4096):
         device = replace(H100, num_sms=programs)
         tiles = int4_tiles.choose_tiles(m, n, k, group, minimum, device)
-        assert tiles.stages % tiles.turns == 0 and tiles.stages >= 2 * tiles.turns
-        assert tiles.sides * tiles.turns in (2, 4)
+        assert tiles.stages >= 2
+        assert tiles.sides * tiles.turns == 2
 
 
 @pytest.mark.parametrize(("n", "k"), [(8192, 8192), (28672, 4096), (4096, 14336), (6144, 4096)])
@@ -218,6 +228,15 @@ def test_a_warm_up_at_powers_of_two_meets_every_kernel(n, k):
         assert kernel(m) == kernel(next_power_of_2(m))
 
 
+@pytest.mark.parametrize("planes", [1, 2, 3, 4, 7, 12, 112, 142, 1023, 32767])
+def test_groups_by_a_product(planes):
+    """The division of a plane's number by how many of them a group has, up to the most inputs that are taken."""
+    group_of = namespace(MODULES[4:5], (0,), 1)["group_of"]
+    numbers = np.arange(int4_tiles.MOST_INPUTS // 32)
+    groups = group_of(Tensor(numbers, "int64"), Number(int4_tiles.plane_groups(32 * planes)))
+    assert np.array_equal(groups.values, numbers // planes)
+
+
 def test_which_calls_it_takes(monkeypatch):
     x = torch.empty(6, 256, dtype=torch.float16, device="meta")
     packed = torch.empty(1, 2, 64, 32, dtype=torch.int16, device="meta")
@@ -228,7 +247,8 @@ def test_which_calls_it_takes(monkeypatch):
     assert all(int4_hopper.takes(x, packed, H100) for x in taken)
     two_strides = torch.empty(6, 3, 264, dtype=torch.float16, device="meta")[:, :2]
     unaligned = torch.empty(6, 250, dtype=torch.float16, device="meta")[:, :224]
-    assert not any(int4_hopper.takes(x, packed, H100) for x in (x.float(), x[:0], two_strides, unaligned))
+    long = torch.empty(1, 2**20 + 32, dtype=torch.float16, device="meta")
+    assert not any(int4_hopper.takes(x, packed, H100) for x in (x.float(), x[:0], two_strides, unaligned, long))
     assert not any(int4_hopper.takes(x, packed, KNOWN_DEVICES[arch]) for arch in (80, 89))
 
 

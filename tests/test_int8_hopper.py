@@ -13,7 +13,7 @@ from test_int8_linear import case, check
 
 import octavo
 from octavo.kernels.launch import Recorder, record_launches, recording
-from octavo.kernels.quant import int4_hopper, int8, int8_hopper
+from octavo.kernels.quant import int4_hopper, int4_tiles, int8, int8_tiles
 from octavo.kernels.tiles import KNOWN_DEVICES, cdiv, next_power_of_2
 
 H100 = KNOWN_DEVICES[90]
@@ -32,11 +32,12 @@ def run_in_python(x, weight, scale, bias, group_size, tiles):
     out = Pointer(np.full(m * n, np.nan, np.float32), dtype)
     size = 2 * tiles.programs * tiles.outputs * tiles.tokens if tiles.shared else 1
     workspace = Pointer(np.full(size, np.nan, np.float32), "float32")
-    row_tiles, token_tiles, k_tiles = cdiv(n, tiles.outputs), cdiv(m, tiles.tokens), cdiv(k, 128)
-    per_step = int8_hopper.scales_of_step(k, group_size)
-    inputs = int8_hopper.inputs_of_stage(tiles.tokens)
-    numbers = (m, n, k_tiles, groups - 1, group_size // 32, row_tiles * token_tiles, tiles.shared, row_tiles,
-               token_tiles, tiles.width, n)  # fmt: skip
+    row_tiles, token_tiles = cdiv(n, tiles.outputs), cdiv(m, tiles.tokens)
+    rounds = cdiv(k, 128 * tiles.turns * tiles.steps)
+    per_step = int8_tiles.scales_of_step(k, group_size)
+    inputs = int8_tiles.inputs_of_stage(tiles.tokens)
+    numbers = (m, n, rounds, groups - 1, int4_tiles.plane_groups(group_size), row_tiles * token_tiles, tiles.shared,
+               tiles.shared * rounds, row_tiles, token_tiles, tiles.width, n)  # fmt: skip
     for program in random.sample(range(tiles.programs), tiles.programs):
         namespace(MODULES, (program,), tiles.programs)["_int8_hopper_kernel"](
             Descriptor(weight.numpy(), "int8", (64, inputs)),
@@ -52,11 +53,13 @@ def run_in_python(x, weight, scale, bias, group_size, tiles):
             tiles.tokens,
             tiles.sides,
             tiles.turns,
+            tiles.steps,
             inputs,
             tiles.stages,
+            0,
             False,
         )
-    numbers = m, n, k_tiles, tiles.shared, tiles.programs, row_tiles, token_tiles, tiles.width
+    numbers = m, n, rounds, tiles.shared, tiles.programs, row_tiles, token_tiles, tiles.width
     for tile in range(tiles.shared):
         for chunk in range(cdiv(min(m, tiles.tokens) * tiles.outputs, tiles.parts_block)):
             namespace(INT4_MODULES, (tile, chunk), tiles.shared)["_int4_parts_kernel"](
@@ -96,7 +99,7 @@ def test_source(m, n, k, group, bias, programs, changes):
     dtype = random.choice((torch.float16, torch.bfloat16))
     args = case(n, k, group, "cpu", dtype, bias)
     x = torch.randn(m, k).to(dtype)
-    tiles = int8_hopper.choose_tiles(m, n, k, group, replace(H100, num_sms=programs))
+    tiles = int8_tiles.choose_tiles(m, n, k, group, replace(H100, num_sms=programs))
     tiles = replace(tiles, **changes)
     out = run_in_python(x, *args, group, tiles)
     check(out, x, *args)
@@ -107,11 +110,14 @@ def test_source(m, n, k, group, bias, programs, changes):
 @pytest.mark.parametrize(
     ("m", "n", "k", "warpgroups", "tokens", "sharing", "stages", "programs"),
     [
-        (1, 300, 1024, (1, 4, 1), 16, True, 8, 3),
-        (9, 300, 1152, (2, 2, 1), 16, True, 4, 4),
-        (20, 200, 1280, (1, 4, 1), 32, True, 8, 2),
-        (33, 70, 256, (1, 4, 1), 32, False, 8, 2),  # fewer steps than warpgroups
-        (5, 600, 512, (4, 1, 1), 16, True, 4, 5),
+        (1, 300, 1024, (1, 2, 1), 16, True, 2, 3),
+        (1, 300, 1280, (1, 2, 1, 2), 8, True, 2, 3),
+        (8, 300, 1152, (1, 2, 1, 2, 2), 8, True, 2, 3),
+        (30, 200, 1024, (1, 2, 1, 1, 2), 32, False, 3, 3),
+        (9, 300, 1152, (1, 2, 1, 2, 2), 16, True, 2, 4),
+        (20, 200, 1280, (1, 2, 1, 2), 32, True, 2, 2),
+        (33, 70, 256, (1, 2, 1, 2), 32, False, 2, 2),  # fewer steps than a round has
+        (5, 600, 512, (2, 1, 1), 64, True, 3, 4),
         (60, 600, 512, (2, 1, 2), 64, True, 3, 5),
         (130, 520, 384, (2, 1, 1), 128, True, 9, 7),
         (130, 520, 384, (2, 1, 2), 128, False, 5, 2),
@@ -125,7 +131,17 @@ def test_source_of_every_cut(m, n, k, group, warpgroups, tokens, sharing, stages
     args = case(n, k, group, "cpu", dtype, True)
     x = torch.randn(m, k).to(dtype)
     scale_sums = group < k and tokens <= 64
-    tiles = int8_hopper.cut(m, n, k, warpgroups, tokens, sharing, replace(H100, num_sms=programs), scale_sums, stages)
+    tiles = int8_tiles.cut(
+        m,
+        n,
+        k,
+        int4_tiles.Warpgroups(*warpgroups),
+        tokens,
+        sharing,
+        replace(H100, num_sms=programs),
+        scale_sums,
+        stages,
+    )
     assert (tiles.shared > 0) == sharing and tiles.stages == stages
     check(run_in_python(x, *args, group, tiles), x, *args)
 
@@ -136,7 +152,7 @@ def test_every_weight_is_exact(dtype, group):
     weight = torch.arange(-128, 128, dtype=torch.int8)[:, None].expand(256, 256).contiguous()
     x = torch.zeros(1, 256, dtype=dtype)
     x[0, 7] = 1.0
-    tiles = int8_hopper.choose_tiles(1, 256, 256, group, replace(H100, num_sms=2))
+    tiles = int8_tiles.choose_tiles(1, 256, 256, group, replace(H100, num_sms=2))
     out = run_in_python(x, weight, torch.ones(256 // group, 256), None, group, tiles)
     assert torch.equal(out[0], weight[:, 7].to(dtype))
 
@@ -144,27 +160,27 @@ def test_every_weight_is_exact(dtype, group):
 def test_rounded_scales_of_another_dtype():
     args = case(130, 256, 32, "cpu", torch.float32)
     x = torch.randn(4, 256).bfloat16()
-    tiles = int8_hopper.choose_tiles(4, 130, 256, 32, replace(H100, num_sms=2))
+    tiles = int8_tiles.choose_tiles(4, 130, 256, 32, replace(H100, num_sms=2))
     check(run_in_python(x, *args, 32, tiles), x, *args)
 
 
 @pytest.mark.parametrize(("n", "k"), [(8192, 8192), (28672, 4096), (4096, 14336), (6144, 4096), (32, 32)])
 @pytest.mark.parametrize("group", [32, 64, 128, None])
 @pytest.mark.parametrize("programs", [78, 132])
-def test_stages_go_round_by_warpgroup(n, k, group, programs):
-    """A warpgroup releases a stage when it has the next, and meets the same stages again and again."""
+def test_there_are_stages_for_two_rounds(n, k, group, programs):
+    """A warpgroup releases a stage when it has the next; where a step has two, it holds both."""
     for m in (1, 17, 33, 65, 4096):
         if group is None or k % group == 0:
-            tiles = int8_hopper.choose_tiles(m, n, k, group or k, replace(H100, num_sms=programs))
-            assert tiles.stages % tiles.turns == 0 and tiles.stages >= max(2 * tiles.turns, 3)
-            assert tiles.sides * tiles.turns in (2, 4)
+            tiles = int8_tiles.choose_tiles(m, n, k, group or k, replace(H100, num_sms=programs))
+            assert tiles.stages >= (2 if tiles.turns > 1 else 3)
+            assert tiles.sides * tiles.turns == 2
 
 
 @pytest.mark.parametrize(("n", "k"), [(8192, 8192), (28672, 4096), (4096, 14336), (6144, 4096)])
 @pytest.mark.parametrize("group", [128, None])
 def test_a_warm_up_at_powers_of_two_meets_every_kernel(n, k, group):
     def kernel(m):
-        tiles = int8_hopper.choose_tiles(m, n, k, group or k, H100)
+        tiles = int8_tiles.choose_tiles(m, n, k, group or k, H100)
         return replace(tiles, programs=0, shared=tiles.shared > 0, width=0)
 
     for m in range(1, 5000, 37):

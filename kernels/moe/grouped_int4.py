@@ -19,7 +19,7 @@ from octavo.kernels.moe.schedule import unit_at
 from octavo.kernels.quant.epilogue import silu_times
 from octavo.kernels.quant.int4_compute import sum_steps
 from octavo.kernels.quant.int4_shares import stage_of
-from octavo.kernels.quant.int4_tiles import groups_of_step
+from octavo.kernels.quant.int4_tiles import groups_of_step, plane_groups
 from octavo.kernels.quant.int4_unpack import words_layout
 from octavo.kernels.quant.w8a8_parts import steps_of
 from octavo.kernels.tiles import cdiv, chains, let_next_start, wait_for_previous
@@ -31,7 +31,7 @@ from octavo.kernels.tiles import cdiv, chains, let_next_start, wait_for_previous
 @gluon.jit
 def _load_packed(
     desc, plan_ptr, scale_ptr, minimum_ptr, packed, full, empty, N, row_tiles, n_tiles, k_tiles, part_steps, last_group,
-    group_planes, stride_expert, stride_group, GROUPS: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, PARTS:
+    plane_groups, stride_expert, stride_group, GROUPS: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, PARTS:
     gl.constexpr, GATED: gl.constexpr, EARLY: gl.constexpr, CHAINED: gl.constexpr,
 ):
     """What the warp does that loads weights; EARLY: not behind the kernel before, which writes nothing of it."""
@@ -51,11 +51,11 @@ def _load_packed(
                 at = ((expert * row_tiles + tile) * k_tiles + step) * 32
                 tma.async_copy_global_to_shared(desc, [at, 0], full.index(stage), packed.index(4 * stage + j))
             fetch_of_expert(
-                scale_ptr, expert, stride_expert, stride_group, n, N, step, group_planes, last_group, GROUPS, GATED,
+                scale_ptr, expert, stride_expert, stride_group, n, N, step, plane_groups, last_group, GROUPS, GATED,
             )
             if minimum_ptr is not None:
                 fetch_of_expert(
-                    minimum_ptr, expert, stride_expert, stride_group, n, N, step, group_planes, last_group, GROUPS,
+                    minimum_ptr, expert, stride_expert, stride_group, n, N, step, plane_groups, last_group, GROUPS,
                     GATED,
                 )
             i += 1
@@ -86,7 +86,7 @@ def _load_rows(
 @gluon.jit
 def _compute(
     group: gl.constexpr, epilogue, plan_ptr, scale_ptr, minimum_ptr, words, x, full, empty, handed, left, taken,
-    n_tiles, k_tiles, part_steps, last_group, group_planes, stride_expert, stride_group, GROUPS: gl.constexpr, EVEN:
+    n_tiles, k_tiles, part_steps, last_group, plane_groups, stride_expert, stride_group, GROUPS: gl.constexpr, EVEN:
     gl.constexpr, SCALE_SUMS: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED:
     gl.constexpr, CHAINED: gl.constexpr,
 ):
@@ -105,7 +105,8 @@ def _compute(
         expert, first_row, rows, n = unit_at(plan_ptr, work // PARTS, n_tiles)
         first, end = steps_of(work % PARTS, k_tiles, part_steps)
         row = n * 128 + pair * 64 if GATED else n * 256 + group * 64
-        outputs = gl.minimum(row + gl.arange(0, 64, layout=scale_layout), N - 1)
+        outputs = row + gl.arange(0, 64, layout=scale_layout)
+        outputs = gl.where(outputs < N, outputs, 0)
         if IS_UP:
             outputs += N
         stage, phase = stage_of(i, STAGES)
@@ -114,9 +115,9 @@ def _compute(
             minima = minimum_ptr + expert.to(gl.int64) * stride_expert
         acc = gl.zeros([64, ROWS], gl.float32, acc_layout)
         acc = sum_steps(
-            acc, words, x, full, empty, scale_ptr + expert.to(gl.int64) * stride_expert, minima, outputs, group, stage,
-            phase, first, end, last_group, group_planes, stride_group, stride_group, GROUPS, EVEN, SCALE_SUMS, 1, 4, 1,
-            STAGES,
+            acc, words, x, full, empty, scale_ptr + expert.to(gl.int64) * stride_expert, minima, outputs, group, 0,
+            stage, phase, first, end, last_group, plane_groups, stride_group, stride_group, GROUPS, EVEN, SCALE_SUMS, 1,
+            4, 1, 1, STAGES,
         )
         i += end - first
         if IS_UP:
@@ -133,11 +134,11 @@ def _compute(
         phase_of_pair ^= 1
 
 
-@gluon.jit(do_not_specialize=["S", "part_steps", "last_group", "group_planes", "k_tiles"])
+@gluon.jit(do_not_specialize=["S", "part_steps", "last_group", "plane_groups", "k_tiles"])
 def _grouped_int4_kernel(
     # Bound by reading the weights, half a byte each. One program a multiprocessor.
     packed_desc, x_desc, out_ptr, plan_ptr, scale_ptr, minimum_ptr, S, N, row_tiles, n_tiles, k_tiles, part_steps,
-    last_group, group_planes, stride_expert, stride_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, SCALE_SUMS:
+    last_group, plane_groups, stride_expert, stride_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, SCALE_SUMS:
     gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, EARLY:
     gl.constexpr, CHAINED: gl.constexpr,
 ):
@@ -165,23 +166,23 @@ def _grouped_int4_kernel(
     gl.warp_specialize([
         (_compute, (
             0, epilogue, plan_ptr, scale_ptr, minimum_ptr, words, x, full, empty, handed, left, taken, n_tiles, k_tiles,
-            part_steps, last_group, group_planes, stride_expert, stride_group, GROUPS, EVEN, SCALE_SUMS, ROWS, STAGES,
+            part_steps, last_group, plane_groups, stride_expert, stride_group, GROUPS, EVEN, SCALE_SUMS, ROWS, STAGES,
             PARTS, GATED, CHAINED)),
         (_compute, (
             1, epilogue, plan_ptr, scale_ptr, minimum_ptr, words, x, full, empty, handed, left, taken, n_tiles, k_tiles,
-            part_steps, last_group, group_planes, stride_expert, stride_group, GROUPS, EVEN, SCALE_SUMS, ROWS, STAGES,
+            part_steps, last_group, plane_groups, stride_expert, stride_group, GROUPS, EVEN, SCALE_SUMS, ROWS, STAGES,
             PARTS, GATED, CHAINED)),
         (_compute, (
             2, epilogue, plan_ptr, scale_ptr, minimum_ptr, words, x, full, empty, handed, left, taken, n_tiles, k_tiles,
-            part_steps, last_group, group_planes, stride_expert, stride_group, GROUPS, EVEN, SCALE_SUMS, ROWS, STAGES,
+            part_steps, last_group, plane_groups, stride_expert, stride_group, GROUPS, EVEN, SCALE_SUMS, ROWS, STAGES,
             PARTS, GATED, CHAINED)),
         (_compute, (
             3, epilogue, plan_ptr, scale_ptr, minimum_ptr, words, x, full, empty, handed, left, taken, n_tiles, k_tiles,
-            part_steps, last_group, group_planes, stride_expert, stride_group, GROUPS, EVEN, SCALE_SUMS, ROWS, STAGES,
+            part_steps, last_group, plane_groups, stride_expert, stride_group, GROUPS, EVEN, SCALE_SUMS, ROWS, STAGES,
             PARTS, GATED, CHAINED)),
         (_load_packed, (
             packed_desc, plan_ptr, scale_ptr, minimum_ptr, packed, full, empty, N, row_tiles, n_tiles, k_tiles,
-            part_steps, last_group, group_planes, stride_expert, stride_group, GROUPS, ROWS, STAGES, PARTS, GATED,
+            part_steps, last_group, plane_groups, stride_expert, stride_group, GROUPS, ROWS, STAGES, PARTS, GATED,
             EARLY, CHAINED)),
         (_load_rows, (
             x_desc, plan_ptr, x_read, full, empty, n_tiles, k_tiles, part_steps, STAGES, PARTS, CHAINED)),
@@ -225,7 +226,7 @@ def grouped_int4(
         k_tiles,
         cdiv(k_tiles, tiles.parts),
         groups - 1,
-        group_size // 32,
+        plane_groups(group_size),
         scale.stride(0),
         scale.stride(1),
         device=x.device,

@@ -21,7 +21,7 @@ from octavo.kernels.quant.epilogue import halves
 from octavo.kernels.quant.int4_compute import sum_steps
 from octavo.kernels.quant.int4_loads import fetch_scales
 from octavo.kernels.quant.int4_shares import stage_of
-from octavo.kernels.quant.int4_tiles import groups_of_step
+from octavo.kernels.quant.int4_tiles import groups_of_step, plane_groups
 from octavo.kernels.quant.int4_unpack import words_layout
 from octavo.kernels.quant.w8a8_parts import steps_of
 from octavo.kernels.tiles import cdiv, chains, let_next_start, wait_for_previous
@@ -31,19 +31,19 @@ from octavo.kernels.tiles import cdiv, chains, let_next_start, wait_for_previous
 
 
 @gluon.jit
-def _fetch(ptr, stride_group, n, N, step, group_planes, last_group, GROUPS: gl.constexpr, GATED: gl.constexpr):
+def _fetch(ptr, stride_group, n, N, step, plane_groups, last_group, GROUPS: gl.constexpr, GATED: gl.constexpr):
     """Has the scales, or minima, of a step brought into the cache (L2)."""
     if GATED:
-        fetch_scales(ptr, stride_group, n * 64, N, step, group_planes, last_group, GROUPS, 1)
-        fetch_scales(ptr + N, stride_group, n * 64, N, step, group_planes, last_group, GROUPS, 1)
+        fetch_scales(ptr, stride_group, n * 64, N, step, plane_groups, last_group, GROUPS, 1)
+        fetch_scales(ptr + N, stride_group, n * 64, N, step, plane_groups, last_group, GROUPS, 1)
     else:
-        fetch_scales(ptr, stride_group, n * 128, N, step, group_planes, last_group, GROUPS, 2)
+        fetch_scales(ptr, stride_group, n * 128, N, step, plane_groups, last_group, GROUPS, 2)
 
 
 @gluon.jit
 def _load_packed(
     desc, plan_ptr, scale_ptr, minimum_ptr, packed, full, empty, N, row_tiles, n_tiles, k_tiles, part_steps, last_group,
-    group_planes, stride_expert, stride_group, GROUPS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED:
+    plane_groups, stride_expert, stride_group, GROUPS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED:
     gl.constexpr, EARLY: gl.constexpr, CHAINED: gl.constexpr,
 ):
     """What the warp does that loads weights; EARLY: not behind the kernel before, which writes none nor the plan."""
@@ -67,10 +67,10 @@ def _load_packed(
                 else:
                     at = ((expert * row_tiles + n * 2 + j) * k_tiles + step) * 32
                     tma.async_copy_global_to_shared(desc, [at, 0], full.index(stage), to)
-            _fetch(scales, stride_group, n, N, step, group_planes, last_group, GROUPS, GATED)
+            _fetch(scales, stride_group, n, N, step, plane_groups, last_group, GROUPS, GATED)
             if minimum_ptr is not None:
                 minima = minimum_ptr + expert.to(gl.int64) * stride_expert
-                _fetch(minima, stride_group, n, N, step, group_planes, last_group, GROUPS, GATED)
+                _fetch(minima, stride_group, n, N, step, plane_groups, last_group, GROUPS, GATED)
             i += 1
 
 
@@ -108,10 +108,10 @@ def _sum(
     acc, steps, minima, stride_group, group: gl.constexpr, GROUPS: gl.constexpr, EVEN: gl.constexpr, STAGES:
     gl.constexpr,
 ):
-    words, x, full, empty, scales, outputs, stage, phase, first, end, last_group, group_planes = steps
+    words, x, full, empty, scales, outputs, stage, phase, first, end, last_group, plane_groups = steps
     return sum_steps(
-        acc, words, x, full, empty, scales, minima, outputs, group, stage, phase, first, end, last_group, group_planes,
-        stride_group, stride_group, GROUPS, EVEN, False, 1, 2, 1, STAGES,
+        acc, words, x, full, empty, scales, minima, outputs, group, 0, stage, phase, first, end, last_group,
+        plane_groups, stride_group, stride_group, GROUPS, EVEN, False, 1, 2, 1, 1, STAGES,
     )
 
 
@@ -154,7 +154,7 @@ def _sum_quarter(
 @gluon.jit
 def _compute(
     group: gl.constexpr, epilogue, plan_ptr, scale_ptr, minimum_ptr, words, x, full, empty, n_tiles, k_tiles,
-    part_steps, last_group, group_planes, stride_expert, stride_group, ROWS: gl.constexpr, GROUPS: gl.constexpr, EVEN:
+    part_steps, last_group, plane_groups, stride_expert, stride_group, ROWS: gl.constexpr, GROUPS: gl.constexpr, EVEN:
     gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, CHAINED: gl.constexpr,
 ):
     """What warpgroup number `group` does."""
@@ -180,7 +180,7 @@ def _compute(
         minima = None
         if minimum_ptr is not None:
             minima = minimum_ptr + expert.to(gl.int64) * stride_expert
-        steps = words, x, full, empty, scales, outputs, stage, phase, first, end, last_group, group_planes
+        steps = words, x, full, empty, scales, outputs, stage, phase, first, end, last_group, plane_groups
         acc = cleared(acc)
         if rows <= ROWS // 4:
             acc = _sum_quarter(acc, steps, minima, stride_group, group, GROUPS, EVEN, STAGES)
@@ -192,11 +192,11 @@ def _compute(
         i += end - first
 
 
-@gluon.jit(do_not_specialize=["S", "part_steps", "last_group", "group_planes", "k_tiles"])
+@gluon.jit(do_not_specialize=["S", "part_steps", "last_group", "plane_groups", "k_tiles"])
 def _grouped_int4_tall_kernel(
     # Bound by the tensor cores, and by unpacking the weights. One program a multiprocessor.
     packed_desc, x_desc, out_ptr, plan_ptr, scale_ptr, minimum_ptr, S, N, row_tiles, n_tiles, k_tiles, part_steps,
-    last_group, group_planes, stride_expert, stride_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, ROWS: gl.constexpr,
+    last_group, plane_groups, stride_expert, stride_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, ROWS: gl.constexpr,
     STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, EARLY: gl.constexpr, CHAINED: gl.constexpr,
 ):
     dtype: gl.constexpr = x_desc.dtype
@@ -218,13 +218,13 @@ def _grouped_int4_tall_kernel(
     gl.warp_specialize([
         (_compute, (
             0, epilogue, plan_ptr, scale_ptr, minimum_ptr, words, x, full, empty, n_tiles, k_tiles, part_steps,
-            last_group, group_planes, stride_expert, stride_group, ROWS, GROUPS, EVEN, STAGES, PARTS, GATED, CHAINED)),
+            last_group, plane_groups, stride_expert, stride_group, ROWS, GROUPS, EVEN, STAGES, PARTS, GATED, CHAINED)),
         (_compute, (
             1, epilogue, plan_ptr, scale_ptr, minimum_ptr, words, x, full, empty, n_tiles, k_tiles, part_steps,
-            last_group, group_planes, stride_expert, stride_group, ROWS, GROUPS, EVEN, STAGES, PARTS, GATED, CHAINED)),
+            last_group, plane_groups, stride_expert, stride_group, ROWS, GROUPS, EVEN, STAGES, PARTS, GATED, CHAINED)),
         (_load_packed, (
             packed_desc, plan_ptr, scale_ptr, minimum_ptr, packed, full, empty, N, row_tiles, n_tiles, k_tiles,
-            part_steps, last_group, group_planes, stride_expert, stride_group, GROUPS, STAGES, PARTS, GATED, EARLY,
+            part_steps, last_group, plane_groups, stride_expert, stride_group, GROUPS, STAGES, PARTS, GATED, EARLY,
             CHAINED)),
         (_load_rows, (
             x_desc, plan_ptr, x_read, full, empty, n_tiles, k_tiles, part_steps, ROWS, STAGES, PARTS, CHAINED)),
@@ -280,7 +280,7 @@ def grouped_int4_tall(
         k_tiles,
         cdiv(k_tiles, tiles.parts),
         groups - 1,
-        group_size // 32,
+        plane_groups(group_size),
         scale.stride(0),
         scale.stride(1),
         device=x.device,

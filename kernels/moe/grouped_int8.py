@@ -18,9 +18,10 @@ from octavo.kernels.moe.grouped_tiles import Tiles
 from octavo.kernels.moe.schedule import unit_at
 from octavo.kernels.quant.epilogue import silu_times
 from octavo.kernels.quant.int4_shares import stage_of
+from octavo.kernels.quant.int4_tiles import plane_groups
 from octavo.kernels.quant.int4_unpack import bits_to_float, group_bits, words_layout
 from octavo.kernels.quant.int8_compute import sum_bytes, sum_scaled_bytes
-from octavo.kernels.quant.int8_hopper import scales_of_step
+from octavo.kernels.quant.int8_tiles import scales_of_step
 from octavo.kernels.quant.int8_unpack import FACTOR
 from octavo.kernels.quant.w8a8_parts import steps_of
 from octavo.kernels.tiles import cdiv, chains, wait_for_previous
@@ -31,7 +32,7 @@ from octavo.kernels.tiles import cdiv, chains, wait_for_previous
 
 @gluon.jit
 def _load_bytes(
-    desc, plan_ptr, scale_ptr, weights, full, empty, N, n_tiles, k_tiles, part_steps, last_group, group_planes,
+    desc, plan_ptr, scale_ptr, weights, full, empty, N, n_tiles, k_tiles, part_steps, last_group, plane_groups,
     stride_expert, stride_group, GROUPS: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
     GATED: gl.constexpr, EARLY: gl.constexpr, CHAINED: gl.constexpr,
 ):
@@ -54,7 +55,7 @@ def _load_bytes(
                 tma.async_copy_global_to_shared(desc, [at, step * 128], full.index(stage), to)
             if GROUPS > 0:
                 fetch_of_expert(
-                    scale_ptr, expert, stride_expert, stride_group, n, N, step, group_planes, last_group, GROUPS, GATED,
+                    scale_ptr, expert, stride_expert, stride_group, n, N, step, plane_groups, last_group, GROUPS, GATED,
                 )
             i += 1
 
@@ -62,7 +63,7 @@ def _load_bytes(
 @gluon.jit
 def _compute(
     group: gl.constexpr, epilogue, plan_ptr, scale_ptr, weights, x, full, empty, handed, left, taken, n_tiles, k_tiles,
-    part_steps, last_group, group_planes, stride_expert, stride_group, GROUPS: gl.constexpr, EVEN: gl.constexpr,
+    part_steps, last_group, plane_groups, stride_expert, stride_group, GROUPS: gl.constexpr, EVEN: gl.constexpr,
     SCALE_SUMS: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr,
     CHAINED: gl.constexpr,
 ):
@@ -82,23 +83,24 @@ def _compute(
         expert, first_row, rows, n = unit_at(plan_ptr, work // PARTS, n_tiles)
         first, end = steps_of(work % PARTS, k_tiles, part_steps)
         row = n * 128 + pair * 64 if GATED else n * 256 + group * 64
-        outputs = gl.minimum(row + gl.arange(0, 64, layout=scale_layout), N - 1)
+        outputs = row + gl.arange(0, 64, layout=scale_layout)
+        outputs = gl.where(outputs < N, outputs, 0)
         if IS_UP:
             outputs += N
         scales = scale_ptr + expert.to(gl.int64) * stride_expert
         stage, phase = stage_of(i, STAGES)
         acc = gl.zeros([64, ROWS], gl.float32, acc_layout)
         if GROUPS == 0:  # for after the steps
-            bits = group_bits(scales, stride_group, outputs, 0, 0, group_planes, last_group, 1, True)
+            bits = group_bits(scales, stride_group, outputs, 0, plane_groups, last_group, 1, True)
         if SCALE_SUMS:
             acc = sum_scaled_bytes(
-                acc, weights, x, full, empty, scales, outputs, group, stage, phase, first, end, last_group,
-                group_planes, stride_group, 1, 4, 1, STAGES,
+                acc, weights, x, full, empty, scales, outputs, group, 0, stage, phase, first, end, last_group,
+                plane_groups, stride_group, 1, 4, 1, 1, STAGES,
             )
         else:
             acc = sum_bytes(
-                acc, weights, x, full, empty, scales, outputs, group, stage, phase, first, end, last_group,
-                group_planes, stride_group, GROUPS, EVEN, 1, 4, 1, 128, STAGES,
+                acc, weights, x, full, empty, scales, outputs, group, 0, stage, phase, first, end, last_group,
+                plane_groups, stride_group, GROUPS, EVEN, 1, 4, 1, 1, 128, STAGES,
             )
         if GROUPS == 0:
             acc *= gl.expand_dims(bits_to_float(bits[0], scale_ptr.dtype.element_ty) * FACTOR, 1)
@@ -117,11 +119,11 @@ def _compute(
         phase_of_pair ^= 1
 
 
-@gluon.jit(do_not_specialize=["S", "part_steps", "last_group", "group_planes", "k_tiles"])
+@gluon.jit(do_not_specialize=["S", "part_steps", "last_group", "plane_groups", "k_tiles"])
 def _grouped_int8_kernel(
     # Bound by reading the weights, a byte each. One program a multiprocessor.
     weight_desc, x_desc, out_ptr, bias_ptr, plan_ptr, scale_ptr, S, N, n_tiles, k_tiles, part_steps, last_group,
-    group_planes, stride_expert, stride_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, SCALE_SUMS: gl.constexpr, ROWS:
+    plane_groups, stride_expert, stride_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, SCALE_SUMS: gl.constexpr, ROWS:
     gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, EARLY: gl.constexpr, CHAINED:
     gl.constexpr,
 ):
@@ -147,23 +149,23 @@ def _grouped_int8_kernel(
     gl.warp_specialize([
         (_compute, (
             0, epilogue, plan_ptr, scale_ptr, weights, x, full, empty, handed, left, taken, n_tiles, k_tiles,
-            part_steps, last_group, group_planes, stride_expert, stride_group, GROUPS, EVEN, SCALE_SUMS, ROWS, STAGES,
+            part_steps, last_group, plane_groups, stride_expert, stride_group, GROUPS, EVEN, SCALE_SUMS, ROWS, STAGES,
             PARTS, GATED, CHAINED)),
         (_compute, (
             1, epilogue, plan_ptr, scale_ptr, weights, x, full, empty, handed, left, taken, n_tiles, k_tiles,
-            part_steps, last_group, group_planes, stride_expert, stride_group, GROUPS, EVEN, SCALE_SUMS, ROWS, STAGES,
+            part_steps, last_group, plane_groups, stride_expert, stride_group, GROUPS, EVEN, SCALE_SUMS, ROWS, STAGES,
             PARTS, GATED, CHAINED)),
         (_compute, (
             2, epilogue, plan_ptr, scale_ptr, weights, x, full, empty, handed, left, taken, n_tiles, k_tiles,
-            part_steps, last_group, group_planes, stride_expert, stride_group, GROUPS, EVEN, SCALE_SUMS, ROWS, STAGES,
+            part_steps, last_group, plane_groups, stride_expert, stride_group, GROUPS, EVEN, SCALE_SUMS, ROWS, STAGES,
             PARTS, GATED, CHAINED)),
         (_compute, (
             3, epilogue, plan_ptr, scale_ptr, weights, x, full, empty, handed, left, taken, n_tiles, k_tiles,
-            part_steps, last_group, group_planes, stride_expert, stride_group, GROUPS, EVEN, SCALE_SUMS, ROWS, STAGES,
+            part_steps, last_group, plane_groups, stride_expert, stride_group, GROUPS, EVEN, SCALE_SUMS, ROWS, STAGES,
             PARTS, GATED, CHAINED)),
         (_load_bytes, (
             weight_desc, plan_ptr, scale_ptr, read, full, empty, N, n_tiles, k_tiles, part_steps, last_group,
-            group_planes, stride_expert, stride_group, GROUPS, ROWS, STAGES, PARTS, GATED, EARLY, CHAINED)),
+            plane_groups, stride_expert, stride_group, GROUPS, ROWS, STAGES, PARTS, GATED, EARLY, CHAINED)),
         (load_rows, (
             x_desc, plan_ptr, x, full, empty, n_tiles, k_tiles, part_steps, 128, 2, STAGES, PARTS, CHAINED)),
     ], [4, 4, 4, 1, 1], [112, 112, 112, 24, 24])
@@ -203,7 +205,7 @@ def grouped_int8(
         k_tiles,
         cdiv(k_tiles, tiles.parts),
         groups - 1,
-        group_size // 32,
+        plane_groups(group_size),
         scale.stride(0),
         scale.stride(1),
         device=x.device,

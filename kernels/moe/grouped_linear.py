@@ -24,7 +24,7 @@ from octavo.kernels.moe.combine import add_parts
 from octavo.kernels.moe.grouped import grouped, may_copy
 from octavo.kernels.moe.grouped_tiles import Scales, Tiles, choose_int8, choose_tiles, rows_of, rows_of_plain
 from octavo.kernels.moe.schedule import plan_and_clear
-from octavo.kernels.quant.int8_hopper import scales_of_step
+from octavo.kernels.quant.int8_tiles import scales_of_step
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
 from octavo.kernels.tiles import device_properties, next_power_of_2

@@ -72,16 +72,16 @@ def load_rows(
 
 @gluon.jit
 def fetch_of_expert(
-    ptr, expert, stride_expert, stride_group, n, N, step, group_planes, last_group, GROUPS: gl.constexpr, GATED:
+    ptr, expert, stride_expert, stride_group, n, N, step, plane_groups, last_group, GROUPS: gl.constexpr, GATED:
     gl.constexpr,
 ):
     """Has the scales, or minima, of a step of a tile of 256 outputs, or twice 128, brought into the cache."""
     ptr += expert.to(gl.int64) * stride_expert
     if GATED:
-        fetch_scales(ptr, stride_group, n * 128, N, step, group_planes, last_group, GROUPS, 2)
-        fetch_scales(ptr + N, stride_group, n * 128, N, step, group_planes, last_group, GROUPS, 2)
+        fetch_scales(ptr, stride_group, n * 128, N, step, plane_groups, last_group, GROUPS, 2)
+        fetch_scales(ptr + N, stride_group, n * 128, N, step, plane_groups, last_group, GROUPS, 2)
     else:
-        fetch_scales(ptr, stride_group, n * 256, N, step, group_planes, last_group, GROUPS, 4)
+        fetch_scales(ptr, stride_group, n * 256, N, step, plane_groups, last_group, GROUPS, 4)
 
 
 @gluon.jit

@@ -1,9 +1,9 @@
 """The warpgroups of the Hopper int4 kernel (`int4_hopper.py`) that compute, each 64 · BLOCKS outputs of a tile.
 
 Weights are the first operand: they go from shared memory through registers, where they are dequantised
-(`int4_unpack.py`), into the tensor cores. While these are at 64 inputs, the next 64 are dequantised; and the
-warpgroups, two or four, fill each other's gaps. SIDES of them stand side by side; TURNS of them take turns at the steps
-of the same outputs, and the first adds up their sums, in their order.
+(`int4_unpack.py`), into the tensor cores. While these are at 64 inputs, the next 64 are dequantised; and the two
+warpgroups fill each other's gaps. SIDES of them stand side by side; TURNS of them take turns at the same outputs, of
+STEPS steps each, and the first adds up their sums, in their order.
 """
 
 from triton.experimental import gluon
@@ -11,12 +11,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from octavo.kernels.quant.int4_epilogue import fetch_residual, finish
-from octavo.kernels.quant.int4_shares import after_turns, place, share_of, slot_of, stage_of, step_at
+from octavo.kernels.quant.int4_shares import place, round_at, share_of, slot_of, stage_after, stage_of
 from octavo.kernels.quant.int4_unpack import (
     bits_to_float,
     group_bits,
     load_words,
-    next_group,
     of_half,
     operand,
     unpack,
@@ -36,102 +35,141 @@ def leave(acc, part_ptr, tokens, OUTPUTS: gl.constexpr, TOKENS: gl.constexpr):
 
 
 @gluon.jit
-def _bits_of_step(
-    scale_ptr, minimum_ptr, stride_scale_group, stride_minimum_group, rows, step, at, group_planes, last_group, GROUPS:
-    gl.constexpr, EVEN: gl.constexpr,
+def _bits_of_steps(
+    scale_ptr, minimum_ptr, stride_scale_group, stride_minimum_group, rows, step, plane_groups, last_group, GROUPS:
+    gl.constexpr, EVEN: gl.constexpr, STEPS: gl.constexpr,
 ):
-    scales = group_bits(scale_ptr, stride_scale_group, rows, step, at, group_planes, last_group, GROUPS, EVEN)
+    scales = group_bits(scale_ptr, stride_scale_group, rows, step, plane_groups, last_group, GROUPS, EVEN, STEPS)
     minima = ()
     if minimum_ptr is not None:
-        minima = group_bits(minimum_ptr, stride_minimum_group, rows, step, at, group_planes, last_group, GROUPS, EVEN)
+        minima = group_bits(
+            minimum_ptr, stride_minimum_group, rows, step, plane_groups, last_group, GROUPS, EVEN, STEPS
+        )
     return scales, minima
 
 
 @gluon.jit
+def of_step(values, j: gl.constexpr, STEPS: gl.constexpr):
+    """Of values of as many each for STEPS steps those of step j."""
+    COUNT: gl.constexpr = len(values) // STEPS
+    chosen = ()
+    for i in gl.static_range(COUNT):
+        chosen = chosen + (values[j * COUNT + i],)  # type: ignore[assignment]  # noqa: RUF005
+    return chosen
+
+
+@gluon.jit
+def _factors(scales, minima, scale_ptr, minimum_ptr, half: gl.constexpr, dtype: gl.constexpr, STEPS: gl.constexpr):
+    """Of each step's scales and minima those of a half, as `unpack` takes them."""
+    s = ()
+    m = ()
+    for j in gl.static_range(STEPS):
+        more_s, more_m = of_half(
+            of_step(scales, j, STEPS), of_step(minima, j, STEPS), scale_ptr, minimum_ptr, half, dtype
+        )
+        s = s + more_s
+        m = m + more_m
+    return s, m
+
+
+@gluon.jit
 def sum_steps(
-    acc, words, x, full, empty, scale_ptr, minimum_ptr, rows, side: gl.constexpr, stage, phase, k, end, last_group,
-    group_planes, stride_scale_group, stride_minimum_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, SCALE_SUMS:
-    gl.constexpr, BLOCKS: gl.constexpr, SIDES: gl.constexpr, TURNS: gl.constexpr, STAGES: gl.constexpr,
+    acc, words, x, full, empty, scale_ptr, minimum_ptr, rows, side: gl.constexpr, turn: gl.constexpr, stage, phase, k,
+    end, last_group, plane_groups, stride_scale_group, stride_minimum_group, GROUPS: gl.constexpr, EVEN: gl.constexpr,
+    SCALE_SUMS: gl.constexpr, BLOCKS: gl.constexpr, SIDES: gl.constexpr, TURNS: gl.constexpr, STEPS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):
-    """Adds every TURNS-th step from `k` to `end` of a tile to acc; `stage` and `phase` are the first's.
+    """Adds to acc this turn's steps of a tile's rounds from `k` to before `end`; `stage` and `phase` are round k's.
 
     Of x as many tokens are taken as acc has. SCALE_SUMS: not the weights are scaled, but each step's sums: that is
     fewer instructions for few tokens.
     """
     dtype: gl.constexpr = x.dtype
-    TOKENS: gl.constexpr = acc.shape[1]
     layout: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+    ROUND: gl.constexpr = TURNS * STEPS
+    TOKENS: gl.constexpr = acc.shape[1]
     nothing = gl.zeros_like(acc)
-    group_steps = group_planes // 4
-    whole = 0
-    more = TURNS
-    at = 0
-    left = 0
-    if GROUPS == 1:
-        whole = TURNS // group_steps
-        more = TURNS - whole * group_steps
-        at = k // group_steps
-        left = (at + 1) * group_steps - k
-    scales, minima = _bits_of_step(
-        scale_ptr, minimum_ptr, stride_scale_group, stride_minimum_group, rows, k, at, group_planes, last_group, GROUPS,
-        EVEN,
+    step = k * ROUND + turn * STEPS
+    scales, minima = _bits_of_steps(
+        scale_ptr, minimum_ptr, stride_scale_group, stride_minimum_group, rows, step, plane_groups, last_group, GROUPS,
+        EVEN, STEPS,
     )
-    mbarrier.wait(full.index(stage), phase)
-    packed = load_words(words.index(SIDES * stage + side), BLOCKS)
+    now = stage * TURNS + turn
+    mbarrier.wait(full.index(now), phase)
+    packed = load_words(words.index((now * SIDES + side) * STEPS), BLOCKS)
     s = ()
     m = ()
     s_high = ()
     m_high = ()
     if not SCALE_SUMS:
-        s, m = of_half(scales, minima, scale_ptr, minimum_ptr, 0, dtype)
-        s_high, m_high = of_half(scales, minima, scale_ptr, minimum_ptr, 1, dtype)
-        if GROUPS == 1:
-            at, left = next_group(at, left, group_steps, whole, more)
-        scales, minima = _bits_of_step(
-            scale_ptr, minimum_ptr, stride_scale_group, stride_minimum_group, rows, k + TURNS, at, group_planes,
-            last_group, GROUPS, EVEN,
+        s, m = _factors(scales, minima, scale_ptr, minimum_ptr, 0, dtype, STEPS)
+        s_high, m_high = _factors(scales, minima, scale_ptr, minimum_ptr, 1, dtype, STEPS)
+        scales, minima = _bits_of_steps(
+            scale_ptr, minimum_ptr, stride_scale_group, stride_minimum_group, rows, step + ROUND, plane_groups,
+            last_group, GROUPS, EVEN, STEPS,
         )
-    low = operand(unpack(packed, s, m, 0, dtype), dtype, layout)
-    for step in range(k + TURNS, end + TURNS, TURNS):
-        after, after_phase = after_turns(stage, phase, TURNS, STAGES)
-        next_stage = gl.where(step < end, after, stage)  # the last step's is itself once more, and for nothing
-        next_phase = gl.where(step < end, after_phase, phase)
-        part = x.index(stage).slice(0, 64, 1).slice(0, TOKENS).permute((1, 0))
-        if SCALE_SUMS:
-            sums = warpgroup_mma(low, part, nothing, use_acc=False, is_async=True)
-        else:
-            sums = warpgroup_mma(low, part, acc, is_async=True)
-        high = operand(unpack(packed, s_high, m_high, 1, dtype), dtype, layout)
-        part = x.index(stage).slice(64, 64, 1).slice(0, TOKENS).permute((1, 0))
-        sums = warpgroup_mma(high, part, sums, is_async=True)
-        if not SCALE_SUMS:  # the next half unpacked goes into the registers of this step's first
-            sums, low = warpgroup_mma_wait(1, deps=[sums, low])
-        mbarrier.wait(full.index(next_stage), next_phase)
-        packed = load_words(words.index(SIDES * next_stage + side), BLOCKS)
-        if GROUPS == 1:
-            at, left = next_group(at, left, group_steps, whole, more)
-        if not SCALE_SUMS:
-            s, m = of_half(scales, minima, scale_ptr, minimum_ptr, 0, dtype)
-            s_high, m_high = of_half(scales, minima, scale_ptr, minimum_ptr, 1, dtype)
-            # Those of the step after it, into the registers that are free now, or the loop would end with moves, which
-            # wait for the cache: under load it takes longer than half a step of 128 tokens.
-            scales, minima = _bits_of_step(
-                scale_ptr, minimum_ptr, stride_scale_group, stride_minimum_group, rows, step + TURNS, at, group_planes,
-                last_group, GROUPS, EVEN,
+    low = operand(unpack(packed, of_step(s, 0, STEPS), of_step(m, 0, STEPS), 0, dtype), dtype, layout)
+    for i in range(k + 1, end + 1):
+        step = i * ROUND + turn * STEPS
+        after, after_phase = stage_after(stage, phase, STAGES)
+        next_stage = gl.where(i < end, after, stage)  # the last round's is itself once more, and for nothing
+        next_phase = gl.where(i < end, after_phase, phase)
+        now = stage * TURNS + turn
+        following = next_stage * TURNS + turn
+        sums = acc
+        high = low
+        for j in gl.static_range(STEPS):
+            part = x.index(now * STEPS + j).slice(0, 64, 1).slice(0, TOKENS).permute((1, 0))
+            if SCALE_SUMS:
+                sums = warpgroup_mma(low, part, nothing, use_acc=False, is_async=True)
+            else:
+                sums = warpgroup_mma(low, part, sums, is_async=True)
+            if j > 0:  # what is unpacked goes into the registers of what has been multiplied
+                sums, high = warpgroup_mma_wait(1, deps=[sums, high])
+            high = operand(
+                unpack(packed, of_step(s_high, j, STEPS), of_step(m_high, j, STEPS), 1, dtype), dtype, layout
             )
-        next_low = operand(unpack(packed, s, m, 0, dtype), dtype, layout)
+            part = x.index(now * STEPS + j).slice(64, 64, 1).slice(0, TOKENS).permute((1, 0))
+            sums = warpgroup_mma(high, part, sums, is_async=True)
+            if j + 1 < STEPS:
+                packed = load_words(words.index((now * SIDES + side) * STEPS + j + 1), BLOCKS)
+            if STEPS > 1 or not SCALE_SUMS:
+                sums, low = warpgroup_mma_wait(1, deps=[sums, low])
+            if j + 1 < STEPS:
+                low = operand(
+                    unpack(packed, of_step(s, j + 1, STEPS), of_step(m, j + 1, STEPS), 0, dtype), dtype, layout
+                )
+            if j == 0:
+                first = sums
+        mbarrier.wait(full.index(following), next_phase)
+        packed = load_words(words.index((following * SIDES + side) * STEPS), BLOCKS)
+        if not SCALE_SUMS:
+            s, m = _factors(scales, minima, scale_ptr, minimum_ptr, 0, dtype, STEPS)
+            s_high, m_high = _factors(scales, minima, scale_ptr, minimum_ptr, 1, dtype, STEPS)
+            # Those of the round after it, into the registers that are free now, or the loop would end with moves, which
+            # wait for the cache: under load it takes longer than half a step of 128 tokens.
+            scales, minima = _bits_of_steps(
+                scale_ptr, minimum_ptr, stride_scale_group, stride_minimum_group, rows, step + ROUND, plane_groups,
+                last_group, GROUPS, EVEN, STEPS,
+            )
+        next_low = operand(unpack(packed, of_step(s, 0, STEPS), of_step(m, 0, STEPS), 0, dtype), dtype, layout)
         if BLOCKS == 1 and not SCALE_SUMS:
             # This has come already. ptxas would move the unpacking above down past the wait below; past this wait's
             # loop it does not. Two blocks are faster without.
-            mbarrier.wait(full.index(next_stage), next_phase)
-        sums, low, high, next_low = warpgroup_mma_wait(0, deps=[sums, low, high, next_low])
+            mbarrier.wait(full.index(following), next_phase)
+        if SCALE_SUMS and STEPS == 2:
+            first, sums, low, high, next_low = warpgroup_mma_wait(0, deps=[first, sums, low, high, next_low])
+        else:
+            sums, low, high, next_low = warpgroup_mma_wait(0, deps=[sums, low, high, next_low])
         low = next_low
         mbarrier.arrive(empty.index(stage), count=1)
         if SCALE_SUMS:
-            acc += sums * gl.expand_dims(bits_to_float(scales[0], scale_ptr.dtype.element_ty), 1)
-            # Not before: into the same registers, for use at the end of the next step. If there were two sets of them,
+            if STEPS == 2:
+                acc += first * gl.expand_dims(bits_to_float(scales[0], scale_ptr.dtype.element_ty), 1)
+            acc += sums * gl.expand_dims(bits_to_float(scales[STEPS - 1], scale_ptr.dtype.element_ty), 1)
+            # Not before: into the same registers, for use at the end of the next round. If there were two sets of them,
             # the loop would end with moves from one to the other, which wait for the cache.
-            scales = group_bits(scale_ptr, stride_scale_group, rows, step, at, group_planes, last_group, GROUPS, EVEN)
+            scales = group_bits(scale_ptr, stride_scale_group, rows, step, plane_groups, last_group, 1, True, STEPS)
         else:
             acc = sums
         stage = after
@@ -142,10 +180,10 @@ def sum_steps(
 @gluon.jit
 def compute(
     group: gl.constexpr, out_ptr, scale_ptr, minimum_ptr, bias_ptr, residual_ptr, workspace_ptr, words, x, full, empty,
-    turns, left, taken, M, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width,
-    stride_scale_group, stride_minimum_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, SCALE_SUMS: gl.constexpr,
-    BLOCKS: gl.constexpr, TOKENS: gl.constexpr, SIDES: gl.constexpr, TURNS: gl.constexpr, STAGES: gl.constexpr,
-    ACTIVATED: gl.constexpr, CHAINED: gl.constexpr,
+    turns, left, taken, shares, M, N, last_group, plane_groups, stride_scale_group, stride_minimum_group, GROUPS:
+    gl.constexpr, EVEN: gl.constexpr, SCALE_SUMS: gl.constexpr, BLOCKS: gl.constexpr, TOKENS: gl.constexpr, SIDES:
+    gl.constexpr, TURNS: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, ACTIVATED: gl.constexpr, CHAINED:
+    gl.constexpr,
 ):
     """What warpgroup number `group` does."""
     ROWS: gl.constexpr = 64 * BLOCKS
@@ -157,29 +195,28 @@ def compute(
     scale_layout: gl.constexpr = gl.SliceLayout(1, acc_layout if SCALE_SUMS else packed_layout)
     program = gl.program_id(0)
     programs = gl.num_programs(0)
-    first, own, steps = share_of(program, programs, tiles, shared, k_tiles)
+    rounds = shares[3]
+    first, own, count = share_of(program, programs, shares)
     i = 0
     parity = 0
-    while i < steps:
-        tile, k = step_at(i, first, own, program, programs, shared, k_tiles)
-        row_tile, token_tile = place(tile, row_tiles, token_tiles, width)
+    while i < count:
+        tile, k = round_at(i, first, own, program, programs, shares)
+        row_tile, token_tile = place(tile, shares[4], shares[5], shares[6])
         row = row_tile * OUTPUTS + side * ROWS
-        rows = gl.minimum(row + gl.arange(0, ROWS, layout=scale_layout), N - 1)
-        end = k_tiles
+        rows = row + gl.arange(0, ROWS, layout=scale_layout)
+        rows = gl.where(rows < N, rows, 0)
+        end = rounds
         if i < own:
-            end = gl.minimum(k_tiles, k + own - i)
+            end = gl.minimum(rounds, k + own - i)
         if residual_ptr is not None:
             fetch_residual(residual_ptr, row, token_tile * TOKENS, M, N, ROWS, TOKENS, ACTIVATED)
         acc = gl.zeros([ROWS, TOKENS], gl.float32, acc_layout)
-        # A stage is always the same warpgroup's, or one could take it for full before it is: STAGES divide by TURNS.
-        ahead = (turn + TURNS - i % TURNS) % TURNS
-        if TURNS == 1 or k + ahead < end:
-            stage, phase = stage_of(i + ahead, STAGES)
-            acc = sum_steps(
-                acc, words, x, full, empty, scale_ptr, minimum_ptr, rows, side, stage, phase, k + ahead, end,
-                last_group, group_planes, stride_scale_group, stride_minimum_group, GROUPS, EVEN, SCALE_SUMS, BLOCKS,
-                SIDES, TURNS, STAGES,
-            )
+        stage, phase = stage_of(i, STAGES)
+        acc = sum_steps(
+            acc, words, x, full, empty, scale_ptr, minimum_ptr, rows, side, turn, stage, phase, k, end, last_group,
+            plane_groups, stride_scale_group, stride_minimum_group, GROUPS, EVEN, SCALE_SUMS, BLOCKS, SIDES, TURNS,
+            STEPS, STAGES,
+        )
         i += end - k
         if turn > 0:
             mbarrier.wait(taken.index(side), parity ^ 1)
@@ -191,8 +228,8 @@ def compute(
                 for other in gl.static_range(TURNS - 1):
                     acc += turns.index(other * SIDES + side).load(acc_layout)
             token = token_tile * TOKENS
-            if end - k < k_tiles:
-                slot = slot_of(program, tile, programs, shared, k_tiles)
+            if end - k < rounds:
+                slot = slot_of(program, tile, programs, rounds, shares[2])
                 part_ptr = workspace_ptr + (slot.to(gl.int64) * (OUTPUTS * TOKENS) + side * ROWS)
                 leave(acc, part_ptr, M - token, OUTPUTS, TOKENS)
             else:

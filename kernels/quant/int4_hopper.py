@@ -1,19 +1,22 @@
 """The int4 linear layer on Hopper (sm_90), in Gluon; elsewhere, and in fp32, `int4.py`'s kernel does it.
 
-A program on each multiprocessor: two warps load, by TMA (`int4_loads.py`), two or four warpgroups compute
+A program on each multiprocessor, or two: two warps load, by TMA (`int4_loads.py`), two warpgroups compute
 (`int4_compute.py`). What a program computes is told by `int4_shares.py`; tiles that programs share are added up by a
 second kernel (`int4_parts.py`), which is launched only where there are some; `int4_tiles.py` chooses them.
 
 What bounds few tokens. A step of 64 outputs by 128 inputs is 4 KiB, which come from memory in 310 cycles of an H100's
 multiprocessor (3.05 TB/s for 132 of them, at 1.75 GHz). To unpack it takes each warp of a warpgroup, one on each of the
-four schedulers, 32 LOP3, 24 shifts and 32 HFMA2, of the 185 instructions of its loop (SASS; it was 200 before scales
-were loaded behind their use): 185 cycles to issue them, 112 of the pipe of LOP3 and shifts. So instructions leave room;
-what does not is latency. A step is two products, the second of which adds to the first's sums, with a wait for each and
-four barriers of the warpgroup, and two warpgroups took 1077 cycles a step each, as measured. So up to 32 tokens there
-are four. With turns at the same 64 outputs they make tiles so small that 8192 outputs are 128 of them, and nothing is
-shared; with outputs of their own they take 300 cycles a tile (`CUTS`), as long as it takes to come from memory, with
-turns 340 to 450, for those add up in shared memory. On an H100, one token, Marlin's or Machete's best of another day
-beside it: 8192 × 8192 19.0 µs (18.2), 28672 × 4096 25.3 (30.9), 4096 × 14336 17.4 (23.6), 6144 × 4096 11.0 (11.6).
+four schedulers, 32 LOP3, 24 shifts and 32 HFMA2, of the 168 instructions of its loop (SASS): there is room for them;
+what there is not is time for anything else, one after the other. So the warps that load go round their loop once for
+four steps, for it takes 450 cycles with a step a stage; a turn is of two steps, whose products are on their way while
+others are unpacked, between one wait for the copy engine and the next; two warpgroups take turns at the same 64
+outputs, so that 8192 outputs are 128 tiles and nothing is shared; and tiles have 8 tokens where there are no more, for
+the copy engine takes longer over rows that are not there (16 rows for one token: 3 µs of 18). At 8192 × 8192 loading
+alone takes 13.0 µs, and all of it 14.4 (four warpgroups with a step a turn took 19.3, or with a round a stage 15.3).
+Programs of half a multiprocessor's registers and memory are for where there are more tiles than multiprocessors: one
+goes on while the other ends. With fewer tiles they are dealt out unevenly, for those of the next kernel start where the
+last kernel's have ended. On an H100, one token, the best of Marlin and Machete of another day beside it: 8192 × 8192
+14.4 µs (17.7), 4096 × 4096 7.0 (9.1), 28672 × 4096 24.0 (29.9), 4096 × 14336 16.0 (23.6), 10240 × 8192 20.3 (22.1).
 
 What bounds many tokens. A packed tile takes the tensor cores 512 cycles by 128 tokens, 1024 by 256; to unpack it takes
 each warp some 200 instructions. They slow the products down even beside them: with 128 tokens the tensor cores are busy
@@ -34,7 +37,7 @@ from octavo.kernels.quant.epilogue import outputs_of
 from octavo.kernels.quant.int4_compute import compute
 from octavo.kernels.quant.int4_loads import load_tokens, load_weights
 from octavo.kernels.quant.int4_parts import _int4_parts_kernel
-from octavo.kernels.quant.int4_tiles import Tiles, choose_tiles, groups_of_step
+from octavo.kernels.quant.int4_tiles import MOST_INPUTS, Tiles, choose_tiles, groups_of_step, plane_groups
 from octavo.kernels.tiles import (
     DeviceProperties,
     cdiv,
@@ -43,33 +46,38 @@ from octavo.kernels.tiles import (
     row_strides,
 )
 
+REGISTERS = 80
+"""A thread's, on average, where two programs run on a multiprocessor, of 384 threads each."""
+
 # Lists of arguments, one a line, would be longer than the code between them.
 # fmt: off
 
 
 @gluon.jit(
     do_not_specialize=[
-        "M", "k_tiles", "last_group", "group_planes", "tiles", "shared", "row_tiles", "token_tiles", "width",
-        "stride_scale_group", "stride_minimum_group",
+        "M", "k_tiles", "rounds", "last_group", "plane_groups", "tiles", "shared", "shared_rounds", "row_tiles",
+        "token_tiles", "width", "stride_scale_group", "stride_minimum_group",
     ]
 )
 def _int4_hopper_kernel(
     # Few tokens: bound by reading the weights, half a byte each. Many: by the tensor cores.
-    packed_desc, x_desc, out_ptr, scale_ptr, minimum_ptr, bias_ptr, residual_ptr, workspace_ptr, M, N, k_tiles,
-    last_group, group_planes, tiles, shared, row_tiles, token_tiles, width, stride_scale_group, stride_minimum_group,
-    GROUPS: gl.constexpr, EVEN: gl.constexpr, SCALE_SUMS: gl.constexpr, BLOCKS: gl.constexpr, TOKENS: gl.constexpr,
-    SIDES: gl.constexpr, TURNS: gl.constexpr, STAGES: gl.constexpr, ACTIVATED: gl.constexpr, CHAINED:
-    gl.constexpr,
+    packed_desc, x_desc, out_ptr, scale_ptr, minimum_ptr, bias_ptr, residual_ptr, workspace_ptr, M, N, k_tiles, rounds,
+    last_group, plane_groups, tiles, shared, shared_rounds, row_tiles, token_tiles, width, stride_scale_group,
+    stride_minimum_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, SCALE_SUMS: gl.constexpr, BLOCKS: gl.constexpr,
+    TOKENS: gl.constexpr, SIDES: gl.constexpr, TURNS: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
+    ACTIVATED: gl.constexpr, REGISTERS: gl.constexpr, CHAINED: gl.constexpr,
 ):
+    shares = (tiles, shared, shared_rounds, rounds, row_tiles, token_tiles, width)
     dtype: gl.constexpr = x_desc.dtype
     TILES: gl.constexpr = SIDES * BLOCKS
-    x = gl.allocate_shared_memory(dtype, [STAGES, TOKENS, 128], x_desc.layout)
-    x_read = x._reinterpret(dtype, [2 * STAGES, TOKENS, 64], x_desc.layout)
-    tiles_read = gl.allocate_shared_memory(gl.int16, [STAGES * TILES, 32, 64], packed_desc.layout)
+    PLACES: gl.constexpr = STAGES * TURNS
+    x = gl.allocate_shared_memory(dtype, [PLACES * STEPS, TOKENS, 128], x_desc.layout)
+    x_read = x._reinterpret(dtype, [2 * PLACES * STEPS, TOKENS, 64], x_desc.layout)
+    tiles_read = gl.allocate_shared_memory(gl.int16, [PLACES * TILES, 32 * STEPS, 64], packed_desc.layout)
     pairs: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
-    words = tiles_read._reinterpret(gl.int32, [SIDES * STAGES, 32 * BLOCKS, 32], pairs)
+    words = tiles_read._reinterpret(gl.int32, [PLACES * SIDES * STEPS, 32 * BLOCKS, 32], pairs)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], barrier)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     # The sums of the warpgroups that take turns with the first of their side, if any.
     OTHERS: gl.constexpr = TURNS - 1 if TURNS > 1 else 1
@@ -81,60 +89,25 @@ def _int4_hopper_kernel(
     for side in gl.static_range(SIDES):
         mbarrier.init(left.index(side), count=OTHERS)
         mbarrier.init(taken.index(side), count=1)
+    for place in gl.static_range(PLACES):
+        mbarrier.init(full.index(place), count=1)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=SIDES)
+        mbarrier.init(empty.index(stage), count=SIDES * TURNS)
     fence_async_shared()
-    if SIDES * TURNS == 4:
-        gl.warp_specialize([
-            (compute, (
-                0, out_ptr, scale_ptr, minimum_ptr, bias_ptr, residual_ptr, workspace_ptr, words, x, full, empty, turns,
-                left, taken, M, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width,
-                stride_scale_group, stride_minimum_group, GROUPS, EVEN, SCALE_SUMS, BLOCKS, TOKENS, SIDES, TURNS,
-                STAGES, ACTIVATED, CHAINED)),
-            (compute, (
-                1, out_ptr, scale_ptr, minimum_ptr, bias_ptr, residual_ptr, workspace_ptr, words, x, full, empty, turns,
-                left, taken, M, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width,
-                stride_scale_group, stride_minimum_group, GROUPS, EVEN, SCALE_SUMS, BLOCKS, TOKENS, SIDES, TURNS,
-                STAGES, ACTIVATED, CHAINED)),
-            (compute, (
-                2, out_ptr, scale_ptr, minimum_ptr, bias_ptr, residual_ptr, workspace_ptr, words, x, full, empty, turns,
-                left, taken, M, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width,
-                stride_scale_group, stride_minimum_group, GROUPS, EVEN, SCALE_SUMS, BLOCKS, TOKENS, SIDES, TURNS,
-                STAGES, ACTIVATED, CHAINED)),
-            (compute, (
-                3, out_ptr, scale_ptr, minimum_ptr, bias_ptr, residual_ptr, workspace_ptr, words, x, full, empty, turns,
-                left, taken, M, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width,
-                stride_scale_group, stride_minimum_group, GROUPS, EVEN, SCALE_SUMS, BLOCKS, TOKENS, SIDES, TURNS,
-                STAGES, ACTIVATED, CHAINED)),
-            (load_weights, (
-                packed_desc, tiles_read, full, empty, scale_ptr, minimum_ptr, N, k_tiles, last_group, group_planes,
-                tiles, shared, row_tiles, token_tiles, width, stride_scale_group, stride_minimum_group, GROUPS, TILES,
-                TOKENS, STAGES)),
-            (load_tokens, (
-                x_desc, x_read, full, empty, k_tiles, tiles, shared, row_tiles, token_tiles, width, TOKENS, STAGES,
-                CHAINED)),
-        ], [4, 4, 4, 1, 1], [112, 112, 112, 24, 24])
-    else:
-        gl.warp_specialize([
-            (compute, (
-                0, out_ptr, scale_ptr, minimum_ptr, bias_ptr, residual_ptr, workspace_ptr, words, x, full, empty, turns,
-                left, taken, M, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width,
-                stride_scale_group, stride_minimum_group, GROUPS, EVEN, SCALE_SUMS, BLOCKS, TOKENS, SIDES, TURNS,
-                STAGES, ACTIVATED, CHAINED)),
-            (compute, (
-                1, out_ptr, scale_ptr, minimum_ptr, bias_ptr, residual_ptr, workspace_ptr, words, x, full, empty, turns,
-                left, taken, M, N, k_tiles, last_group, group_planes, tiles, shared, row_tiles, token_tiles, width,
-                stride_scale_group, stride_minimum_group, GROUPS, EVEN, SCALE_SUMS, BLOCKS, TOKENS, SIDES, TURNS,
-                STAGES, ACTIVATED, CHAINED)),
-            (load_weights, (
-                packed_desc, tiles_read, full, empty, scale_ptr, minimum_ptr, N, k_tiles, last_group, group_planes,
-                tiles, shared, row_tiles, token_tiles, width, stride_scale_group, stride_minimum_group, GROUPS, TILES,
-                TOKENS, STAGES)),
-            (load_tokens, (
-                x_desc, x_read, full, empty, k_tiles, tiles, shared, row_tiles, token_tiles, width, TOKENS, STAGES,
-                CHAINED)),
-        ], [4, 1, 1], [240, 24, 24])
+    gl.warp_specialize([
+        (compute, (
+            0, out_ptr, scale_ptr, minimum_ptr, bias_ptr, residual_ptr, workspace_ptr, words, x, full, empty, turns,
+            left, taken, shares, M, N, last_group, plane_groups, stride_scale_group, stride_minimum_group, GROUPS, EVEN,
+            SCALE_SUMS, BLOCKS, TOKENS, SIDES, TURNS, STEPS, STAGES, ACTIVATED, CHAINED)),
+        (compute, (
+            1, out_ptr, scale_ptr, minimum_ptr, bias_ptr, residual_ptr, workspace_ptr, words, x, full, empty, turns,
+            left, taken, shares, M, N, last_group, plane_groups, stride_scale_group, stride_minimum_group, GROUPS, EVEN,
+            SCALE_SUMS, BLOCKS, TOKENS, SIDES, TURNS, STEPS, STAGES, ACTIVATED, CHAINED)),
+        (load_weights, (
+            packed_desc, tiles_read, full, empty, scale_ptr, minimum_ptr, shares, N, k_tiles, last_group, plane_groups,
+            stride_scale_group, stride_minimum_group, GROUPS, TILES, TOKENS, TURNS, STEPS, STAGES)),
+        (load_tokens, (x_desc, x_read, full, empty, shares, TOKENS, TURNS, STEPS, STAGES, CHAINED)),
+    ], [4, 1, 1], [104 if REGISTERS else 240, 24, 24])
 # fmt: on
 
 
@@ -146,6 +119,7 @@ def takes(x: torch.Tensor, packed: torch.Tensor, properties: DeviceProperties) -
         and not INTERPRET
         and x.dtype in (torch.float16, torch.bfloat16)
         and x.numel() > 0
+        and x.shape[-1] <= MOST_INPUTS
         and x.data_ptr() % 16 == packed.data_ptr() % 16 == 0
         and token_stride(x) is not None
     )
@@ -176,7 +150,7 @@ def linear(
     m, k_tiles = x.numel() // k, packed.shape[1]
     if tiles is None:
         tiles = choose_tiles(m, n, k, group_size, minimum is not None, device_properties(device))
-    outputs = tiles.outputs
+    outputs, rounds = tiles.outputs, cdiv(k_tiles, tiles.turns * tiles.steps)
     row_tiles, token_tiles = cdiv(n, outputs), cdiv(m, tiles.tokens)
     # Never None, or the kernel would be compiled twice.
     parts = 2 * tiles.programs if tiles.shared else 0
@@ -186,7 +160,7 @@ def linear(
     launch(
         _int4_hopper_kernel,
         (tiles.programs,),
-        TensorDescriptor(packed, [packed.numel() // 64, 64], [64, 1], [32, 64], layout),
+        TensorDescriptor(packed, [packed.numel() // 64, 64], [64, 1], [32 * tiles.steps, 64], layout),
         TensorDescriptor(x, [m, k], [token_stride(x), 1], [tiles.tokens, 64], layout),
         out,
         scale,
@@ -197,10 +171,12 @@ def linear(
         m,
         n,
         k_tiles,
+        rounds,
         groups - 1,
-        group_size // 32,
+        plane_groups(group_size),
         row_tiles * token_tiles,
         tiles.shared,
+        tiles.shared * rounds,
         row_tiles,
         token_tiles,
         tiles.width,
@@ -209,18 +185,20 @@ def linear(
         device=device,
         num_warps=4,
         GROUPS=per_step,
-        EVEN=per_step == 1 or per_step * group_size == 128,
+        EVEN=per_step <= 1 or per_step * group_size == 128,
         SCALE_SUMS=tiles.scale_sums,
         BLOCKS=tiles.blocks,
         TOKENS=tiles.tokens,
         SIDES=tiles.sides,
         TURNS=tiles.turns,
+        STEPS=tiles.steps,
         STAGES=tiles.stages,
         ACTIVATED=activation is not None,
+        REGISTERS=REGISTERS if tiles.at_once == 2 else 0,
         CHAINED=chains(device),
     )
     if tiles.shared:
-        add_parts(out, bias, residual, workspace, m, n, k_tiles, tiles, activation)
+        add_parts(out, bias, residual, workspace, m, n, rounds, tiles, activation)
 
 
 def add_parts(
@@ -230,7 +208,7 @@ def add_parts(
     workspace: torch.Tensor,
     m: int,
     n: int,
-    k_tiles: int,
+    rounds: int,
     tiles: Tiles,
     activation: str | None,
 ) -> None:
@@ -244,7 +222,7 @@ def add_parts(
         workspace,
         m,
         n,
-        k_tiles,
+        rounds,
         tiles.shared,
         tiles.programs,
         cdiv(n, tiles.outputs),

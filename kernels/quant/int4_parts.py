@@ -14,10 +14,10 @@ from octavo.kernels.tiles import let_next_start, wait_for_previous
 # fmt: off
 
 
-@gluon.jit(do_not_specialize=["M", "k_tiles", "shared", "programs", "row_tiles", "token_tiles", "width"])
+@gluon.jit(do_not_specialize=["M", "rounds", "shared", "programs", "row_tiles", "token_tiles", "width"])
 def _int4_parts_kernel(
     # Bound by its launch for few tokens, by the cache for many. A program BLOCK results of a shared tile.
-    out_ptr, bias_ptr, residual_ptr, workspace_ptr, M, N, k_tiles, shared, programs, row_tiles, token_tiles, width,
+    out_ptr, bias_ptr, residual_ptr, workspace_ptr, M, N, rounds, shared, programs, row_tiles, token_tiles, width,
     OUTPUTS: gl.constexpr, TOKENS: gl.constexpr, BLOCK: gl.constexpr, ACTIVATED: gl.constexpr, CHAINED: gl.constexpr,
 ):
     wait_for_previous(CHAINED)
@@ -25,8 +25,8 @@ def _int4_parts_kernel(
     SHARE: gl.constexpr = 2 if ACTIVATED else 1
     WIDTH: gl.constexpr = OUTPUTS // SHARE
     tile = gl.program_id(0)
-    first = program_of(tile * k_tiles, programs, shared, k_tiles)
-    last = program_of(tile * k_tiles + k_tiles - 1, programs, shared, k_tiles)
+    first = program_of(tile * rounds, programs, shared * rounds)
+    last = program_of(tile * rounds + rounds - 1, programs, shared * rounds)
     row_tile, token_tile = place(tile, row_tiles, token_tiles, width)
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     inside = gl.program_id(1) * BLOCK + gl.arange(0, BLOCK, layout=layout)
@@ -46,7 +46,7 @@ def _int4_parts_kernel(
         parts = ()
         for j in gl.static_range(AT_ONCE):
             program = gl.minimum(start + j, last)
-            slot = slot_of(program, tile, programs, shared, k_tiles)
+            slot = slot_of(program, tile, programs, rounds, shared * rounds)
             part_ptr = workspace_ptr + slot.to(gl.int64) * (OUTPUTS * TOKENS)
             mask = wanted & (start + j <= last)
             for half in gl.static_range(SHARE):

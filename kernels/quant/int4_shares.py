@@ -1,10 +1,10 @@
 """Which part of the product each program of the Hopper int4 kernel (`int4_hopper.py`) computes, and in what order.
 
-The product is cut into tiles of outputs by tokens, a tile into steps of 128 inputs. Where whole tiles fill the GPU
-badly, the steps of the first `shared` tiles stand in one row, of which each program takes an equal share (stream-K:
-Osama et al. 2023, https://arxiv.org/abs/2301.03598); the other tiles are computed whole, one program each, in turns. Of
-a tile that shares cut, each of its programs leaves its part in memory, and a second kernel (`int4_parts.py`) adds them
-up in the order of their inputs.
+The product is cut into tiles of outputs by tokens, a tile into rounds: a turn for each warpgroup of a side, of one step
+of 128 inputs or two. Where whole tiles fill the GPU badly, the rounds of the first `shared` tiles stand in one row, of
+which each program takes an equal share (stream-K: Osama et al. 2023, https://arxiv.org/abs/2301.03598); the other tiles
+are computed whole, one program each, in turns. Of a tile that shares cut, each of its programs leaves its part in
+memory, and a second kernel (`int4_parts.py`) adds them up in the order of their inputs.
 
 Programs that run at the same time have neighbouring tiles, so that weights and tokens stay in the cache (L2).
 """
@@ -14,22 +14,29 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def share_of(program, programs, tiles, shared, k_tiles):
-    """The program's first shared step, how many it has, and how many steps in all."""
-    first = program * (shared * k_tiles) // programs
-    own = (program + 1) * (shared * k_tiles) // programs - first
+def share_of(program, programs, shares):
+    """The program's first shared round, how many it has, and how many rounds in all.
+
+    shares: tiles, how many of them are shared, the rounds of those and of a tile, tiles of outputs and of tokens, and
+    how many of the latter stand side by side. The product of the second and the fourth is given, since the compiler
+    would compute it once for all warps, and keep it in a register of each.
+    """
+    tiles, shared, shared_rounds, rounds = shares[0], shares[1], shares[2], shares[3]
+    first = program * shared_rounds // programs
+    own = (program + 1) * shared_rounds // programs - first
     whole = gl.maximum(tiles - shared - program + programs - 1, 0) // programs
-    return first, own, own + whole * k_tiles
+    return first, own, own + whole * rounds
 
 
 @gluon.jit
-def step_at(i, first, own, program, programs, shared, k_tiles):
-    """The tile and the place in it of the program's step number i."""
-    tile = (first + i) // k_tiles
-    k = (first + i) % k_tiles
+def round_at(i, first, own, program, programs, shares):
+    """The tile and the place in it of the program's round number i."""
+    shared, rounds = shares[1], shares[3]
+    tile = (first + i) // rounds
+    k = (first + i) % rounds
     if i >= own:
-        tile = shared + program + (i - own) // k_tiles * programs
-        k = (i - own) % k_tiles
+        tile = shared + program + (i - own) // rounds * programs
+        k = (i - own) % rounds
     return tile, k
 
 
@@ -43,36 +50,36 @@ def place(tile, row_tiles, token_tiles, width):
 
 
 @gluon.jit
-def after(i, k, row_tile, token_tile, first, own, program, programs, shared, k_tiles, row_tiles, token_tiles, width):
-    """The place and the tile of the step after number i, which are given."""
+def after(i, k, row_tile, token_tile, first, own, program, programs, shares):
+    """The place and the tile of the round after number i, which are given."""
     k += 1
-    if (k == k_tiles) | (i + 1 == own):
-        tile, k = step_at(i + 1, first, own, program, programs, shared, k_tiles)
-        row_tile, token_tile = place(tile, row_tiles, token_tiles, width)
+    if (k == shares[3]) | (i + 1 == own):
+        tile, k = round_at(i + 1, first, own, program, programs, shares)
+        row_tile, token_tile = place(tile, shares[4], shares[5], shares[6])
     return k, row_tile, token_tile
 
 
 @gluon.jit
 def stage_of(i, STAGES: gl.constexpr):
-    """The stage of a program's step number i, and its phase."""
+    """The stage of a program's round number i, and its phase."""
     return i % STAGES, i // STAGES & 1
 
 
 @gluon.jit
-def after_turns(stage, phase, TURNS: gl.constexpr, STAGES: gl.constexpr):
-    """The stage of the step that comes TURNS later, and its phase."""
-    wraps = stage >= STAGES - TURNS
-    return gl.where(wraps, stage + TURNS - STAGES, stage + TURNS), phase ^ wraps.to(gl.int32)
+def stage_after(stage, phase, STAGES: gl.constexpr):
+    """The stage that comes next, and its phase."""
+    wraps = stage == STAGES - 1
+    return gl.where(wraps, 0, stage + 1), phase ^ wraps.to(gl.int32)
 
 
 @gluon.jit
-def program_of(step, programs, shared, k_tiles):
-    """Which program has a shared step."""
-    return ((step + 1) * programs - 1) // (shared * k_tiles)
+def program_of(i, programs, shared_rounds):
+    """Which program has the shared round number i."""
+    return ((i + 1) * programs - 1) // shared_rounds
 
 
 @gluon.jit
-def slot_of(program, tile, programs, shared, k_tiles):
+def slot_of(program, tile, programs, rounds, shared_rounds):
     """Where a program leaves its part of a tile that it shares: it has at most one that it ends, one that it begins."""
-    first = program * (shared * k_tiles) // programs
-    return 2 * program + (first <= tile * k_tiles).to(gl.int32)
+    first = program * shared_rounds // programs
+    return 2 * program + (first <= tile * rounds).to(gl.int32)

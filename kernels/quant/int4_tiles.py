@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from octavo.kernels.tiles import DeviceProperties, cdiv, next_power_of_2
 
@@ -12,18 +13,34 @@ OTHER_BYTES = 2048
 """Of shared memory, for barriers, and as much for each warpgroup that writes results: their way from lane to lane."""
 
 
+class Warpgroups(NamedTuple):
+    """How the two of a program that compute divide a tile among them."""
+
+    sides: int
+    """With outputs of their own, side by side."""
+    turns: int
+    """That take turns at the same outputs."""
+    blocks: int
+    """Each has 64 times as many outputs."""
+    steps: int = 1
+    """Of 128 inputs, in a turn."""
+    at_once: int = 1
+    """Programs that a multiprocessor has room for."""
+
+
 @dataclass(frozen=True)
 class Tiles:
     """How the product is cut, and which programs have what part of it."""
 
     sides: int
-    """Warpgroups with outputs of their own, side by side."""
     turns: int
-    """Warpgroups that take turns at the steps of the same outputs."""
     blocks: int
-    """A warpgroup has 64 times as many outputs."""
+    steps: int
+    at_once: int
+    """All as in `Warpgroups`."""
     tokens: int
     stages: int
+    """Each a round: the steps of every turn."""
     scale_sums: bool
     """Whether sums are scaled, instead of weights."""
     programs: int
@@ -31,6 +48,10 @@ class Tiles:
     """Tiles that programs share; the others are computed whole."""
     width: int
     """Tiles of tokens side by side: with 4, what runs at a time reads least (4096 tokens: 772 µs, with 16 777)."""
+
+    @property
+    def warpgroups(self) -> Warpgroups:
+        return Warpgroups(self.sides, self.turns, self.blocks, self.steps, self.at_once)
 
     @property
     def outputs(self) -> int:
@@ -42,9 +63,9 @@ class Tiles:
         return 512 if self.tokens <= 32 else 2048
 
 
-Cut = tuple[tuple[int, int, int], int, bool]
+Cut = tuple[Warpgroups, int, bool]
 """What `cut` takes from `warpgroups` to `sharing`."""
-Cuts = dict[int, dict[tuple[int, int, int], float]]
+Cuts = dict[int, dict[Warpgroups, float]]
 
 
 def groups_of_step(group_size: int) -> int:
@@ -52,28 +73,45 @@ def groups_of_step(group_size: int) -> int:
     return 1 if group_size % 128 == 0 else 2 if group_size == 64 else 4
 
 
+MOST_INPUTS = 2**20
+
+
+def plane_groups(group_size: int) -> int:
+    """What a number of 32 inputs times 2**-30 is the number of their group with: exact up to `MOST_INPUTS`."""
+    return cdiv(2**30, max(group_size // 32, 1))
+
+
+ONE, TWO = Warpgroups(1, 2, 1, steps=2), Warpgroups(1, 2, 1, steps=2, at_once=2)
+"""For few tokens: a program on each multiprocessor, or two."""
+TWO_OF_FEW_REGISTERS = Warpgroups(1, 2, 1, at_once=2)
 CUTS: Cuts = {
-    16: {(1, 4, 1): 0.26, (2, 2, 1): 0.195, (4, 1, 1): 0.17},
-    32: {(1, 4, 1): 0.27, (2, 2, 1): 0.2, (4, 1, 1): 0.18},
-    64: {(2, 1, 1): 0.26, (2, 1, 2): 0.245},
-    128: {(2, 1, 1): 0.4, (2, 1, 2): 0.38},
-    256: {(2, 1, 1): 0.71},
+    8: {ONE: 0.135, TWO: 0.135, TWO_OF_FEW_REGISTERS: 0.15},
+    16: {ONE: 0.135, TWO: 0.135, TWO_OF_FEW_REGISTERS: 0.15},
+    32: {ONE: 0.17, TWO_OF_FEW_REGISTERS: 0.2},
+    64: {Warpgroups(1, 2, 1): 0.27, Warpgroups(2, 1, 1): 0.26, Warpgroups(2, 1, 2): 0.245},
+    128: {Warpgroups(2, 1, 1): 0.4, Warpgroups(2, 1, 2): 0.38},
+    256: {Warpgroups(2, 1, 1): 0.71},
 }
-"""By tokens: sides, turns and blocks, and the microseconds that a packed tile takes a multiprocessor (measured, but for
-32 tokens)."""
-STAGE_BYTES = 160 * 1024
-"""Of stages, up to 64 tokens: of more, or of more than 8 stages, a program's first tokens come late (1 µs of 26)."""
+"""By tokens, and the microseconds that a packed tile takes a multiprocessor, but for its way from memory (measured, but
+for 32 tokens)."""
+STAGE_BYTES = 150 * 1024
+"""Of stages, up to 64 tokens: of more, or of more steps than `cut_into` wants, a program's first tokens come late."""
 MEMORY_BYTES_A_US, CACHE_BYTES_A_US = 3.25e6, 7.4e6
 """What comes from memory, which is the weights, and from the cache, with the tokens that each program reads again."""
+END_US = 0.5
+"""What a tile takes behind its steps, where a program takes turns at them and no other goes on beside it."""
 PARTS_US, PART_BYTES_A_US = 4.2, 2.2e6
 """What adding up the parts of shared tiles takes, and how fast they are written and read."""
 
 
-def share_tiles(tiles: int, k: int, sharing: bool, properties: DeviceProperties) -> tuple[int, int]:
-    """How many programs there are, and how many tiles they share."""
+def share_tiles(
+    tiles: int, k: int, warpgroups: Warpgroups, sharing: bool, properties: DeviceProperties
+) -> tuple[int, int]:
+    """How many programs there are, each of a round and two steps at least, and how many tiles they share."""
+    most = properties.num_sms * warpgroups.at_once
     if not sharing:
-        return min(properties.num_sms, tiles), 0
-    programs = min(properties.num_sms, max(tiles, tiles * cdiv(k, 128) // 2))
+        return min(most, tiles), 0
+    programs = min(most, max(tiles, tiles * cdiv(k, 128) // max(warpgroups.turns * warpgroups.steps, 2)))
     return programs, tiles % programs + (programs if tiles > programs else 0)
 
 
@@ -81,7 +119,7 @@ def cut(
     m: int,
     n: int,
     k: int,
-    warpgroups: tuple[int, int, int],
+    warpgroups: Warpgroups,
     tokens: int,
     sharing: bool,
     properties: DeviceProperties,
@@ -89,57 +127,61 @@ def cut(
     stages: int | None = None,
 ) -> Tiles:
     """Tiles of so many `sides`, `turns` and `blocks`, and of so many tokens; fewer stages where memory is short."""
-    stage_bytes = warpgroups[0] * warpgroups[2] * TILE_BYTES + tokens * 256
+    step_bytes = warpgroups.sides * warpgroups.blocks * TILE_BYTES + tokens * 256
     if stages is None and tokens > 64:
         stages = 5
-    return cut_into(stage_bytes, m, n, k, warpgroups, tokens, sharing, properties, scale_sums, stages)
+    return cut_into(step_bytes, m, n, k, warpgroups, tokens, sharing, properties, scale_sums, stages)
 
 
 def cut_into(
-    stage_bytes: int,
+    step_bytes: int,
     m: int,
     n: int,
     k: int,
-    warpgroups: tuple[int, int, int],
+    warpgroups: Warpgroups,
     tokens: int,
     sharing: bool,
     properties: DeviceProperties,
     scale_sums: bool,
     stages: int | None,
 ) -> Tiles:
-    """The same, of stages of so many bytes; None: as many as `STAGE_BYTES` has room for, up to 8."""
-    sides, turns, blocks = warpgroups
+    """The same, of steps of so many bytes; None: as many stages as `STAGE_BYTES` has room for, up to 8 steps."""
+    sides, turns, blocks, steps, at_once = warpgroups
     token_tiles = cdiv(m, tokens)
-    programs, shared = share_tiles(cdiv(n, 64 * sides * blocks) * token_tiles, k, sharing, properties)
-    room = properties.shared_memory - (sides + 1) * OTHER_BYTES - (turns - 1) * sides * blocks * tokens * 256
-    wanted = min(STAGE_BYTES // stage_bytes, 8) if stages is None else stages
-    stages = min(room // stage_bytes, wanted) // turns * turns
-    return Tiles(sides, turns, blocks, tokens, stages, scale_sums, programs, shared, min(token_tiles, 4))
+    programs, shared = share_tiles(cdiv(n, 64 * sides * blocks) * token_tiles, k, warpgroups, sharing, properties)
+    room = properties.shared_memory // at_once - (sides + 1) * OTHER_BYTES - (turns - 1) * sides * blocks * tokens * 256
+    round_bytes = turns * steps * step_bytes
+    if stages is None:
+        wanted = 6 if shared else 8 if turns == 1 else 12
+        stages = max(min(STAGE_BYTES // round_bytes, wanted // (turns * steps)), 2)
+    stages = min(room // round_bytes, stages)
+    return Tiles(*warpgroups, tokens, stages, scale_sums, programs, shared, min(token_tiles, 4))
 
 
-def time_of(tiles: Tiles, m: int, n: int, k: int, cuts: Cuts, tile_bytes: int) -> float:
+def time_of(tiles: Tiles, m: int, n: int, k: int, cuts: Cuts, tile_bytes: int, properties: DeviceProperties) -> float:
     """Microseconds that tiles take, but for what all of them do."""
     k_tiles, step_tiles = cdiv(k, 128), tiles.sides * tiles.blocks
     count = cdiv(n, tiles.outputs) * cdiv(m, tiles.tokens)
 
-    own = step_tiles * cuts[tiles.tokens][tiles.sides, tiles.turns, tiles.blocks]
+    own = step_tiles * cuts[tiles.tokens][tiles.warpgroups]
     weights = step_tiles * 1.03 * tile_bytes  # and scales
     from_cache = weights + min(m, tiles.tokens) * 256
 
     def of_steps(steps: float, programs: int) -> float:
         memory = weights * programs / MEMORY_BYTES_A_US if tiles.tokens <= 64 else 0  # else it is read several times
-        return steps * max(own, memory, from_cache * programs / CACHE_BYTES_A_US)
+        return steps * max(own * cdiv(programs, properties.num_sms), memory, from_cache * programs / CACHE_BYTES_A_US)
 
     if tiles.shared:
         parts = tiles.programs + (tiles.shared if tiles.programs % tiles.shared else 0)
         parts *= tiles.outputs * min(m, tiles.tokens) * 4
         return of_steps(count * k_tiles / tiles.programs, tiles.programs) + PARTS_US + parts / PART_BYTES_A_US
     waves, rest = divmod(count, tiles.programs)
-    return of_steps(waves * k_tiles, tiles.programs) + of_steps(k_tiles if rest else 0, rest)
+    ends = (waves + (rest > 0) - 1) * END_US if tiles.turns > tiles.at_once else 0.0
+    return of_steps(waves * k_tiles, tiles.programs) + of_steps(k_tiles if rest else 0, rest) + ends
 
 
 def fastest_of(
-    possible: list[tuple[tuple[int, int, int], int]],
+    possible: list[tuple[Warpgroups, int]],
     m: int,
     n: int,
     properties: DeviceProperties,
@@ -147,26 +189,37 @@ def fastest_of(
 ) -> Cut:
     """Of warpgroups and tokens that are possible, shared tiles or whole ones, the fastest by `time`."""
 
-    def may_share(groups: tuple[int, int, int], tokens: int) -> bool:
-        # Shares of tiles of four blocks, which are few steps, end unevenly (4096 × 14336: 19.4 µs, two by two 17.4). Of
-        # many tiles a part is all that the last wave wastes (8192 × 8192, 4096 tokens: 898 µs shared, 785 whole).
-        tiles = cdiv(n, 64 * groups[0] * groups[2]) * cdiv(m, tokens)
-        return groups != (4, 1, 1) and tiles <= 5 * properties.num_sms
+    def tiles(groups: Warpgroups, tokens: int) -> int:
+        return cdiv(n, 64 * groups.sides * groups.blocks) * cdiv(m, tokens)
 
-    return min([(*of, False) for of in possible] + [(*of, True) for of in possible if may_share(*of)], key=time)
+    def may_be_whole(groups: Warpgroups, tokens: int) -> bool:
+        # Two programs a multiprocessor are not dealt out evenly where there are fewer than multiprocessors.
+        return groups.at_once == 1 or tiles(groups, tokens) > properties.num_sms
+
+    def may_share(groups: Warpgroups, tokens: int) -> bool:
+        # Of many tiles a part is all that the last wave wastes (8192 × 8192, 4096 tokens: 898 µs shared, 785 whole).
+        taking_turns = groups.turns > 1 and groups.at_once == 1
+        return not taking_turns and tiles(groups, tokens) <= 5 * properties.num_sms
+
+    whole = [(*of, False) for of in possible if may_be_whole(*of)]
+    return min(whole + [(*of, True) for of in possible if may_share(*of)], key=time)
 
 
 @cache
 def _fastest(m: int, n: int, k: int, per_step: int, scale_sums: bool, properties: DeviceProperties) -> Cut:
     """The fastest by `time_of`, for m a power of two."""
-    widths = [min(max(m, 16), 128)] + [256] * (m > 128 and per_step == 1)
+    widths = [min(max(m, 8), 128)] + [256] * (m > 128 and per_step == 1)
     possible = [(groups, tokens) for tokens in widths for groups in CUTS[tokens]]
     # Scales of several groups a step take registers.
-    too_many = {1: [], 2: [((2, 1, 2), 128)], 4: [((2, 1, 2), 128), ((2, 2, 1), 32)]}[per_step]
+    too_many = {
+        1: [],
+        2: [(Warpgroups(2, 1, 2), 128)],
+        4: [(Warpgroups(2, 1, 2), 128), (TWO, 8), (TWO, 16), (TWO_OF_FEW_REGISTERS, 32)],
+    }[per_step]
     possible = [of for of in possible if of not in too_many]
 
     def time(choice: Cut) -> float:
-        return time_of(cut(m, n, k, *choice, properties, scale_sums), m, n, k, CUTS, TILE_BYTES)
+        return time_of(cut(m, n, k, *choice, properties, scale_sums), m, n, k, CUTS, TILE_BYTES, properties)
 
     return fastest_of(possible, m, n, properties, time)
 

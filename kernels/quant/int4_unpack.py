@@ -135,31 +135,28 @@ def load_words(tile, BLOCKS: gl.constexpr):
 
 
 @gluon.jit
-def next_group(group, left, group_steps, whole, more):
-    """The group of a warpgroup's next step, and how many steps from that on are left of it.
-
-    Groups are of `group_steps` whole steps; to the next step of this warpgroup it is `whole` groups and `more` steps.
-    """
-    ends = left <= more
-    return group + whole + ends.to(gl.int32), left - more + gl.where(ends, group_steps, 0)
+def group_of(plane, plane_groups):
+    """The group of 32 inputs: their number divided, by a product with what `int4_tiles.plane_groups` gives."""
+    return (plane * plane_groups.to(gl.int64) >> 30).to(gl.int32)
 
 
 @gluon.jit
-def group_bits(ptr, stride, rows, step, group, group_planes, last_group, GROUPS: gl.constexpr, EVEN: gl.constexpr):
-    """The bits of a step's scales, or minima: one, or where groups are smaller, of each half (64 inputs) or plane (32).
+def group_bits(
+    ptr, stride, rows, step, plane_groups, last_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, STEPS: gl.constexpr = 1
+):
+    """The bits of the scales, or minima, of STEPS steps from `step` on.
 
+    Of each step one, or where groups are smaller one of each half (64 inputs) or plane (32); EVEN: these are groups.
     They are in registers of 32 bits: of two values of 16 that a loop carries ptxas makes one register, at the end of
     the step in which they are loaded, and that waits for the cache.
     """
     load: gl.constexpr = load_asm(ptr.dtype.element_ty.primitive_bitwidth)
     values = ()
-    for j in gl.static_range(GROUPS):
-        if GROUPS == 1:
-            at = group
-        elif EVEN:
+    for j in gl.static_range(STEPS * GROUPS):
+        if GROUPS > 1 and EVEN:
             at = step * GROUPS + j
         else:
-            at = (step * 4 + j) // group_planes
+            at = group_of(step * 4 + j * (4 // GROUPS), plane_groups)
         at = gl.minimum(at, last_group).to(gl.int64)
         bits = gl.inline_asm_elementwise(
             load, "=r,l", (ptr + at * stride + rows,), dtype=gl.int32, is_pure=False, pack=1
