@@ -52,6 +52,8 @@ AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read pytorch_model.bin where there are no safetensors; tensors alone.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling reproducible.")]
+KvCacheDType = Annotated[str | None, typer.Option(help="fp8, fp8_e5m2 or int8; by default that of activations.")]
+EnforceEager = Annotated[bool, typer.Option("--enforce-eager", help="On a GPU, launch kernels without CUDA graphs.")]
 
 
 @app.command()
@@ -65,12 +67,14 @@ def generate(
     temperature: Temperature = 0.0,
     seed: Seed = None,
     allow_pickle: AllowPickle = False,
+    kv_cache_dtype: KvCacheDType = None,
+    enforce_eager: EnforceEager = False,
 ) -> None:
     """Answer one prompt, streaming."""
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     if not prompt:
         raise ValueError("prompt: empty; expected a text")
-    llm = _load(model, device, dtype, allow_pickle)
+    llm = _load(model, device, dtype, allow_pickle, kv_cache_dtype=kv_cache_dtype, enforce_eager=enforce_eager)
     as_chat = llm.tokenizer.has_chat_template and not raw
     _print_stream(llm.stream([{"role": "user", "content": prompt}] if as_chat else prompt, params))
 
@@ -85,10 +89,12 @@ def chat(
     temperature: Temperature = 0.0,
     seed: Seed = None,
     allow_pickle: AllowPickle = False,
+    kv_cache_dtype: KvCacheDType = None,
+    enforce_eager: EnforceEager = False,
 ) -> None:
     """Talk with a model; an empty line, "exit" or end of input ends it."""
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    llm = _load(model, device, dtype, allow_pickle)
+    llm = _load(model, device, dtype, allow_pickle, kv_cache_dtype=kv_cache_dtype, enforce_eager=enforce_eager)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         try:
@@ -182,7 +188,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _load(model: str, device: str | None, dtype: DType, allow_pickle: bool) -> LLM:
+def _load(model: str, device: str | None, dtype: DType, allow_pickle: bool, **options: Any) -> LLM:
     columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     hidden: dict[str, Any] = dict(console=console, transient=True)
     with Progress(*columns, **hidden) as progress:
@@ -194,6 +200,7 @@ def _load(model: str, device: str | None, dtype: DType, allow_pickle: bool) -> L
             progress=lambda done, total: progress.update(task, completed=done, total=total),
             allow_pickle=allow_pickle,
             warmup=False,
+            **options,
         )
     if console.is_terminal:  # as the bar that was there until now
         console.print(str(llm.load_report), style="dim")

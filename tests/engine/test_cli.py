@@ -26,7 +26,8 @@ def run(*arguments, **kwargs):
 
 
 def test_generate_answers_from_the_real_model():
-    done = run("generate", "What is the capital of France?", "--device", "cpu", "--max-tokens", "24")
+    options = ("--max-tokens", "24", "--kv-cache-dtype", "int8", "--enforce-eager")
+    done = run("generate", "What is the capital of France?", "--device", "cpu", *options)
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout and "tokens/s" not in done.stdout
     assert "tokens/s" in done.stderr.splitlines()[-1]
@@ -74,7 +75,7 @@ def test_chat_sends_the_whole_conversation(monkeypatch):
             seen.append([dict(m) for m in messages])
             return [Token(0, 7, f"answer {len(seen)}", "stop")]
 
-    monkeypatch.setattr(cli, "_load", lambda *args: Echo())
+    monkeypatch.setattr(cli, "_load", lambda *args, **options: Echo())
     done = CliRunner().invoke(cli.app, ["chat", "--system", "Be brief."], input="one\ntwo\nexit\nthree\n")
     assert done.exit_code == 0
     system = {"role": "system", "content": "Be brief."}
@@ -106,6 +107,7 @@ def unknown_architecture(tmp_path):
         (["generate", "hi", "--temperature", "-1"], "temperature: -1.0"),
         (["generate", "hi", "--max-tokens", "0"], "max_tokens: 0"),
         (["generate", "hi", "--device", "tpu9"], "device: 'tpu9'"),
+        (["generate", "hi", "--kv-cache-dtype", "fp4"], "kv_cache_dtype: 'fp4'"),
         (["generate", "word " * 9000, "--device", "cpu"], "the context holds 8192"),
     ],
 )
