@@ -424,9 +424,9 @@ def check_hooks_may_call_ops() -> None:
 def check_token_counts() -> None:
     """A new number of tokens compiles nothing beyond the tile choices that depend on it."""
     pretend()
-    # Tile choices for up to 16, (32,) up to 64, (128,) and more tokens; two kernels; two, of which both or the second
+    # Tile choices for up to (8,) 16, (32,) up to 64, (128,), more tokens; two kernels; two, of which both or the second
     # differ for many sequences. Batch-invariant, there is one choice. One token by tensor is one by token.
-    variants = {"int4_linear": 4, "int8_linear": 4, "sample": 2, "paged_attention": 4}
+    variants = {"int4_linear": 5, "int8_linear": 5, "sample": 2, "paged_attention": 4}
     variants |= {"int8_int8_linear": 5, "fp8_linear": 5, "fp8_linear in blocks": 4}
     variants |= {"int4_int8_linear": 4, "int4_int8_linear with minimum": 3}
     variants |= {f"paged_attention {kind}": 3 for kind in ("of float8", "of int8", "with alibi")}

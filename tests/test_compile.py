@@ -29,11 +29,11 @@ SPILLED = {
     "_int8_hopper_kernel": 48,
     "_grouped_int4_kernel": 32,
     "_grouped_int8_kernel": 48,
-    "_grouped_hopper_kernel": 8,
+    "_grouped_hopper_kernel": 24,
 }
 """Bytes of the stack that a Gluon kernel may use: the warps that load have few registers, and those that compute may
 keep numbers of a tile in memory (prefill with a window and a softcap, most: 56, else at most 48; int4 with two blocks
-of outputs and 128 tokens: 56; int8 products by experts: four results that wait for the next tile, with Triton 3.6).
+of outputs and 128 tokens: 56; int8 products by experts: results that wait for the next tile, with Triton 3.6).
 They spill nothing in their innermost loop, but for up to five numbers of the four warpgroups of int4 by experts with 64
 tokens, the scales of experts' weights in groups of 32, and two of prefill with a window."""
 
