@@ -83,6 +83,8 @@ def test_throughput_of_random_weights(run):
         cache_tokens=2048,
         page_size=16,
         enable_prefix_caching=True,
+        enforce_eager=False,
+        gpu_memory_utilization=0.9,
     )
     assert "TPOT" in err and "output and" in err and "MFU" in err
 

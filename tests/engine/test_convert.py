@@ -60,7 +60,11 @@ def test_safetensors_to_gguf_and_back(folder, tmp_path):
     made = [LLM(str(path), device="cpu") for path in (folder, tmp_path / "m.gguf", tmp_path / "back")]
     params = SamplingParams(max_tokens=8, temperature=0)
     first, *others = (
-        (llm.generate(TEXT, params)[0], llm.chat([{"role": "user", "content": TEXT}], params)) for llm in made
+        [
+            (c.prompt_token_ids, c.token_ids, c.text)
+            for c in (llm.generate(TEXT, params)[0], llm.chat([{"role": "user", "content": TEXT}], params))
+        ]
+        for llm in made
     )
     assert all(other == first for other in others), "tokens in, tokens out, text"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "m.gguf", "model"], "nothing is left over"

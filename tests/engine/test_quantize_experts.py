@@ -98,7 +98,7 @@ def test_it_is_served(quantised):
     with without_interpreter():
         llm = LLM(str(folder), device="cpu", dtype=torch.float32)
         ids = llm.tokenizer.encode(text(2))[:60]
-        logits = torch.cat(list(llm.runner.prompt_logits(ids, 30)))
+        logits = torch.cat(list(llm.prompt_logits(ids, 30)))
         loss = F.cross_entropy(logits[:-1], torch.tensor(ids[1:])).exp().item()
     assert isinstance(llm.model.layers[0].mlp.experts, StackedExperts if name in ("int8", "fp8") else ExpertLoop)
     assert loss == pytest.approx(report.perplexity_after, rel=0.2)  # of the first of many tokens
@@ -259,6 +259,6 @@ def test_on_a_gpu(name, source, tmp_path):
     llm = LLM(str(tmp_path / "model"), device="cuda", dtype=torch.bfloat16)
     assert isinstance(llm.model.layers[0].mlp.experts, StackedExperts)
     ids = llm.tokenizer.encode(text(2))[:60]
-    logits = torch.cat(list(llm.runner.prompt_logits(ids, 30))).cpu()
+    logits = torch.cat(list(llm.prompt_logits(ids, 30))).cpu()
     loss = F.cross_entropy(logits[:-1], torch.tensor(ids[1:])).exp().item()
     assert loss == pytest.approx(report.perplexity_after, rel=0.2)  # of the first of many tokens
