@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.launch import empty, launch
-from octavo.kernels.moe.schedule import CHUNK, GROUP, describe, most_tiles
+from octavo.kernels.moe.schedule import CHUNK, GROUP, copy_row, describe, most_tiles
 from octavo.kernels.moe.sort import expert_of
 from octavo.kernels.tiles import cdiv, chains, let_next_start, next_power_of_2, wait_for_previous
 
@@ -65,14 +65,7 @@ def _arrange_kernel(
         mine = tl.sum(tl.where(other == pair, experts, 0))
         row = tl.sum(((experts < mine) | ((experts == mine) & (other < pair))).to(tl.int32))
         tl.store(positions_ptr + pair, tl.where(mine < num_experts, row, -1))
-        if x_scale_ptr is not None:
-            group = tl.arange(0, GROUPS)
-            scales = tl.load(x_scale_ptr + token * groups + group, mask=group < groups)
-            tl.store(row_scales_ptr + row * groups + group, scales, mask=group < groups)
-        for first in range(0, width, BLOCK):
-            cols = first + tl.arange(0, BLOCK)
-            x = tl.load(x_ptr + token.to(tl.int64) * stride_x + cols, mask=cols < width)
-            tl.store(rows_ptr + row.to(tl.int64) * width + cols, x, mask=cols < width)
+        copy_row(rows_ptr, row_scales_ptr, x_ptr, x_scale_ptr, row, token, width, groups, stride_x, BLOCK, GROUPS)
 
 
 def arrange(

@@ -83,6 +83,31 @@ def describe(
         tl.store(plan_ptr, count)
 
 
+@triton.jit
+def copy_row(
+    rows_ptr,
+    row_scales_ptr,
+    x_ptr,
+    x_scale_ptr,
+    row,
+    token,
+    width,
+    groups,
+    stride_x,
+    BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Makes a token's numbers, and its scales where it has some, those of a row."""
+    if x_scale_ptr is not None:
+        group = tl.arange(0, GROUPS)
+        scales = tl.load(x_scale_ptr + token * groups + group, mask=group < groups)
+        tl.store(row_scales_ptr + row * groups + group, scales, mask=group < groups)
+    for first in range(0, width, BLOCK):
+        cols = first + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + token.to(tl.int64) * stride_x + cols, mask=cols < width)
+        tl.store(rows_ptr + row.to(tl.int64) * width + cols, x, mask=cols < width)
+
+
 @triton.jit(do_not_specialize=["S", "E", "max_tiles", "chunks", "top_k"])
 def _schedule_kernel(
     # Bound by memory: rows read and written once. Some programs describe tiles; each other one has a row.
@@ -119,14 +144,7 @@ def _schedule_kernel(
         describe(plan_ptr, start, end - start, row + chunks, max_tiles, ROWS, TAIL, GROUP, EXPERTS, CHUNK)
     elif x_ptr is not None:
         token = tl.load(order_ptr + row) // top_k
-        if x_scale_ptr is not None:
-            group = tl.arange(0, GROUPS)
-            scales = tl.load(x_scale_ptr + token * groups + group, mask=group < groups)
-            tl.store(row_scales_ptr + row * groups + group, scales, mask=group < groups)
-        for first in range(0, width, BLOCK):
-            cols = first + tl.arange(0, BLOCK)
-            x = tl.load(x_ptr + token.to(tl.int64) * stride_x + cols, mask=cols < width)
-            tl.store(rows_ptr + row.to(tl.int64) * width + cols, x, mask=cols < width)
+        copy_row(rows_ptr, row_scales_ptr, x_ptr, x_scale_ptr, row, token, width, groups, stride_x, BLOCK, GROUPS)
     elif (row < tl.load(offsets_ptr)) | (row >= tl.load(offsets_ptr + E)):
         for first in range(0, width, BLOCK):
             cols = first + tl.arange(0, BLOCK)
