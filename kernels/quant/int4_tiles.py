@@ -144,8 +144,9 @@ def cut_into(
     properties: DeviceProperties,
     scale_sums: bool,
     stages: int | None,
+    stage_bytes: int = STAGE_BYTES,
 ) -> Tiles:
-    """The same, of steps of so many bytes; None: as many stages as `STAGE_BYTES` has room for, up to 8 steps."""
+    """The same, of steps of so many bytes; None: as many stages as `stage_bytes` have room for, up to 8 steps."""
     sides, turns, blocks, steps, at_once = warpgroups
     token_tiles = cdiv(m, tokens)
     programs, shared = share_tiles(cdiv(n, 64 * sides * blocks) * token_tiles, k, warpgroups, sharing, properties)
@@ -153,7 +154,7 @@ def cut_into(
     round_bytes = turns * steps * step_bytes
     if stages is None:
         wanted = 6 if shared else 8 if turns == 1 else 12
-        stages = max(min(STAGE_BYTES // round_bytes, wanted // (turns * steps)), 2)
+        stages = max(min(stage_bytes // round_bytes, wanted // (turns * steps)), 2)
     stages = min(room // round_bytes, stages)
     return Tiles(*warpgroups, tokens, stages, scale_sums, programs, shared, min(token_tiles, 4))
 
