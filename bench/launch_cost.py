@@ -11,7 +11,8 @@ RMSNorm, its output allocated before) are among them. Medians of these costs:
 - dispatcher: through `torch.ops.octavo`, as a compiled graph or another framework calls it: no checks, no repetition;
 - new shape: the first call with such tensors (another number of tokens each time), kernels already compiled.
 
-Writes <gpu>/launch_cost.json to FOLDER, by default bench/results, where `bench.plot` finds it.
+Writes <gpu>/launch_cost.json to FOLDER, by default bench/results, where `bench.plot` finds it. Rows take the place of
+their ops' older ones; each has its commit, and what `torch.add` took in the same run, since no two hosts are alike.
 """
 
 import argparse
@@ -170,12 +171,16 @@ def yardsticks(device: torch.device) -> list[Subject]:
 
 
 def save(subjects: Sequence[Subject], gpu: str, folder: Path) -> Path:
-    """Writes the medians of some subjects in place of what `launch_cost.json` held."""
+    """Writes the medians of some subjects, of which `torch.add` is the first, into `launch_cost.json`."""
     made = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "commit": commit()}
     made["date"] = datetime.now(UTC).isoformat(timespec="seconds")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "launch_cost.json"
-    path.write_text(json.dumps(made | {"rows": [subject.row() for subject in subjects]}, indent=2) + "\n")
+    found = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [subject.row() for subject in subjects]
+    beside = {"torch_add_us": rows[0]["behind_work_us"], "commit": made["commit"]}
+    merged = {row["op"]: row for row in [*found, *(row | beside for row in rows)]}
+    path.write_text(json.dumps(made | {"rows": list(merged.values())}, indent=2) + "\n")
     return path
 
 

@@ -239,17 +239,22 @@ def test_what_calls_cost_is_on_the_page(results, tmp_path):
     """Both files of the machine lie beside the rows, and neither is taken for rows."""
     every = {"repeated_us": [8.0, 9.0, 30.0], "behind_work_us": [7.0], "dispatcher_us": [5.5], "new_shape_us": [21.25]}
     subjects = [
-        launch_cost.Subject("torch.add", "T=1,hidden=4096", {}, {"repeated_us": [4.0]}),
+        launch_cost.Subject("torch.add", "T=1,hidden=4096", {}, {"repeated_us": [4.0], "behind_work_us": [3.5]}),
         launch_cost.Subject("rms_norm", "T=1,hidden=4544", {}, every),
     ]
     path = launch_cost.save(subjects, "NVIDIA H100", results)
     assert path.parent == results and (results / "ceilings.json").exists()
     saved = json.loads(path.read_text())
     assert saved["gpu"] == "NVIDIA H100" and {"torch", "triton", "commit", "date"} < set(saved)
+    assert [(r["torch_add_us"], r["commit"]) for r in saved["rows"]] == [(3.5, saved["commit"])] * 2
+    again = launch_cost.Subject("rms_norm", "T=1,hidden=4096", {}, {"behind_work_us": [3.25]})
+    launch_cost.save([again], "NVIDIA H100", tmp_path)
+    launch_cost.save(subjects, "NVIDIA H100", tmp_path)
+    assert json.loads((tmp_path / "launch_cost.json").read_text())["rows"] == saved["rows"][::-1]
     plot.plot(results, tmp_path / "out")
     text = (tmp_path / "out/index.html").read_text()
     assert "<th>idle</th><th>behind work</th><th>dispatcher</th><th>new shape</th>" in text
-    assert "<td>4.0</td><td></td><td></td><td></td>" in text
+    assert "<td>4.0</td><td>3.5</td><td></td><td></td>" in text
     assert "T=1,hidden=4544</small></td><td>9.0</td><td>7.0</td><td>5.5</td><td>21.2</td>" in text
     assert f"octavo {saved['commit']}, torch {torch.__version__}" in text and "3.2 TB/s" in text
     path.unlink()
