@@ -94,10 +94,12 @@ torch.cuda.synchronize()
         assert ("topk_ids: has an id out of range" in run.stdout + run.stderr) == (ask == "1")
 
 
-@pytest.fixture(params=[False, True], ids=["compared", "counted"])
+@pytest.fixture(params=["at once", "compared", "counted"])
 def counted(request, monkeypatch):
-    """Whether few pairs are sorted as many are."""
-    if request.param:
+    """Whether few pairs are sorted as more are, or as many."""
+    if request.param != "at once":
+        monkeypatch.setattr(permute, "MOST_PAIRS", 0)
+    if request.param == "counted":
         monkeypatch.setattr(sort, "MOST_COMPARED", 0)
 
 
@@ -143,11 +145,14 @@ def test_a_map_to_experts_that_are_not_there(device, counted):
     """A local number out of range is no expert, as an id out of range is none."""
     ids = torch.tensor([[0, 1, 2], [2, 3, 4]], device=device)
     expert_map = torch.tensor([5, 1, -9, 0], dtype=torch.int32, device=device)
-    assert same(sort.sort_by_expert(ids, 2, expert_map), by_loops(ids, 2, expert_map))
+    expected = by_loops(ids, 2, expert_map)
+    assert same(sort.sort_by_expert(ids, 2, expert_map), expected)
+    assert same(octavo.moe_permute(torch.ones(2, 8, device=device), ids, 2, expert_map)[1:], expected[1:])
 
 
 def test_ids_that_are_out_of_range_in_int64_alone(device, counted):
     ids = torch.tensor([[0, 2**32], [-(2**32), 2**40 + 1]], device=device)
+    assert same(octavo.moe_permute(torch.ones(2, 8, device=device), ids, 2)[1:], by_loops(ids, 2)[1:])
     _, offsets, positions = sort.sort_by_expert(ids, 2, None)
     assert offsets.tolist() == [0, 1, 1] and positions.tolist() == [[0, -1], [-1, -1]]
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from octavo.kernels.launch import empty, launch
 from octavo.kernels.moe.schedule import CHUNK, GROUP, copy_row, describe, most_tiles
-from octavo.kernels.moe.sort import expert_of
+from octavo.kernels.moe.sort import expert_of, place_of
 from octavo.kernels.tiles import cdiv, chains, let_next_start, next_power_of_2, wait_for_previous
 
 MOST_PAIRS = 512
@@ -62,8 +62,7 @@ def _arrange_kernel(
         describe(plan_ptr, tl.cumsum(rows) - rows, rows, pair + chunks, max_tiles, ROWS, TAIL, GROUP, EXPERTS, CHUNK)
     else:
         token = pair // top_k
-        mine = tl.sum(tl.where(other == pair, experts, 0))
-        row = tl.sum(((experts < mine) | ((experts == mine) & (other < pair))).to(tl.int32))
+        mine, row = place_of(experts, other, pair)
         tl.store(positions_ptr + pair, tl.where(mine < num_experts, row, -1))
         copy_row(rows_ptr, row_scales_ptr, x_ptr, x_scale_ptr, row, token, width, groups, stride_x, BLOCK, GROUPS)
 

@@ -20,7 +20,8 @@ from octavo.kernels.checks import (
 )
 from octavo.kernels.debug import assert_ids
 from octavo.kernels.launch import empty, launch
-from octavo.kernels.moe.sort import check_pairs, sort_by_expert
+from octavo.kernels.moe.arrange import MOST_PAIRS
+from octavo.kernels.moe.sort import check_pairs, expert_of, place_of, sort_by_expert
 from octavo.kernels.quant.rounding import check_supported
 from octavo.kernels.registry import register
 from octavo.kernels.replay import replayed
@@ -73,6 +74,48 @@ def _permute_kernel(
         tl.store(out_ptr + row * H + cols, nothing, mask=mask & (row >= used))
 
 
+@triton.jit(do_not_specialize=["pairs", "top_k"])
+def _permute_few_kernel(
+    # Bound by latency: each program reads all ids, and compares its pair's expert with those of all others.
+    out_ptr,
+    offsets_ptr,
+    positions_ptr,
+    x_ptr,
+    topk_ids_ptr,
+    expert_map_ptr,
+    pairs,
+    top_k,
+    num_experts,
+    map_size,
+    H,
+    stride_x_token,
+    stride_ids_token,
+    OTHERS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    pair = tl.program_id(0)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    other = tl.arange(0, OTHERS)
+    wait_for_previous(CHAINED)
+    let_next_start(CHAINED)
+    experts = expert_of(
+        topk_ids_ptr, expert_map_ptr, other, other < pairs, top_k, num_experts, map_size, stride_ids_token, False
+    )  # [OTHERS]
+    mine, row = place_of(experts, other, pair)
+    here = mine < num_experts  # the others' rows come behind those of the experts, and are zero
+    x = tl.load(x_ptr + (pair // top_k).to(tl.int64) * stride_x_token + cols, mask=(cols < H) & here)
+    nothing = tl.zeros([BLOCK], tl.float32).to(x.dtype)
+    tl.store(out_ptr + row.to(tl.int64) * H + cols, tl.where(here, x, nothing), mask=cols < H)
+    if tl.program_id(1) == 0:
+        tl.store(positions_ptr + pair, tl.where(here, row, -1))
+        if pair == 0:
+            bins = tl.arange(0, EXPERTS)
+            rows = tl.where(bins < num_experts, tl.histogram(experts, EXPERTS), 0)
+            tl.store(offsets_ptr + bins, tl.cumsum(rows) - rows, mask=bins <= num_experts)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _unpermute_kernel(
     # Bound by memory: each row of y that a token wants is read once.
@@ -113,9 +156,11 @@ def _moe_permute_cuda(
     x: torch.Tensor, topk_ids: torch.Tensor, num_experts: int, expert_map: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     check_supported("x", x.dtype, x.device, "permute x.view(torch.int8)")
-    _, offsets, positions = sort_by_expert(topk_ids, num_experts, expert_map)
     tokens, width = x.shape
     top_k = topk_ids.shape[1]
+    if 0 < tokens * top_k <= MOST_PAIRS:
+        return _permute_few(x, topk_ids, num_experts, expert_map)
+    _, offsets, positions = sort_by_expert(topk_ids, num_experts, expert_map)
     out = empty((tokens * top_k, width), x.dtype, x.device)
     tiles = choose_tiles(width, x.element_size())
     launch(
@@ -133,6 +178,41 @@ def _moe_permute_cuda(
         num_warps=tiles.num_warps,
         BLOCK=tiles.block,
         CHAINED=chains(x.device),
+    )
+    return out, offsets, positions
+
+
+def _permute_few(
+    x: torch.Tensor, topk_ids: torch.Tensor, num_experts: int, expert_map: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    (tokens, top_k), device, width = topk_ids.shape, x.device, x.shape[1]
+    pairs = tokens * top_k
+    out = empty((pairs, width), x.dtype, device)
+    offsets = empty((num_experts + 1,), torch.int32, device)
+    positions = empty((tokens, top_k), torch.int32, device)
+    tiles = choose_tiles(width, x.element_size())
+    launch(
+        _permute_few_kernel,
+        (pairs, cdiv(width, tiles.block)),
+        out,
+        offsets,
+        positions,
+        x,
+        topk_ids,
+        expert_map,
+        pairs,
+        top_k,
+        num_experts,
+        0 if expert_map is None else expert_map.shape[0],
+        width,
+        x.stride(0),
+        topk_ids.stride(0),
+        device=device,
+        num_warps=tiles.num_warps,
+        OTHERS=64 if pairs <= 64 else MOST_PAIRS,
+        EXPERTS=max(next_power_of_2(num_experts + 1), 32),  # as many as a warp has threads, at least
+        BLOCK=tiles.block,
+        CHAINED=chains(device),
     )
     return out, offsets, positions
 
@@ -216,7 +296,8 @@ def moe_permute(
         TypeError: a dtype that is not accepted.
         ValueError: a shape, stride or device that does not fit, or float8_e4m3fn on a GPU that has it not.
 
-    Two kernels, with more than 4096 pairs four. Safe in a CUDA graph, with any routing; the same bits each time.
+    One kernel for up to 512 pairs of a token and an expert, two for up to 4096, else four. Safe in a CUDA graph, with
+    any routing; the same bits each time.
     """
     check_dtype("x", x, MOVED)
     check_ndim("x", x, 2, "[tokens, hidden]")

@@ -69,6 +69,13 @@ def expert_of(
 
 
 @triton.jit
+def place_of(experts, other, pair):
+    """A pair's expert, and where its row comes in a stable sort, of the experts `[OTHERS]` of all pairs `other`."""
+    mine = tl.sum(tl.where(other == pair, experts, 0))
+    return mine, tl.sum(((experts < mine) | ((experts == mine) & (other < pair))).to(tl.int32))
+
+
+@triton.jit
 def _put(order_ptr, positions_ptr, at, place, expert, inside, num_experts):
     tl.store(order_ptr + place, at, mask=inside)
     tl.store(positions_ptr + at, tl.where(expert < num_experts, place, -1), mask=inside)
