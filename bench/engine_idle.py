@@ -144,10 +144,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     row = {"cell": f"batch {args.batch}"} | bench.describe() | lengths | found
     path = args.out / folder_name(row["gpu"]) / "engine_idle.json"
     merge(path, [row])
+    gap, name = found["gap_ms"], f"{bench.setup.name}, {row['cell']}"
     print(
-        f"{bench.setup.name}, {row['cell']}: {found['ms_per_step']:.3f} ms a step, {found['value']:.2f} % of it "
-        f"between steps (median {found['gap_ms']['median']:.3f} ms, most {found['gap_ms']['most']:.3f}); the host works "
-        f"{found['host_ms_per_step']:.3f} ms a step and waits {found['waited_ms_per_step']:.3f}\n{path}"
+        f"{name}: {found['ms_per_step']:.3f} ms a step, {found['value']:.2f} % of it between steps (median "
+        f"{gap['median']:.3f} ms, most {gap['most']:.3f}); the host works {found['host_ms_per_step']:.3f} ms a step "
+        f"and waits {found['waited_ms_per_step']:.3f}\n{path}"
     )
     return 0
 
