@@ -92,14 +92,15 @@ class Scheduler:
         for sequence in tuple(self.running):
             if len(decodes) == self.max_num_batched_tokens:
                 break
-            if sequence.slot is None or sequence.remaining != 1 or sequence.num_tokens >= sequence.max_length:
+            tokens = sequence.num_tokens
+            if sequence.slot is None or tokens - sequence.num_computed != 1 or tokens >= sequence.max_length:
                 continue  # preempted just now; a prompt; or it ends with the token that is in flight
             if sequence.num_computed % self.blocks.page_size == 0:  # its token is the first of a page
                 if not self._make_room(sequence, sequence.num_computed + 1, decodes):
                     continue
                 self.blocks.extend(sequence, sequence.num_computed + 1)
             decodes[sequence] = None
-        prefills = self._continue_prompts(decodes)
+        prefills = self._continue_prompts(decodes) if len(decodes) < len(self.running) else []
         if self.num_preemptions == preemptions:
             self._admit(self.max_num_batched_tokens - len(decodes) - sum(c.length for c in prefills), prefills)
         chunks = [self._take(sequence, 1) for sequence in decodes]
