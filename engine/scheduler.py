@@ -50,7 +50,6 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self._watermark = blocks.num_pages // 100  # pages that stay free at admission, lest it be undone at once
-        self._sequences: dict[int, Sequence] = {}
         self._slots = list(range(max_num_seqs))
         self._step = 0
 
@@ -81,7 +80,6 @@ class Scheduler:
                 f"{len(self.waiting)} requests wait and {self.max_waiting} may: try again later, or raise max_waiting"
             )
         for sequence in sequences:
-            self._sequences[sequence.id] = sequence
             insort(self.waiting, sequence, key=RANK)
 
     def schedule(self) -> Step:
@@ -203,19 +201,12 @@ class Scheduler:
         if sequence.finish_reason is not None:
             return
         sequence.finish_reason = reason
-        self._sequences.pop(sequence.id, None)
         if sequence.slot is not None:
             self._stop(sequence)
         else:
             at = bisect_left(self.waiting, sequence.rank, key=RANK)
             if at < len(self.waiting) and self.waiting[at] is sequence:
                 del self.waiting[at]
-
-    def abort(self, sequence_id: int) -> None:
-        """Ends a sequence with the reason "abort"; nothing where there is none of that id, or no longer."""
-        sequence = self._sequences.get(sequence_id)
-        if sequence is not None:
-            self.finish(sequence, "abort")
 
     def fail(self, step: Step) -> list[Sequence]:
         """Ends the sequences of a step that failed, with the reason "error".

@@ -44,7 +44,6 @@ def idle(core):
         and not core.scheduler.has_work
         and not core._requests
         and not core._of
-        and not core.scheduler._sequences
         and len(core.scheduler._slots) == core.scheduler.max_num_seqs
     )
 
