@@ -163,11 +163,7 @@ class Bench:
             "weights": "the model's" if random is None else "random",
             "scheme": None if random is None else self.setup.scheme,
             "layers": self.llm.config.num_hidden_layers,
-            "gpu": gpu_name(self.device),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "commit": commit(),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **describe_machine(self.device),
             "options": self.setup.options,
             "start_seconds": self.start_seconds,
         }
@@ -207,6 +203,17 @@ class Bench:
             "cache_bytes": self.cache_bytes,
             "peak_memory_bytes": peak,
         }
+
+
+def describe_machine(device: torch.device) -> Result:
+    """What measures now, on what."""
+    return {
+        "gpu": gpu_name(device),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
 
 
 def gpu_name(device: torch.device) -> str:

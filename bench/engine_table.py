@@ -176,7 +176,7 @@ def line(of: Result) -> str:
 def table(rows: Sequence[Result]) -> str:
     """The latest row of each model and cell as a Markdown table: octavo's figure, and how many times vLLM's it is."""
     latest: dict[tuple[str, ...], dict[str, Result]] = {}
-    for of in sorted(rows, key=lambda row: row["date"]):
+    for of in sorted((row for row in rows if row["cell"] in CELLS), key=lambda row: row["date"]):
         cut = "" if of["layers"] == find(of["model"]).model.layers else f", {of['layers']} layers"
         latest.setdefault((f"{of['model']} {of['scheme']}{cut}", of["gpu"]), {})[of["cell"]] = of
     lines = [f"| model, weights, GPU | {' | '.join(CELLS)} |", "| --- |" + " --- |" * len(CELLS)]

@@ -13,21 +13,19 @@ from typing import Any
 
 import torch
 
-from octavo.bench.shapes import LLAMA_3_8B
+from octavo.bench.shapes import LLAMA_3_8B, Model
 from octavo.engine import LLM, SamplingParams
 from octavo.engine.quantize import Settings, quantize
 
-VOCABULARY = 128256
 
-
-def write_model(folder: Path, layers: int, device: str) -> None:
+def write_model(folder: Path, layers: int, device: str, model: Model = LLAMA_3_8B) -> None:
     """A checkpoint of random weights, a file a layer, with a tokenizer that has a word for each id."""
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    model, generator = LLAMA_3_8B, torch.Generator(device).manual_seed(0)
+    generator, vocabulary = torch.Generator(device).manual_seed(0), model.vocab
     hidden, kv = model.hidden, model.kv_heads * model.head_dim
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
 
     def weight(n: int, k: int) -> torch.Tensor:
         return (torch.randn(n, k, generator=generator, device=device) * k**-0.5).bfloat16().cpu()
@@ -39,7 +37,7 @@ def write_model(folder: Path, layers: int, device: str) -> None:
         index.update(dict.fromkeys(tensors, name))
 
     ones = torch.ones(hidden, dtype=torch.bfloat16)
-    outer = {"model.embed_tokens.weight": weight(VOCABULARY, hidden), "lm_head.weight": weight(VOCABULARY, hidden)}
+    outer = {"model.embed_tokens.weight": weight(vocabulary, hidden), "lm_head.weight": weight(vocabulary, hidden)}
     save("model-outer.safetensors", outer | {"model.norm.weight": ones})
     for layer in range(layers):
         sizes = {"q_proj": (hidden, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, hidden)}
@@ -57,18 +55,18 @@ def write_model(folder: Path, layers: int, device: str) -> None:
         "num_hidden_layers": layers,
         "num_attention_heads": model.heads,
         "num_key_value_heads": model.kv_heads,
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
-        "eos_token_id": VOCABULARY - 1,
-        "bos_token_id": VOCABULARY - 2,
+        "eos_token_id": vocabulary - 1,
+        "bos_token_id": vocabulary - 2,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
+    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocabulary)}, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
 

@@ -27,7 +27,6 @@ class BlockManager:
             rings, whose pages are written over.
         ring_pages: of models with a sliding window: the most pages that a sequence has. Position j lies in page
             `block_table[j // page_size % ring_pages]`.
-        salt: of the keys: caches of different salts have nothing in common.
     """
 
     def __init__(
@@ -37,14 +36,12 @@ class BlockManager:
         *,
         enable_prefix_caching: bool = True,
         ring_pages: int | None = None,
-        salt: bytes = b"",
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
         self.ring_pages = ring_pages
         self.enable_prefix_caching = enable_prefix_caching and ring_pages is None
         self.queries = self.hits = 0  # tokens that were looked for, and found
-        self._root = blake2b(salt, digest_size=16).digest()
         self._free = list(range(num_pages - 1, -1, -1))
         self._unused: dict[int, None] = {}  # cached pages, the longest unused first
         self._references = [0] * num_pages
@@ -166,10 +163,6 @@ class BlockManager:
                 self._free.append(page)
         return pages
 
-    def clear_cache(self) -> None:
-        """Unlearns the content of all pages."""
-        self.forget_since(0)
-
     def _forget(self, page: int) -> None:
         content = self._content[page]
         if content is not None:
@@ -179,7 +172,7 @@ class BlockManager:
     def _key(self, sequence: Sequence, index: int) -> bytes:
         keys = sequence.page_keys
         while len(keys) <= index:
-            before = keys[-1] if keys else self._root
+            before = keys[-1] if keys else b""
             keys.append(blake2b(before + self._tokens(sequence, len(keys)), digest_size=16).digest())
         return keys[index]
 

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from octavo.engine.garbage import FullCollectionsPutOff
 from octavo.engine.outputs import Completion, CompletionOutput, TextStream, Timings
 from octavo.engine.params import SamplingParams
 from octavo.engine.scheduler import Scheduler
@@ -105,6 +106,7 @@ class EngineCore:
         self._requests: dict[str, Request] = {}
         self._of: dict[int, tuple[Request, CompletionOutput]] = {}  # by id of the sequence
         self._started: _Started | None = None
+        self._put_off: FullCollectionsPutOff | None = None  # while there are requests
         self._count = 0
 
     @property
@@ -190,6 +192,7 @@ class EngineCore:
         completion = Completion(prompt, outputs, timings, request_id)
         request = Request(request_id, params, sequences, completion, streams, len(sequences))
         self._requests[request_id] = request
+        self._put_off = self._put_off or FullCollectionsPutOff()
         for sequence, output in zip(sequences, outputs, strict=True):
             self._of[sequence.id] = request, output
         return request
@@ -305,6 +308,8 @@ class EngineCore:
         if request.unfinished == 0:
             request.completion.timings.finished = time.monotonic()
             del self._requests[request.id]
+            if not self._requests:
+                self._put_off = None
         return rest
 
     def _end(self, sequence: Sequence, reason: str, message: str | None = None) -> Event:

@@ -70,17 +70,18 @@ class Graphs:
 
     Args:
         compute: enqueues a step of this shape and mode; its inputs and all that lasts lie at fixed places.
-        prepare: puts inputs there with which it computes nothing but padding.
+        rehearse: puts inputs there with which that computes nothing but padding, and runs what it is made of once, so
+            that all kernels are loaded and all libraries have their workspaces.
         stream: what both are run on.
     """
 
     def __init__(
         self,
         compute: Callable[[Shape, Mode], torch.Tensor],
-        prepare: Callable[[Shape], Any],
+        rehearse: Callable[[Shape, Mode], Any],
         stream: torch.cuda.Stream,
     ) -> None:
-        self.compute, self.prepare, self.stream = compute, prepare, stream
+        self.compute, self.rehearse, self.stream = compute, rehearse, stream
         self.pool = torch.cuda.graph_pool_handle()
         self.nbytes = 0
         self._captured: dict[tuple[Shape, Mode], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
@@ -93,8 +94,7 @@ class Graphs:
         """Captures a step, if it is not yet; waits for the device."""
         if (shape, mode) in self._captured:
             return
-        self.prepare(shape)
-        self.compute(shape, mode)  # once, so that all kernels are loaded and all libraries have their workspaces
+        self.rehearse(shape, mode)
         torch.cuda.synchronize(self.stream.device)
         free, _ = torch.cuda.mem_get_info(self.stream.device)
         graph = torch.cuda.CUDAGraph()

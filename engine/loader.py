@@ -6,6 +6,7 @@ places as they come. So a GPU's model takes two buffers of 64 MiB of the host's 
 loads, once more its largest layer.
 """
 
+import re
 from collections.abc import Callable, Collection
 
 import torch
@@ -41,7 +42,9 @@ def load_model(
     check_index(checkpoint)
     collector = _Collector(config, checkpoint.index, device, dtype)
     for name, weight in checkpoint.tensors(device, dtype, progress):
-        if not _is_ignored(name, config):
+        if (place := _CACHE_SCALE.fullmatch(name)) is not None:
+            collector.add_cache_scale(f"{checkpoint.index[name].path}: {name}", place, weight)
+        elif not _is_ignored(name, config):
             _check_shape(checkpoint, name, weight_shape(weight), collector.expected[name])
             collector.add(name, weight)
     layers = tuple(collector.layer(i) for i in range(config.num_hidden_layers))
@@ -58,14 +61,19 @@ def load_model(
     return Decoder(config, embedding, layers, collector.vectors["model.norm.weight"], head, cos_sin_cache)
 
 
-_CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale", ".output_scale")
-"""What is there for a quantised KV cache, which the engine's is not."""
+_CACHE_SCALE = re.compile(
+    r"model\.layers\.(\d+)\.self_attn\.(?:(?:attn\.|[kv]_proj\.)?(k|v|kv)_scale|(k|v)_proj\.output_scale)"
+)
+"""Scales of keys and values in a float8 cache, by the names of compressed-tensors, of vLLM, and of exporters before."""
 
 
 def _is_ignored(name: str, config: ModelConfig) -> bool:
-    """Whether the engine has no use for it: old exports store the rotary table, and some store a tied head twice."""
+    """Whether the engine has no use for it.
+
+    Old exports store the rotary table, some store a tied head twice, and some have scales for queries in float8.
+    """
     stored_twice = name == "lm_head.weight" and config.tie_word_embeddings
-    return stored_twice or name.endswith(("rotary_emb.inv_freq", *_CACHE_SCALES))
+    return stored_twice or name.endswith(("rotary_emb.inv_freq", ".q_scale", ".output_scale", ".prob_scale"))
 
 
 def check_index(checkpoint: Checkpoint) -> None:
@@ -75,7 +83,8 @@ def check_index(checkpoint: Checkpoint) -> None:
         ValueError: a tensor that is missing, unexpected or of another shape; names it and its file.
     """
     expected = expected_shapes(checkpoint.config, checkpoint.index)
-    index = {name: at for name, at in checkpoint.index.items() if not _is_ignored(name, checkpoint.config)}
+    beside = [n for n in checkpoint.index if _CACHE_SCALE.fullmatch(n) or _is_ignored(n, checkpoint.config)]
+    index = {name: at for name, at in checkpoint.index.items() if name not in beside}
     for name, at in index.items():
         if name not in expected:
             raise ValueError(f"{at.path}: {name}: unexpected tensor; this configuration has no place for it")
@@ -105,6 +114,7 @@ class _Collector:
         self.vectors: dict[str, torch.Tensor] = {}
         self.linears: dict[str, Linear] = {}
         self.experts: dict[int, ExpertLoader] = {}
+        self.cache_scales: dict[tuple[int, str], torch.Tensor] = {}
 
     def add(self, name: str, weight: Weight) -> None:
         layer, module = layer_of(name), name.rpartition(".")[0]
@@ -124,6 +134,17 @@ class _Collector:
         if all(n in self.pending for n in names):
             self._stack(group)
 
+    def add_cache_scale(self, where: str, place: re.Match[str], scale: Weight) -> None:
+        """Takes a scale of keys, of values, or of both (kv_scale, which is for both where they have none each)."""
+        assert isinstance(scale, torch.Tensor)
+        values, heads = scale.float().flatten(), self.config.num_key_value_heads
+        if len(values) not in (1, heads) or not bool(((values > 0) & values.isfinite()).all()):
+            raise ValueError(f"{where}: {values.tolist()}; expected one positive number, or {heads}, one a head")
+        for part in place[2] or place[3]:
+            key = int(place[1]), part
+            if place[2] != "kv" or key not in self.cache_scales:
+                self.cache_scales[key] = values.to(self.device)
+
     def _stack(self, group: str) -> None:
         weights = [self.pending.pop(f"{m}.weight") for m in self.groups[group]]
         biases = [self.pending.pop(f"{m}.bias", None) for m in self.groups[group]]
@@ -140,6 +161,8 @@ class _Collector:
             mlp=self._mlp(index),
             q_norm=self.vectors.get(f"{at}.self_attn.q_norm.weight"),
             k_norm=self.vectors.get(f"{at}.self_attn.k_norm.weight"),
+            k_scale=self.cache_scales.get((index, "k")),
+            v_scale=self.cache_scales.get((index, "v")),
         )
 
     def _mlp(self, index: int) -> Mlp | MixtureOfExperts:

@@ -1,14 +1,10 @@
 """How much memory steps take beside the weights, and how many pages of cache fit into what is left."""
 
-from typing import Any
-
 import torch
 
 from octavo.engine.config import ModelConfig
 from octavo.engine.kv_cache import KVCache
 from octavo.engine.model import Decoder
-from octavo.engine.runner import ModelRunner
-from octavo.engine.sampler import Mode
 
 CPU_CACHE_BYTES = 1 << 30
 """What the cache takes of a CPU's memory."""
@@ -25,25 +21,6 @@ def activation_bytes(config: ModelConfig, dtype: torch.dtype, tokens: int, seque
     of_token = 4 * config.hidden_size + max(heads * config.head_dim, of_mlp)
     logits = sequences * config.vocab_size * (dtype.itemsize + 1)  # and what sampling leaves of them
     return int((tokens * of_token * dtype.itemsize + logits) * 4 / 3) + 2**26
-
-
-def measured_activations(model: Decoder, **limits: Any) -> int:
-    """The same, of a model on a GPU, by running the largest step over a cache of one page.
-
-    Args:
-        limits: what ModelRunner takes, but for num_pages.
-    """
-    runner = ModelRunner(model, num_pages=1, **limits | {"enforce_eager": True})
-    assert runner.sizes is not None
-    shape = runner.sizes.every()[0]
-    torch.cuda.synchronize(model.device)
-    torch.cuda.reset_peak_memory_stats(model.device)
-    before = torch.cuda.memory_allocated(model.device)
-    with runner._on_stream():
-        runner._prepare(shape)
-        runner._compute(shape, Mode.DRAWN)
-        torch.cuda.synchronize(model.device)
-    return torch.cuda.max_memory_allocated(model.device) - before
 
 
 def pages_that_fit(

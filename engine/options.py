@@ -15,6 +15,8 @@ class EngineOptions:
             leave, or into 1 GiB of a CPU's, and never more than `max_num_seqs` full contexts.
         gpu_memory_utilization: the share of the GPU's memory that may be used in all.
         kv_cache_dtype: "fp8" (e4m3), "fp8_e5m2" or "int8", which take half the memory; by default that of activations.
+            Float8 is scaled by what the checkpoint has for it, if anything (k_scale, v_scale), or by 1; int8 has a
+            scale for each token's head, found as it comes.
         page_size: tokens a page of the cache.
         max_num_seqs: requests in one batch at most.
         max_num_batched_tokens: tokens in one step at most; longer prompts are computed in chunks.

@@ -246,7 +246,7 @@ def _compressed_tensors(config: Mapping[str, Any]) -> tuple[PackedFormat | Mixed
         formats.append((tuple(group.get("targets") or ()), form))
         notes += [note for note in said if note not in notes]
     if config.get("kv_cache_scheme"):
-        notes.insert(0, "the KV cache is not quantised, though the checkpoint has scales for it")
+        notes.insert(0, "the checkpoint has scales of a float8 KV cache: kv_cache_dtype='fp8' makes use of them")
     return formats[0][1] if len(formats) == 1 else MixedFormats(tuple(formats)), notes
 
 

@@ -1,12 +1,20 @@
 """How a request wants its tokens chosen, and when it is done. No torch here."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite, isnan
 from numbers import Integral, Real
 from typing import Any
 
 INFINITY = float("inf")
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "temperature": (lambda x: 0 <= x < INFINITY, "a finite number of at least 0 (0 is greedy)"),
+    "top_p": (lambda x: 0 < x <= 1, "more than 0 and at most 1 (1 is off)"),
+    "min_p": (lambda x: 0 <= x <= 1, "0 to 1 (0 is off)"),
+    "repetition_penalty": (lambda x: 0 < x < INFINITY, "more than 0 (1 is off)"),
+    "presence_penalty": (lambda x: -2 <= x <= 2, "-2 to 2 (0 is off)"),
+    "frequency_penalty": (lambda x: -2 <= x <= 2, "-2 to 2 (0 is off)"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,25 +73,23 @@ class SamplingParams:
         if self.seed is not None:
             _check_int("seed", self.seed)
         _check_int("top_k", self.top_k, 0, "0 is off")
-        _check_real("temperature", self.temperature)
-        if not 0 <= self.temperature < INFINITY:
-            raise ValueError(f"temperature: {self.temperature}; expected a finite number of at least 0 (0 is greedy)")
-        _check_real("top_p", self.top_p)
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: {self.top_p}; expected more than 0 and at most 1 (1 is off)")
-        _check_real("min_p", self.min_p)
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p: {self.min_p}; expected 0 to 1 (0 is off)")
-        _check_real("repetition_penalty", self.repetition_penalty)
-        if not 0 < self.repetition_penalty < INFINITY:
-            raise ValueError(f"repetition_penalty: {self.repetition_penalty}; expected more than 0 (1 is off)")
-        for name in ("presence_penalty", "frequency_penalty"):
-            _check_real(name, getattr(self, name))
-            if not -2 <= getattr(self, name) <= 2:
-                raise ValueError(f"{name}: {getattr(self, name)}; expected -2 to 2 (0 is off)")
+        for name, (fits, expected) in _RANGES.items():
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise TypeError(f"{name}: {value!r}; expected a number")
+            if not fits(value):
+                raise ValueError(f"{name}: {value}; expected {expected}")
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        object.__setattr__(self, "stop", _strings("stop", stop))
-        object.__setattr__(self, "stop_token_ids", _ids("stop_token_ids", self.stop_token_ids))
+        object.__setattr__(self, "stop", _tuple("stop", stop, "strings"))
+        for value in self.stop_strings:
+            if not isinstance(value, str):
+                raise TypeError(f"stop: {value!r}; expected strings")
+            if not value:
+                raise ValueError("stop: an empty string; expected at least one character")
+        ids = _tuple("stop_token_ids", self.stop_token_ids, "several integers")
+        for value in ids:
+            _check_int("stop_token_ids", value, 0)
+        object.__setattr__(self, "stop_token_ids", tuple(map(int, ids)))
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
 
@@ -105,30 +111,10 @@ def _check_int(name: str, value: Any, least: int | None = None, off: str = "") -
         raise ValueError(f"{name}: {value}; expected at least {least}" + (f" ({off})" if off else ""))
 
 
-def _check_real(name: str, value: Any) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name}: {value!r}; expected a number")
-
-
-def _strings(name: str, values: Iterable[Any] | None) -> tuple[str, ...]:
+def _tuple(name: str, values: Iterable[Any] | None, kind: str) -> tuple[Any, ...]:
     if values is not None and not isinstance(values, Iterable):
-        raise TypeError(f"{name}: {values!r}; expected strings")
-    strings = tuple(values or ())
-    for value in strings:
-        if not isinstance(value, str):
-            raise TypeError(f"{name}: {value!r}; expected strings")
-        if not value:
-            raise ValueError(f"{name}: an empty string; expected at least one character")
-    return strings
-
-
-def _ids(name: str, values: Iterable[Any] | None) -> tuple[int, ...]:
-    if values is not None and not isinstance(values, Iterable):
-        raise TypeError(f"{name}: {values!r}; expected several integers")
-    ids = tuple(values or ())
-    for value in ids:
-        _check_int(name, value, 0)
-    return tuple(int(value) for value in ids)
+        raise TypeError(f"{name}: {values!r}; expected {kind}")
+    return tuple(values or ())
 
 
 def _bias(biases: Any) -> dict[int, float]:
@@ -136,7 +122,8 @@ def _bias(biases: Any) -> dict[int, float]:
         raise TypeError(f"logit_bias: {biases!r}; expected a mapping of token ids to numbers")
     for token, bias in biases.items():
         _check_int("logit_bias", token, 0)
-        _check_real("logit_bias", bias)
+        if not isinstance(bias, Real) or isinstance(bias, bool):
+            raise TypeError(f"logit_bias: {bias!r}; expected a number")
         if isnan(bias) or not (isfinite(bias) or bias < 0):
             raise ValueError(f"logit_bias: {bias} for token {token}; expected a finite number, or -inf to forbid it")
     return {int(token): float(bias) for token, bias in biases.items()}

@@ -24,7 +24,7 @@ from octavo.engine.model import AttentionMetadata, Decoder
 from octavo.engine.pending import Parts, Pending, Prompts
 from octavo.engine.sampler import Drawn, EditedSampler, Mode, SlotSettings, drawn_settings, prompt_logprobs
 from octavo.engine.sequence import Chunk, Sequence, Step
-from octavo.engine.warmup import step_calls
+from octavo.engine.warmup import distinct_layers, step_calls
 
 NOT_CAPTURED = "experts are computed one by one, which no CUDA graph can hold: steps are launched from Python"
 
@@ -81,6 +81,7 @@ class ModelRunner:
         self.sizes = Sizes(max_num_seqs, max_num_batched_tokens) if (on_gpu if padded is None else padded) else None
         self.notes: tuple[str, ...] = ()
         self.graphs: Graphs | None = None
+        self._rehearsed = min(distinct_layers(model), model, key=lambda m: len(m.layers))
         self.stream: torch.cuda.Stream | None = None
         if on_gpu:
             self.stream = torch.cuda.Stream(self.device)
@@ -89,7 +90,7 @@ class ModelRunner:
             if loops and not enforce_eager:
                 self.notes = (NOT_CAPTURED,)
             elif not enforce_eager:
-                self.graphs = Graphs(self._compute, self._prepare, self.stream)
+                self.graphs = Graphs(self._compute, self._rehearse, self.stream)
         self._prompts = Prompts()
 
     @property
@@ -114,16 +115,21 @@ class ModelRunner:
             raise ValueError(f"device: {self.device}; only a GPU's kernels are compiled")
         calls = step_calls(self.model, self.cache, self.sizes.every(), self.inputs.width, self.rolling)
         report = octavo.warmup(calls, device=self.device, progress=progress)
+        self.capture_all(progress)
+        return report
+
+    def capture_all(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Captures the graphs of all sizes, where there are graphs, whose kernels should be compiled by then."""
+        if self.graphs is None or self.sizes is None:
+            return
         every = [(shape, mode) for shape in self.sizes.every() for mode in modes(shape)]
         with self._on_stream():
-            for done, (shape, mode) in enumerate(every if self.graphs is not None else [], 1):
-                assert self.graphs is not None
+            for done, (shape, mode) in enumerate(every, 1):
                 self.graphs.capture(shape, mode)
                 if progress is not None:
                     progress(done, len(every))
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
-        return report
 
     def start(self, step: Step) -> Pending:
         """Enqueues a step; nothing waits for the device, but where a graph is captured that no warm-up has.
@@ -198,15 +204,18 @@ class ModelRunner:
             drawn, following = self._edit(result, fields, shape, chunks)
         return Pending(chunks, Drawn(*map(to_host, drawn)), following, self._prompts, self.stream)
 
-    def _compute(self, shape: Shape, mode: Mode) -> torch.Tensor:
+    def _compute(self, shape: Shape, mode: Mode, model: Decoder | None = None) -> torch.Tensor:
         """Enqueues a step whose inputs have been sent: this is what a graph holds.
+
+        Args:
+            model: in place of the runner's.
 
         Returns:
             The tokens, `[sequences]`, or with Mode.EDITED the hidden states of all tokens.
         """
         fields = self.inputs.fields(shape)
         self.inputs.table.view(-1).scatter_(0, fields.update_at, fields.update_to)
-        hidden = self.model.hidden(
+        hidden = (model or self.model).hidden(
             fields.pool.index_select(0, fields.sources),
             self.cache,
             AttentionMetadata(
@@ -257,6 +266,11 @@ class ModelRunner:
         nothing = np.zeros(0, np.int32)
         self.settings.pack(self.inputs.pack([], shape, nothing, nothing), nothing, nothing)
         self.inputs.send(shape)
+
+    def _rehearse(self, shape: Shape, mode: Mode) -> None:
+        """A step of nothing but padding, through one layer of each kind: what the others do, these do."""
+        self._prepare(shape)
+        self._compute(shape, mode, self._rehearsed)
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:

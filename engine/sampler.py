@@ -57,7 +57,8 @@ class SlotSettings:
 
     def mode(self, slots: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> Mode:
         """What the step of these slots needs, whose chunks are from `starts` to `ends`."""
-        early = ends - self.prompt_lengths[slots] < self.min_tokens[slots]
+        made = ends - self.prompt_lengths[slots]  # negative where the prompt goes on
+        early = (made >= 0) & (made < self.min_tokens[slots])
         if (self.edited[slots] | early | (starts < self.looked_at[slots])).any():
             return Mode.EDITED
         return Mode.DRAWN if self.drawn[slots].any() else Mode.GREEDY

@@ -50,7 +50,6 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self._watermark = blocks.num_pages // 100  # pages that stay free at admission, lest it be undone at once
-        self._sequences: dict[int, Sequence] = {}
         self._slots = list(range(max_num_seqs))
         self._step = 0
 
@@ -81,7 +80,6 @@ class Scheduler:
                 f"{len(self.waiting)} requests wait and {self.max_waiting} may: try again later, or raise max_waiting"
             )
         for sequence in sequences:
-            self._sequences[sequence.id] = sequence
             insort(self.waiting, sequence, key=RANK)
 
     def schedule(self) -> Step:
@@ -92,14 +90,15 @@ class Scheduler:
         for sequence in tuple(self.running):
             if len(decodes) == self.max_num_batched_tokens:
                 break
-            if sequence.slot is None or sequence.remaining != 1 or sequence.num_tokens >= sequence.max_length:
+            tokens = sequence.num_tokens
+            if sequence.slot is None or tokens - sequence.num_computed != 1 or tokens >= sequence.max_length:
                 continue  # preempted just now; a prompt; or it ends with the token that is in flight
             if sequence.num_computed % self.blocks.page_size == 0:  # its token is the first of a page
                 if not self._make_room(sequence, sequence.num_computed + 1, decodes):
                     continue
                 self.blocks.extend(sequence, sequence.num_computed + 1)
             decodes[sequence] = None
-        prefills = self._continue_prompts(decodes)
+        prefills = self._continue_prompts(decodes) if len(decodes) < len(self.running) else []
         if self.num_preemptions == preemptions:
             self._admit(self.max_num_batched_tokens - len(decodes) - sum(c.length for c in prefills), prefills)
         chunks = [self._take(sequence, 1) for sequence in decodes]
@@ -202,19 +201,12 @@ class Scheduler:
         if sequence.finish_reason is not None:
             return
         sequence.finish_reason = reason
-        self._sequences.pop(sequence.id, None)
         if sequence.slot is not None:
             self._stop(sequence)
         else:
             at = bisect_left(self.waiting, sequence.rank, key=RANK)
             if at < len(self.waiting) and self.waiting[at] is sequence:
                 del self.waiting[at]
-
-    def abort(self, sequence_id: int) -> None:
-        """Ends a sequence with the reason "abort"; nothing where there is none of that id, or no longer."""
-        sequence = self._sequences.get(sequence_id)
-        if sequence is not None:
-            self.finish(sequence, "abort")
 
     def fail(self, step: Step) -> list[Sequence]:
         """Ends the sequences of a step that failed, with the reason "error".

@@ -12,8 +12,10 @@ CPU. torch's pickles are read where they are asked for, and then by `torch.load(
 import json
 import math
 import mmap
+import os
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -23,6 +25,12 @@ import torch
 
 PIECE = 64 << 20
 """Bytes that are read at once; a device other than the CPU is fed through two host buffers of this size."""
+
+THREADS = 8
+"""That read parts of a piece at a time: one alone copies what the system has in memory slower than a GPU takes it."""
+
+PART = 1 << 20
+"""Bytes that are worth a thread."""
 
 MAPPED = 1 << 20
 """Host tensors of so many bytes have pages of their own, which go back to the system when they are freed: malloc keeps
@@ -58,6 +66,7 @@ class Reader:
     def __init__(self, device: torch.device, progress: Callable[[int], None] | None = None) -> None:
         self.device = device
         self.progress = progress or (lambda num_bytes: None)
+        self._threads = ThreadPoolExecutor(min(THREADS, len(os.sched_getaffinity(0))))
         self._buffers: list[tuple[torch.Tensor, torch.cuda.Event | None]] = []
         if device.type != "cpu":
             on_cuda = device.type == "cuda"
@@ -74,13 +83,12 @@ class Reader:
         """
         out = self._empty(num_bytes)
         with path.open("rb", buffering=0) as file:
-            file.seek(start)
             for begin in range(0, num_bytes, PIECE):
                 piece = out[begin : begin + PIECE]
                 if self._buffers:
-                    self._through_buffer(file, piece)
+                    self._through_buffer(file, start + begin, piece)
                 else:
-                    _fill(file, piece)
+                    self._fill(file, start + begin, piece)
                 self.progress(len(piece))
         return out
 
@@ -90,24 +98,30 @@ class Reader:
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return torch.frombuffer(memory, dtype=torch.uint8)
 
-    def _through_buffer(self, file: FileIO, piece: torch.Tensor) -> None:
+    def _through_buffer(self, file: FileIO, start: int, piece: torch.Tensor) -> None:
         buffer, copied = self._buffers[0]
         if copied is not None:
             copied.synchronize()
-        _fill(file, buffer[: len(piece)])
+        self._fill(file, start, buffer[: len(piece)])
         piece.copy_(buffer[: len(piece)], non_blocking=copied is not None)
         if copied is not None:
             copied.record(torch.cuda.current_stream(self.device))
         self._buffers.reverse()
 
+    def _fill(self, file: FileIO, start: int, out: torch.Tensor) -> None:
+        view = out.numpy().data
+        step = max(-(-len(view) // THREADS), PART)
+        parts = [(start + begin, view[begin : begin + step]) for begin in range(0, len(view), step)]
+        missing = sum((map if len(parts) == 1 else self._threads.map)(lambda part: _read(file, *part), parts))
+        if missing:
+            raise ValueError(f"{file.name}: cut off while it was read: {missing} bytes are missing")
 
-def _fill(file: FileIO, out: torch.Tensor) -> None:
-    view = out.numpy().data
-    while view:
-        count = file.readinto(view)
-        if not count:
-            raise ValueError(f"{file.name}: cut off while it was read: {len(view)} bytes are missing")
-        view = view[count:]
+
+def _read(file: FileIO, start: int, out: memoryview) -> int:
+    """Reads the bytes from `start` on; returns how many are not there."""
+    while out and (count := os.preadv(file.fileno(), [out], start)):
+        start, out = start + count, out[count:]
+    return len(out)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def step_calls(
         width: pages of a row of the table.
         rolling: whether rows are rings.
     """
-    model = _distinct_layers(_meta(model))
+    model = distinct_layers(_meta(model))
     data, scales = (None if x is None else x[:1].to("meta") for x in (cache.data, cache.scales))
     layers = len(model.layers), *(-1,) * 4
     assert data is not None
@@ -106,10 +106,11 @@ def _look(value: Any) -> Any:
     return value
 
 
-def _distinct_layers(model: Decoder) -> Decoder:
+def distinct_layers(model: Decoder) -> Decoder:
+    """The model with one layer of each kind, and the first again, so that each follows another as it does in all."""
     layers = list({_look(layer): layer for layer in model.layers}.values())
     if len(model.layers) > 1:
-        layers.append(layers[0])  # so that each follows another, whose last norm goes into it
+        layers.append(layers[0])
     return replace(model, layers=tuple(replace(layer, mlp=_distinct_experts(layer.mlp)) for layer in layers))
 
 

@@ -128,7 +128,6 @@ def warmup(
     kernels: list[WarmKernel] = []
     alone = processes == 1 or torch.version.hip is not None
     if target is not None:
-        plan_type()  # what repeats calls is compiled ahead too
         for launch in launches:
             kernels.append(_timed(launch, partial(_load, launch, target)))
             advance()
@@ -141,6 +140,8 @@ def warmup(
         if target is not None:
             for launch in rest:
                 _load(launch, target)
+    if target is not None:
+        plan_type()  # what repeats calls is compiled ahead too
     kernels.sort(key=lambda k: -k.seconds)
     return WarmupReport(tuple(kernels), time.perf_counter() - began, max(processes, 1))
 

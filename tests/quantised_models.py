@@ -206,7 +206,7 @@ def save_quantised(folder, name, head=False, config=CONFIG):
         parts, weight = written(name, *value.shape, generator)
         value.copy_(weight)
         tensors |= {f"{module_name}.{suffix}": part for suffix, part in parts.items()}
-        if name == "float8":
+        if name == "float8" and module_name.endswith(".k_proj"):
             tensors[f"{module_name.rpartition('.')[0]}.k_scale"] = torch.ones(1)  # of a KV cache
         if name == "gptq":
             tensors[f"{module_name}.bias"] = torch.zeros(len(value))

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tiny_models import save_tiny_llama
 
-from octavo.bench import engine_bench, engine_table, sweep_figure
+from octavo.bench import engine_bench, engine_idle, engine_start, engine_table, sweep_figure
 from octavo.bench.engine_bench import Bench, Setup
 from octavo.bench.floors import Ceilings
 from octavo.bench.workload import Lengths, Workload
@@ -321,3 +321,56 @@ def test_a_run_of_which_nothing_was_completed_says_why(monkeypatch):
     for command in (engine_bench.latency, lambda *load: engine_bench.sweep(*load, [1])):
         with pytest.raises(ValueError, match="no request was completed: request bench-0: MemoryError: out of memory"):
             command(bench, Workload(Lengths(3, 2)))
+
+
+# -------------------------------------------------------------------------------------------------------------- start
+
+
+def test_starts_are_processes_of_their_own_whose_phases_are_kept(tmp_path, capsys):
+    arguments = [str(tmp_path / "model"), "--model", "tiny", "--device", "cpu", "--out", str(tmp_path / "out")]
+    options = ["--options", '{"cache_tokens": 256, "max_model_len": 64}']
+    assert engine_start.main([*arguments, *options, "--starts", "2"]) == 0
+    rows = engine_table.read(tmp_path / "out" / "cpu" / "engine.json")
+    assert [(row["cell"], row["model"], row["layers"], row["unit"]) for row in rows] == [
+        ("first start", "tiny", 2, "s"),
+        ("second start", "tiny", 2, "s"),
+    ]
+    for row in rows:
+        phases = [row[f"{name}_s"] for name in ("import", "open", "load", "kernels", "graphs")]
+        assert min(phases) >= 0 and sum(phases) == pytest.approx(row["value"], abs=0.01)
+        assert row["options"] == {"cache_tokens": 256, "max_model_len": 64} and row["first_token_s"] > 0
+    printed = capsys.readouterr().out
+    assert "written in" in printed and "second start: ready after" in printed and "loaded 0.00 GB" in printed
+    assert engine_table.table(rows).count("\n") == 1, "starts are no cells"
+    with pytest.raises(RuntimeError, match="a start failed with status 1"):
+        engine_start.main([*arguments, "--options", '{"max_num_seqs": 0}', "--starts", "1"])
+
+
+# --------------------------------------------------------------------------------------------------------------- idle
+
+
+def test_the_time_between_steps(tmp_path, capsys):
+    arguments = ["--model", "tiny", "--device", "cpu", "--out", str(tmp_path)]
+    options = ["--options", '{"cache_tokens": 2048}', "--input-len", "5", "--output-len", "12"]
+    assert engine_idle.main([*arguments, *options, "--batch", "6"]) == 0
+    (row,) = engine_table.read(tmp_path / "cpu" / "engine_idle.json")
+    assert (row["cell"], row["model"], row["pairs"]) == ("batch 6", "tiny", 10)
+    assert 0 < row["value"] < 100 and 0 < row["gap_ms"]["median"] <= row["gap_ms"]["most"]
+    assert 0 <= row["waited_ms_per_step"] < row["host_ms_per_step"], "on a CPU a step is over when it has started"
+    assert "% of it between steps" in capsys.readouterr().out
+    assert engine_idle.main([*arguments, *options[:-1], "2", "--batch", "6"]) == 2
+    assert "no two steps in a row" in capsys.readouterr().err
+
+
+def test_gaps_are_between_steps_of_the_whole_batch():
+    class At:
+        def __init__(self, seconds):
+            self.seconds = seconds
+
+        def until(self, later):
+            return later.seconds - self.seconds
+
+    whole, half, prompt = (engine_idle.Shape(n, n, decode) for n, decode in ((4, True), (2, True), (4, False)))
+    steps = [(prompt, 0, 9), (whole, 10, 19), (whole, 20, 28), (whole, 30, 39), (half, 40, 45), (half, 50, 51)]
+    between, seconds = engine_idle.gaps([(shape, At(begin), At(end)) for shape, begin, end in steps], 4)
+    assert between == [1, 2] and seconds == 20

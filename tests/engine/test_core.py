@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from octavo.engine import LLM, AsyncLLM, QueueFullError, SamplingParams
 from octavo.engine.block_manager import BlockManager
 from octavo.engine.core import EngineCore
+from octavo.engine.garbage import FACTOR
 from octavo.engine.scheduler import Scheduler
 from octavo.engine.sequence import Sampled
 
@@ -43,7 +44,6 @@ def idle(core):
         and not core.scheduler.has_work
         and not core._requests
         and not core._of
-        and not core.scheduler._sequences
         and len(core.scheduler._slots) == core.scheduler.max_num_seqs
     )
 
@@ -248,6 +248,23 @@ def test_bad_requests_are_refused_and_others_go_on(prompt, setting, message):
         core.add("bad", prompt, SamplingParams(**setting))
     finish(core)
     assert good.completion.token_ids == continuation([1, 2], 4) and idle(core)
+
+
+def test_full_collections_are_put_off_while_there_are_requests():
+    gc.collect()
+    before = gc.get_threshold()
+    one, other = engine(), engine()
+    one.add("a", [1, 2, 3], params(5))
+    assert gc.get_threshold() == (*before[:2], before[2] * FACTOR)
+    other.add("b", [1, 2, 3], params(5))
+    other.add("c", [1, 2, 3], params(5))
+    finish(one)
+    assert gc.get_threshold() != before
+    other.abort("b")
+    assert gc.get_threshold() != before
+    del other  # with a request that nobody waits for
+    gc.collect()
+    assert gc.get_threshold() == before
 
 
 def test_ids_are_of_one_request_at_a_time():

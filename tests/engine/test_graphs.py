@@ -10,8 +10,8 @@ from tiny_models import save, save_tiny_llama, save_tiny_mixtral, tiny_llama
 import octavo
 from octavo.engine.graphs import Sizes, decode_sizes, modes, token_sizes
 from octavo.engine.inputs import Shape
-from octavo.engine.memory import activation_bytes, measured_activations, pages_that_fit
-from octavo.engine.runner import NOT_CAPTURED
+from octavo.engine.memory import activation_bytes, pages_that_fit
+from octavo.engine.runner import NOT_CAPTURED, ModelRunner
 from octavo.engine.sampler import Mode
 from octavo.kernels import launch as launching
 
@@ -130,7 +130,7 @@ def test_the_warm_up_compiles_all(decoder):
 @pytest.mark.gpu
 def test_starting_a_step_waits_for_nothing(warm):
     work(warm)
-    warm.scheduler.blocks.clear_cache()
+    warm.scheduler.blocks.forget_since(0)
     for prompt, temperature in zip(PROMPTS, (0, 1) * 3, strict=True):
         warm.add(prompt, temperature=temperature)
     pending = []
@@ -181,9 +181,16 @@ def test_mixtures(tmp_path, name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [64, 4096])
 def test_what_the_largest_step_takes(decoder, tokens):
-    limits = LIMITS | dict(max_num_batched_tokens=tokens)
-    del limits["num_pages"]
-    measured = measured_activations(decoder, **limits)
+    limits = LIMITS | dict(max_num_batched_tokens=tokens, num_pages=1)
+    runner = ModelRunner(decoder, **limits, enforce_eager=True)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with runner._on_stream():
+        runner._prepare(runner.sizes.every()[0])
+        runner._compute(runner.sizes.every()[0], Mode.DRAWN)
+        torch.cuda.synchronize()
+    measured = torch.cuda.max_memory_allocated() - before
     assert 0 < measured < activation_bytes(decoder.config, torch.bfloat16, tokens, 5) < measured + 2**27
 
 

@@ -1,13 +1,15 @@
 """The front door, on a tiny random model."""
 
 import asyncio
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 import transformers
-from tiny_models import save_bpe_tokenizer, save_tiny_llama
+from safetensors.torch import load_file, save_file
+from tiny_models import save_bpe_tokenizer, save_tiny_llama, save_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from octavo.engine import LLM, AsyncLLM, SamplingParams
@@ -360,3 +362,35 @@ def test_a_quantised_cache_and_no_graphs_by_option(folder):
     assert llm.runner.cache.data.dtype == torch.int8 and llm.runner.num_graphs == 0
     plain = LLM(folder, device="cpu", page_size=4, cache_tokens=4 * llm.blocks.num_pages)
     assert llm.generate([[5, 6, 7]], GREEDY)[0].token_ids == plain.generate([[5, 6, 7]], GREEDY)[0].token_ids
+
+
+@pytest.mark.parametrize(("per_head", "cache"), [(False, "fp8"), (True, "fp8"), (False, "fp8_e5m2")])
+def test_the_scales_of_a_checkpoint_are_those_of_a_float8_cache(tmp_path, per_head, cache):
+    """Stored is k / scale: as if k_proj were divided, and q_proj multiplied; of values, v_proj and o_proj."""
+    save_tiny_llama(tmp_path / "source")
+    save_tokenizer(tmp_path / "source", 64)
+    tensors = load_file(tmp_path / "source" / "model.safetensors")
+    # Powers of two, which round nothing but where what they divide becomes subnormal in float8.
+    scales = {"k": torch.tensor([0.25, 4.0]), "v": torch.tensor([64.0 if cache == "fp8" else 2.0**15, 0.5])}
+    scales = scales if per_head else {part: scale[:1] for part, scale in scales.items()}
+    scaled, by_hand = dict(tensors), dict(tensors)
+    for layer in range(2):
+        at = f"model.layers.{layer}.self_attn"
+        k, v = (scale.expand(2).repeat_interleave(16)[:, None] for scale in scales.values())  # of two heads
+        scaled |= {f"{at}.{part}_scale": scale.clone() for part, scale in scales.items()}
+        by_hand[f"{at}.k_proj.weight"] = tensors[f"{at}.k_proj.weight"] / k
+        by_hand[f"{at}.v_proj.weight"] = tensors[f"{at}.v_proj.weight"] / v
+        of_queries = [scale.view(2, 1, 16).expand(2, 2, 16).reshape(-1) for scale in (k, v)]  # of four heads
+        by_hand[f"{at}.q_proj.weight"] = tensors[f"{at}.q_proj.weight"] * of_queries[0][:, None]
+        by_hand[f"{at}.o_proj.weight"] = tensors[f"{at}.o_proj.weight"] * of_queries[1]
+    logits, ids = {}, list(range(3, 40))
+    for name, of in (("plain", tensors), ("scaled", scaled), ("by hand", by_hand)):
+        shutil.copytree(tmp_path / "source", tmp_path / name)
+        save_file(of, tmp_path / name / "model.safetensors")
+        llm = LLM(str(tmp_path / name), device="cpu", kv_cache_dtype=cache, cache_tokens=64)
+        logits[name] = torch.cat(list(llm.prompt_logits(ids, 8)))
+    assert torch.allclose(logits["scaled"], logits["by hand"], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits["scaled"], logits["plain"], rtol=1e-3, atol=1e-3)
+    others = [LLM(str(tmp_path / name), device="cpu", cache_tokens=64) for name in ("plain", "scaled")]
+    plain, unused = (torch.cat(list(llm.prompt_logits(ids, 8))) for llm in others)
+    assert torch.equal(plain, unused), "a cache that is not quantised has no use for them"

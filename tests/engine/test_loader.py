@@ -119,6 +119,41 @@ def test_a_tied_head_stored_twice_is_ignored():
     assert model.head is model.embedding
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("k_scale", "v_scale"),
+        ("attn.k_scale", "attn.v_scale"),
+        ("k_proj.k_scale", "v_proj.v_scale"),
+        ("k_proj.output_scale", "v_proj.output_scale"),
+    ],
+    ids=str,
+)
+def test_scales_of_the_cache_by_all_their_names(names):
+    at = "model.layers.1.self_attn"
+    scales = {f"{at}.{names[0]}": torch.tensor(0.5), f"{at}.{names[1]}": torch.tensor([0.25]).bfloat16()}
+    layers = load(Made(weights() | scales | {f"{at}.q_scale": torch.ones(1)})).layers
+    assert layers[0].k_scale is None and layers[0].v_scale is None
+    for scale, expected in ((layers[1].k_scale, 0.5), (layers[1].v_scale, 0.25)):
+        assert scale.dtype == torch.float32 and scale.tolist() == [expected]
+
+
+@pytest.mark.parametrize("own_first", [True, False])
+def test_one_scale_for_keys_and_values_is_theirs_where_they_have_none_of_their_own(own_first):
+    at = "model.layers.0.self_attn"
+    scales = {f"{at}.kv_scale": torch.tensor([0.5]), f"{at}.v_scale": torch.tensor([0.25])}
+    scales = dict(reversed(scales.items())) if own_first else scales
+    layer = load(Made(weights() | scales)).layers[0]
+    assert (layer.k_scale.tolist(), layer.v_scale.tolist()) == ([0.5], [0.25])
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), [1.0, 2.0]], ids=str)
+def test_a_scale_of_the_cache_that_is_none(scale):
+    name = "model.layers.0.self_attn.k_scale"
+    with pytest.raises(ValueError, match=rf"made-up/file: {name}: .*; expected one positive number, or 1, one a head"):
+        load(Made(weights() | {name: torch.tensor(scale)}))
+
+
 def int4(n, k=64):
     q = torch.randint(0, 16, (n, k), dtype=torch.uint8)
     scale, minimum = torch.rand(n, k // 32).half(), torch.randn(n, k // 32).half()

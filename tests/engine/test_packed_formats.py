@@ -139,7 +139,7 @@ def test_what_the_user_is_told():
     (note, _) = packed_format(
         compressed("float-quantized", **FP8, strategy="tensor") | dict(kv_cache_scheme={"num_bits": 8})
     )[1]
-    assert "KV cache is not quantised" in note
+    assert "scales of a float8 KV cache: kv_cache_dtype='fp8'" in note
 
 
 def test_a_layer_without_all_of_its_tensors_is_refused_before_any_reading(tmp_path):

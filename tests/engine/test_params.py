@@ -1,5 +1,6 @@
 """What a request may ask for."""
 
+import numpy as np
 import pytest
 
 from octavo.engine import SamplingParams
@@ -16,6 +17,7 @@ def test_values_are_kept_as_they_are_meant():
     assert params.stop_strings == ("a",) and params.stop_token_ids == (3,) and params.logit_bias == {7: 1.0}
     assert SamplingParams(stop=["a", "b"]).stop_strings == ("a", "b")
     assert SamplingParams(stop=None, stop_token_ids=None).stop_token_ids == ()
+    assert type(SamplingParams(stop_token_ids=[np.int64(3)]).stop_token_ids[0]) is int
     assert SamplingParams(logit_bias={1: -float("inf")}).logit_bias == {1: -float("inf")}
 
 

@@ -92,7 +92,7 @@ def test_requests_come_and_go(llama):
         for _ in range(i % 3):
             engine.step()
         if i == 6:
-            engine.scheduler.abort(sequences[-1][0].id)
+            engine.scheduler.finish(sequences[-1][0], "abort")
     engine.run()
     for sequence, prompt in sequences:
         if sequence.finish_reason == "length":

@@ -115,6 +115,16 @@ def test_what_a_step_ends_with(params, start, mode):
     assert settings_of(others).mode(slots, starts, starts + 1) is mode
 
 
+@pytest.mark.parametrize(("temperature", "mode"), [(0, Mode.GREEDY), (1, Mode.DRAWN)])
+def test_a_prompt_that_goes_on_is_no_reason_to_leave_the_graph(temperature, mode):
+    long = sequence(0, temperature=temperature, min_tokens=2, stop_token_ids=(3,))
+    long.token_ids, long.prompt_length = [0] * 30, 30
+    settings, slot = settings_of([long]), np.array([0])
+    for start, end in ((0, 16), (16, 29)):
+        assert settings.mode(slot, np.array([start]), np.array([end])) is mode
+    assert settings.mode(slot, np.array([16]), np.array([30])) is Mode.EDITED, "it samples, and may not end yet"
+
+
 def test_without_stop_tokens_nothing_ends_too_early():
     settings = settings_of([sequence(0, temperature=0, min_tokens=3)])
     assert settings.mode(np.array([0]), np.array([0]), np.array([1])) is Mode.GREEDY

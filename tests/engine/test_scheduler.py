@@ -66,7 +66,6 @@ def test_what_was_sampled_after_the_end_is_ignored():
     scheduler.finish(s, "stop")
     assert not scheduler.update(late.chunks[0], 7) and s.finish_reason == "stop" and blocks.num_free == 100
     scheduler.finish(s, "abort")
-    scheduler.abort(0)
     assert s.finish_reason == "stop"
 
 
@@ -128,7 +127,7 @@ def test_who_is_preempted_waits_for_the_token_in_flight():
     scheduler.add(first, second)
     step = scheduler.schedule()
     assert scheduler.schedule().chunks == [(first, 4, 1, True)] and second.slot is None and second.in_flight == 1
-    scheduler.abort(0)
+    scheduler.finish(first, "abort")
     assert not scheduler.schedule(), "what it has sampled is part of what is computed anew"
     update(scheduler, step)
     assert scheduler.schedule().chunks == [(second, 0, 5, True)]
@@ -218,7 +217,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     @rule(data=st.data())
     def abort(self, data):
-        self.scheduler.abort(data.draw(st.sampled_from(self.live)).id)
+        self.scheduler.finish(data.draw(st.sampled_from(self.live)), "abort")
 
     @precondition(lambda self: len(self.running) < 2)
     @rule()
@@ -302,7 +301,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if self.running:
                 self.wait()
             self.pages_are_conserved()
-        assert not self.scheduler.has_work and self.blocks.num_used == 0 and not self.scheduler._sequences
+        assert not self.scheduler.has_work and self.blocks.num_used == 0
 
 
 class RingMachine(SchedulerMachine):
