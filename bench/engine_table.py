@@ -12,9 +12,9 @@
 
 The short ones come first, then all again up to `--repeats` times, and no run is begun that is not likely to end within
 `--budget` seconds, loading included. The figure is the median of the runs. FOLDER/<gpu>/engine.json, FOLDER being
-bench/results by default, is written after each run; a row replaces the one of the same model, scheme, cell, GPU and
-commit, all others stay. `--show` prints the latest rows of all models instead. vLLM's figures are recorded ones (of
-0.26.0, CUDA graphs, greedy, the same loads), not of this run.
+bench/results by default, is written after each run; a row replaces the one of the same model, scheme, cell, GPU, commit
+and options, all others stay. `--show` prints the latest rows of all models instead. vLLM's figures are recorded ones
+(of 0.26.0, CUDA graphs, greedy, the same loads), not of this run.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def merge(path: Path, rows: Sequence[Result]) -> None:
     Raises:
         ValueError: see `read`.
     """
-    merged = {tuple(one[name] for name in KEY): one for one in [*read(path), *rows]}
+    merged = {(*(one[name] for name in KEY), json.dumps(one.get("options"))): one for one in [*read(path), *rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".new")
     beside.write_text(json.dumps({"rows": list(merged.values())}, indent=1) + "\n")
@@ -178,6 +178,7 @@ def table(rows: Sequence[Result]) -> str:
     latest: dict[tuple[str, ...], dict[str, Result]] = {}
     for of in sorted((row for row in rows if row["cell"] in CELLS), key=lambda row: row["date"]):
         cut = "" if of["layers"] == find(of["model"]).model.layers else f", {of['layers']} layers"
+        cut += f", {cache} cache" if (cache := of["options"].get("kv_cache_dtype")) else ""
         latest.setdefault((f"{of['model']} {of['scheme']}{cut}", of["gpu"]), {})[of["cell"]] = of
     lines = [f"| model, weights, GPU | {' | '.join(CELLS)} |", "| --- |" + " --- |" * len(CELLS)]
     for (name, gpu), cells in latest.items():
@@ -208,12 +209,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--cache-tokens", type=int)
+    parser.add_argument("--options", type=json.loads, default={}, help='more, as JSON: {"kv_cache_dtype": "fp8"}')
     parser.add_argument("--measure-peaks", action="store_true", help="measure the machine's peaks if they are unknown")
     parser.add_argument("--out", type=Path, default=default_folder(), help="where <gpu>/engine.json goes")
     parser.add_argument("--show", action="store_true", help="measure nothing; print the rows of --out as a table")
     args = parser.parse_args(arguments)
     names = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "cache_tokens")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None} | args.options
     try:
         if args.show:
             print(table([row for path in sorted(args.out.glob("*/engine.json")) for row in read(path)]))
