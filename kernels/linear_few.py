@@ -1,0 +1,276 @@
+"""The products of `linear.py` for few tokens on Hopper (sm_90), in Gluon; elsewhere torch's do it.
+
+The time is that of reading the weights, and what a decode step loses is at the seams of its kernels. So a warp loads
+weights by TMA, as many as shared memory has room for, before the kernel ahead has ended: it does not write them. Tokens
+wait for it, as does all that is written. Programs walk units of work, a tile of outputs or a part of its inputs, and
+weights are loaded beyond the unit that is being multiplied.
+
+Weights are the first operand, which has 64 rows at least. Where tiles are too few, several programs have a part of a
+tile's inputs each; the one that comes last adds the parts up, in their order. With SiLU × gate the copy engine puts
+eight rows of gate and the same eight of up below each other, so that a thread has both of an output.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from octavo.kernels.launch import empty, launch
+from octavo.kernels.quant.epilogue import silu_and_mul
+from octavo.kernels.quant.int4_epilogue import out_layout
+from octavo.kernels.quant.stream_k import arrive
+from octavo.kernels.quant.w8a8_parts import steps_of
+from octavo.kernels.tiles import DeviceProperties, cdiv, chains, let_next_start, wait_for_previous
+
+WIDTH = 64
+"""Inputs of a copy: as many bytes as the copy engine's widest swizzle takes."""
+
+# Lists of arguments, one a line, would be longer than the code between them.
+# fmt: off
+
+
+@gluon.jit
+def _load_weights(
+    desc, weight, full, empty, units, steps, part_steps, TOKENS: gl.constexpr, OUTPUTS: gl.constexpr, CHUNKS:
+    gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, let, CHAINED:
+    gl.constexpr,
+):
+    """What the warp does that loads weights, behind nothing: of gate and of up eight in turns, if gated."""
+    if let == 1:
+        let_next_start(CHAINED)
+    i = 0
+    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+        tile = unit // PARTS
+        first, end = steps_of(unit % PARTS, steps, part_steps)
+        for step in range(first, end):
+            stage = i % STAGES
+            mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(stage), (TOKENS + OUTPUTS) * CHUNKS * 128)
+            for j in gl.static_range(CHUNKS):
+                at = (step * CHUNKS + j) * 64
+                to = weight.index(stage * CHUNKS + j)
+                if GATED:  # blocks of eight rows
+                    place = [tile * (OUTPUTS // 16), 0, 0, at]
+                    tma.async_copy_global_to_shared(desc, place, full.index(stage), to)
+                else:
+                    tma.async_copy_global_to_shared(desc, [tile * OUTPUTS, at], full.index(stage), to)
+            i += 1
+    if let == 2:
+        wait_for_previous(CHAINED)
+        let_next_start(CHAINED)
+
+
+@gluon.jit
+def _load_tokens(
+    desc, x, full, empty, units, steps, part_steps, CHUNKS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    let, CHAINED: gl.constexpr,
+):
+    """What the warp does that loads tokens, which the kernel ahead may be about to write."""
+    wait_for_previous(CHAINED)
+    if let == 0:
+        let_next_start(CHAINED)
+    i = 0
+    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+        first, end = steps_of(unit % PARTS, steps, part_steps)
+        for step in range(first, end):
+            stage = i % STAGES
+            mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
+            for j in gl.static_range(CHUNKS):
+                at = [0, (step * CHUNKS + j) * 64]
+                tma.async_copy_global_to_shared(desc, at, full.index(stage), x.index(stage * CHUNKS + j))
+            i += 1
+
+
+@gluon.jit
+def _add_parts(acc, parts_ptr, counters_ptr, tile, part, PARTS: gl.constexpr):
+    """Leaves a part of a tile's sums; whether that was the last, and then the sums of all, in their order."""
+    OUTPUTS: gl.constexpr = acc.shape[0]
+    TOKENS: gl.constexpr = acc.shape[1]
+    layout: gl.constexpr = acc.type.layout
+    rows = gl.expand_dims(gl.arange(0, OUTPUTS, layout=gl.SliceLayout(1, layout)), 1)
+    cols = gl.expand_dims(gl.arange(0, TOKENS, layout=gl.SliceLayout(0, layout)), 0)
+    at = rows * TOKENS + cols
+    parts_ptr += tile.to(gl.int64) * (PARTS * OUTPUTS * TOKENS)
+    gl.store(parts_ptr + part * (OUTPUTS * TOKENS) + at, acc)
+    last = arrive(counters_ptr + tile, gl.to_tensor(PARTS).to(gl.int64))
+    if last:
+        acc = gl.load(parts_ptr + at, cache_modifier=".cg")
+        for other in gl.static_range(1, PARTS):
+            acc += gl.load(parts_ptr + other * (OUTPUTS * TOKENS) + at, cache_modifier=".cg")
+    return acc, last
+
+
+@gluon.jit
+def _finish(acc, out_ptr, bias_ptr, tile, M, N, GATED: gl.constexpr):
+    """Writes what becomes of a tile's sums: 16 bytes of a token by a thread; N: outputs, half the weights' if gated."""
+    OUTPUTS: gl.constexpr = acc.shape[0] // 2 if GATED else acc.shape[0]
+    if bias_ptr is not None:
+        r = gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, acc.type.layout))
+        if GATED:
+            n = tile * OUTPUTS + r // 16 * 8 + r % 8
+            bias = gl.load(bias_ptr + r // 8 % 2 * N + n, mask=n < N, other=0.0)
+        else:
+            n = tile * OUTPUTS + r
+            bias = gl.load(bias_ptr + n, mask=n < N, other=0.0)
+        acc += gl.expand_dims(bias.to(gl.float32), 1)
+    if GATED:
+        acc = silu_and_mul(acc, True)
+    layout: gl.constexpr = out_layout(OUTPUTS, acc.shape[1])
+    out = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), layout)
+    n = gl.expand_dims(tile * OUTPUTS + gl.arange(0, OUTPUTS, layout=gl.SliceLayout(1, layout)), 1)
+    m = gl.expand_dims(gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, layout)), 0)
+    gl.store(out_ptr + m.to(gl.int64) * N + n, out, mask=(n < N) & (m < M))
+
+
+@gluon.jit
+def _compute(
+    out_ptr, bias_ptr, parts_ptr, counters_ptr, x, weight, full, empty, M, N, units, steps, part_steps, TOKENS:
+    gl.constexpr, OUTPUTS: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED:
+    gl.constexpr, CHAINED: gl.constexpr,
+):
+    """What the warpgroup does."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
+    acc = gl.zeros([OUTPUTS, TOKENS], gl.float32, layout)
+    wait_for_previous(CHAINED)
+    i = 0
+    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+        tile = unit // PARTS
+        first, end = steps_of(unit % PARTS, steps, part_steps)
+        for step in range(first, end):
+            stage = i % STAGES
+            mbarrier.wait(full.index(stage), i // STAGES & 1)
+            for j in gl.static_range(CHUNKS):
+                second = x.index(stage * CHUNKS + j).permute((1, 0))
+                add = True if j > 0 else step > first
+                acc = warpgroup_mma(weight.index(stage * CHUNKS + j), second, acc, use_acc=add, is_async=True)
+            acc = warpgroup_mma_wait(CHUNKS, deps=[acc])
+            mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=step > first)
+            i += 1
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
+        if PARTS > 1:
+            total, last = _add_parts(acc, parts_ptr, counters_ptr, tile, unit % PARTS, PARTS)
+            if last:
+                _finish(total, out_ptr, bias_ptr, tile, M, N, GATED)
+        else:
+            _finish(acc, out_ptr, bias_ptr, tile, M, N, GATED)
+
+
+@gluon.jit(do_not_specialize=["M", "units", "steps", "part_steps", "let"])
+def _linear_few_kernel(
+    # Bound by reading the weights. One program a multiprocessor, or two.
+    weight_desc, x_desc, out_ptr, bias_ptr, parts_ptr, counters_ptr, M, N, units, steps, part_steps, let, TOKENS:
+    gl.constexpr, OUTPUTS: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED:
+    gl.constexpr, REGISTERS: gl.constexpr, CHAINED: gl.constexpr,
+):
+    dtype: gl.constexpr = x_desc.dtype
+    x = gl.allocate_shared_memory(dtype, [STAGES * CHUNKS, TOKENS, 64], x_desc.layout)
+    if GATED:
+        loaded = gl.allocate_shared_memory(dtype, [STAGES * CHUNKS, OUTPUTS // 16, 2, 8, 64], weight_desc.layout)
+    else:
+        loaded = gl.allocate_shared_memory(dtype, [STAGES * CHUNKS, OUTPUTS, 64], weight_desc.layout)
+    weight = loaded._reinterpret(dtype, [STAGES * CHUNKS, OUTPUTS, 64], x_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    fence_async_shared()
+    gl.warp_specialize([
+        (_compute, (
+            out_ptr, bias_ptr, parts_ptr, counters_ptr, x, weight, full, empty, M, N, units, steps, part_steps, TOKENS,
+            OUTPUTS, CHUNKS, STAGES, PARTS, GATED, CHAINED)),
+        (_load_weights, (
+            weight_desc, loaded, full, empty, units, steps, part_steps, TOKENS, OUTPUTS, CHUNKS, STAGES, PARTS, GATED,
+            let, CHAINED)),
+        (_load_tokens, (x_desc, x, full, empty, units, steps, part_steps, CHUNKS, STAGES, PARTS, let, CHAINED)),
+    ], [1, 1], [24, 24])
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tile of a program."""
+
+    tokens: int
+    """All of them."""
+    outputs: int
+    """Of gate and of up together, where both become one."""
+    chunks: int
+    """Copies of 64 inputs that make a step."""
+    stages: int
+    parts: int
+    """Units of work that a tile's inputs are dealt out to; none is without a step."""
+    programs: int
+    registers: int = 128
+    let: int = 0
+
+
+def described(x: torch.Tensor, rows: int, stride: int, size: int) -> TensorDescriptor:
+    """`x` as a matrix of so many rows, `stride` apart, for copies of `size` of them; a single row's is never used."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    k = x.shape[-1]
+    return TensorDescriptor(x, [rows, k], [stride if rows > 1 else k, 1], [size, WIDTH], layout)
+
+
+def gate_beside_up(weight: torch.Tensor, outputs: int) -> TensorDescriptor:
+    """`[2 · N, K]`, N a multiple of eight, for copies of eight rows of gate, the same of up, and so on."""
+    rows, k = weight.shape
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    shape, strides = [rows // 16, 2, 8, k], [8 * k, rows // 2 * k, k, 1]
+    return TensorDescriptor(weight, shape, strides, [outputs // 16, 2, 8, WIDTH], layout)
+
+
+def linear_few(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gated: bool,
+    token_stride: int,
+    tiles: Tiles,
+) -> None:
+    """Launches it; `token_stride` is from a token of x to the next."""
+    (n, k), device = weight.shape, x.device
+    m, steps = x.numel() // k, cdiv(k, WIDTH * tiles.chunks)
+    count = cdiv(n, tiles.outputs)
+    part_steps = cdiv(steps, tiles.parts)
+    parts = counters = None
+    if tiles.parts > 1:
+        parts = empty((count, tiles.parts, tiles.outputs, tiles.tokens), torch.float32, device)
+        counters = empty((count,), torch.int64, device)
+    launch(
+        _linear_few_kernel,
+        (tiles.programs,),
+        gate_beside_up(weight, tiles.outputs) if gated else described(weight, n, k, tiles.outputs),
+        described(x, m, token_stride, tiles.tokens),
+        out,
+        bias,
+        parts,
+        counters,
+        m,
+        n // 2 if gated else n,
+        count * tiles.parts,
+        steps,
+        part_steps,
+        tiles.let,
+        device=device,
+        num_warps=4,
+        TOKENS=tiles.tokens,
+        OUTPUTS=tiles.outputs,
+        CHUNKS=tiles.chunks,
+        STAGES=tiles.stages,
+        PARTS=tiles.parts,
+        GATED=gated,
+        REGISTERS=tiles.registers,
+        CHAINED=chains(device),
+    )
