@@ -32,7 +32,7 @@ def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, generator: to
     return {"x": torch.randn(shape["M"], shape["K"], **fresh), "weight": weight, "gated": shape["gated"]}
 
 
-def _activated(y: torch.Tensor, gated: int) -> torch.Tensor:
+def activated(y: torch.Tensor, gated: int) -> torch.Tensor:
     if not gated:
         return y
     gate, up = y.chunk(2, -1)
@@ -45,7 +45,7 @@ def exact(inputs: Inputs) -> torch.Tensor:
     rows = max(1, PIECE // x.shape[1])
     with full_fp32():
         y = torch.cat([x @ part.to(x.dtype).t() for part in inputs["weight"].split(rows)], -1)
-    return _activated(y, inputs["gated"])
+    return activated(y, inputs["gated"])
 
 
 def flops(shape: Shape) -> int:
@@ -65,14 +65,14 @@ def _octavo(inputs: Inputs) -> Callable[[], torch.Tensor]:
 
 
 def _plain(x: torch.Tensor, weight: torch.Tensor, gated: int) -> torch.Tensor:
-    return _activated(F.linear(x, weight), gated)
+    return activated(F.linear(x, weight), gated)
 
 
 def _torch(inputs: Inputs) -> Callable[[], torch.Tensor]:
     return lambda: _plain(inputs["x"], inputs["weight"], inputs["gated"])
 
 
-def _flashinfer(inputs: Inputs) -> Callable[[], torch.Tensor]:
+def flashinfer(inputs: Inputs) -> Callable[[], torch.Tensor]:
     from flashinfer.gemm import tinygemm_bf16
 
     if inputs["gated"]:
@@ -91,5 +91,5 @@ PROVIDERS = {
     "octavo": Provider(_octavo, devices=("cpu", "cuda"), package="octavo"),
     "torch": Provider(_torch, devices=("cpu", "cuda"), package="torch"),
     "torch.compile": Provider(lambda i: compiled(_plain, i["x"], i["weight"], i["gated"]), package="torch"),
-    "flashinfer": Provider(_flashinfer, "flashinfer", package="flashinfer-python"),
+    "flashinfer": Provider(flashinfer, "flashinfer", package="flashinfer-python"),
 }

@@ -13,7 +13,7 @@ from octavo.bench.harness import parse_label
 from octavo.bench.store import Row, read
 
 _LINEARS = {"int4_linear", "int8_linear", "int8_int8_linear", "int4_int8_linear", "fp8_linear"}
-_LINEARS |= {"grouped_linear", "fused_moe"}
+_LINEARS |= {"linear", "grouped_linear", "fused_moe"}
 READERS = frozenset({"paged_attention", "cascade_attention"} | _LINEARS)
 """Ops that read far more than they write: their roof is the bandwidth of reading, the others' that of copying."""
 

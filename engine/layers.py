@@ -1,7 +1,7 @@
 """Linear layers and the embedding, over whatever format their weights came in.
 
 A layer keeps its weights as the checkpoint has them (dense, grouped int4 and int8, int8 and fp8 whose activations are
-quantised too) and picks octavo's op, or torch's GEMM, accordingly; fp8 that no op serves becomes dense. Weights that
+quantised too) and picks octavo's op accordingly; fp8 that no op serves becomes dense. Weights that
 share an input (q, k and v; gate and up) are stacked along their outputs into one GEMM where their formats agree; gate
 and up are interleaved for the ops whose epilogue then makes silu(gate) · up of them.
 """
@@ -39,9 +39,7 @@ class DenseLinear:
     bias: torch.Tensor | None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if _alone(x):
-            return octavo.gemv(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        return octavo.linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -133,8 +131,8 @@ class GatedLinear:
 
     def __call__(self, x: torch.Tensor | Quantized) -> torch.Tensor:
         layer = self.gate_up
-        if isinstance(layer, DenseLinear) and isinstance(x, torch.Tensor) and _alone(x):
-            return octavo.gemv(x, layer.weight, layer.bias, activation="silu_and_mul")
+        if isinstance(layer, DenseLinear) and isinstance(x, torch.Tensor):
+            return octavo.linear(x, layer.weight, layer.bias, activation="silu_and_mul")
         return octavo.silu_and_mul(layer(x))
 
 
@@ -168,11 +166,6 @@ def normed(
     else:
         quantize = partial(octavo.add_rms_norm_quantize, x, residual, weight, eps=eps)
     return layer.from_op(quantize, x.dtype)
-
-
-def _alone(x: torch.Tensor) -> bool:
-    """Whether this is one token, whose product with dense weights octavo computes faster on a GPU than torch does."""
-    return x.shape[0] == 1 and x.device.type != "cpu"
 
 
 def _quantising(layer: object) -> W8A8Linear | None:

@@ -139,3 +139,25 @@ def check_gated(x: torch.Tensor) -> None:
         raise ValueError(
             f"x: last dimension {x.shape[-1]} is odd; expected an even one: the gate, then what it multiplies"
         )
+
+
+def check_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> None:
+    """Raises TypeError or ValueError unless these make a dense linear layer, perhaps with SiLU × gate behind it."""
+    check_rows(x)
+    check_dtype("weight", weight, (x.dtype,))
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"weight: shape {tuple(weight.shape)}; expected [outputs, {x.shape[-1]}], as many inputs as x has, and at "
+            "least one output"
+        )
+    check_contiguous("weight", weight)
+    check_device("weight", weight, "x", x)
+    if activation not in (None, "silu_and_mul"):
+        raise ValueError(f'activation: {activation!r}; expected None or "silu_and_mul"')
+    if activation is not None and weight.shape[0] % 2:
+        raise ValueError(f"weight: {weight.shape[0]} outputs; expected an even number, gate's and up's")
+    if bias is not None:
+        check_dtype("bias", bias, FLOATS)
+        check_shape("bias", bias, weight.shape[:1], "[outputs], as weight")
+        check_contiguous("bias", bias)
+        check_device("bias", bias, "x", x)

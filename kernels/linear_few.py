@@ -24,15 +24,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from octavo.kernels.launch import empty, launch
+from octavo.kernels.launch import INTERPRET, empty, launch
 from octavo.kernels.quant.epilogue import silu_and_mul
 from octavo.kernels.quant.int4_epilogue import out_layout
 from octavo.kernels.quant.stream_k import arrive
 from octavo.kernels.quant.w8a8_parts import steps_of
-from octavo.kernels.tiles import DeviceProperties, cdiv, chains, let_next_start, wait_for_previous
+from octavo.kernels.tiles import (
+    DeviceProperties,
+    cdiv,
+    chains,
+    let_next_start,
+    next_power_of_2,
+    row_strides,
+    wait_for_previous,
+)
 
+MOST_TOKENS = 64
 WIDTH = 64
 """Inputs of a copy: as many bytes as the copy engine's widest swizzle takes."""
+OTHER_BYTES = 5120
+"""Of shared memory: barriers, results on their way from lane to lane, and what the GPU keeps for itself."""
 
 # Lists of arguments, one a line, would be longer than the code between them.
 # fmt: off
@@ -215,6 +226,53 @@ class Tiles:
     let: int = 0
 
 
+def choose_tiles(tokens: int, n: int, k: int, properties: DeviceProperties, *, gated: bool) -> Tiles:
+    """The tile for a number of tokens, which changes at powers of two."""
+    tokens = max(next_power_of_2(tokens), 8)
+    outputs = 64 if tokens < 64 else 128
+    chunks = 4 if tokens < 64 else 2
+    units = cdiv(n, outputs)
+    steps = cdiv(k, WIDTH * chunks)
+    parts = 1 if gated else max(min(properties.num_sms // units, steps // 4), 1)
+    parts = cdiv(steps, cdiv(steps, parts))
+    units *= parts
+    stages = (properties.shared_memory - OTHER_BYTES) // ((tokens + outputs) * chunks * 128)
+    programs = cdiv(units, cdiv(units, properties.num_sms))
+    return Tiles(tokens, outputs, chunks, stages, parts, programs)
+
+
+def token_stride(x: torch.Tensor) -> int | None:
+    """Elements from token to token, or None where they differ, or the copy engine can't take them."""
+    if x.numel() == x.shape[-1]:
+        return x.shape[-1]
+    try:
+        inner, stride, _ = row_strides("x", x)
+    except ValueError:
+        return None
+    return stride if inner == 1 and stride > 0 and stride % 8 == 0 else None
+
+
+def fits(x: torch.Tensor, weight: torch.Tensor, gated: bool) -> bool:
+    """Whether this kernel can do a call, as far as it is known before there is memory."""
+    return (
+        x.dtype in (torch.float16, torch.bfloat16)
+        and x.shape[-1] % 8 == 0
+        and (not gated or weight.shape[0] % 16 == 0)
+        and token_stride(x) is not None
+    )
+
+
+def takes(x: torch.Tensor, weight: torch.Tensor, gated: bool, properties: DeviceProperties) -> bool:
+    """Whether it does a call: the copy engine can read operands as they lie."""
+    return (
+        properties.capability[0] == 9
+        and torch.version.hip is None
+        and not INTERPRET
+        and fits(x, weight, gated)
+        and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
+    )
+
+
 def described(x: torch.Tensor, rows: int, stride: int, size: int) -> TensorDescriptor:
     """`x` as a matrix of so many rows, `stride` apart, for copies of `size` of them; a single row's is never used."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -236,10 +294,9 @@ def linear_few(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     gated: bool,
-    token_stride: int,
     tiles: Tiles,
 ) -> None:
-    """Launches it; `token_stride` is from a token of x to the next."""
+    """Launches it, for a call that it takes."""
     (n, k), device = weight.shape, x.device
     m, steps = x.numel() // k, cdiv(k, WIDTH * tiles.chunks)
     count = cdiv(n, tiles.outputs)
@@ -252,7 +309,7 @@ def linear_few(
         _linear_few_kernel,
         (tiles.programs,),
         gate_beside_up(weight, tiles.outputs) if gated else described(weight, n, k, tiles.outputs),
-        described(x, m, token_stride, tiles.tokens),
+        described(x, m, token_stride(x) or k, tiles.tokens),
         out,
         bias,
         parts,

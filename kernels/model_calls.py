@@ -17,7 +17,8 @@ from octavo.kernels.attention.plan_attention import plan_attention
 from octavo.kernels.attention.rope_write_kv import rotary_embedding_write_kv
 from octavo.kernels.attention.write_kv import write_kv
 from octavo.kernels.checks import FLOATS
-from octavo.kernels.gemv import gemv
+from octavo.kernels.linear import linear
+from octavo.kernels.linear_few import MOST_TOKENS
 from octavo.kernels.moe.fused_moe import fused_moe
 from octavo.kernels.moe.route import moe_route
 from octavo.kernels.norm import add_rms_norm, rms_norm
@@ -59,7 +60,7 @@ def model_calls(
             sliding_window; of a mixture of experts num_local_experts or num_experts, num_experts_per_tok,
             norm_topk_prob, and moe_intermediate_size where experts have another size than intermediate_size.
         dtype: of activations, cache and norm weights.
-        weights: "dense" (the products of more than one token are torch's), "int4" (scales without a minimum and with
+        weights: "dense" (the products of many tokens are torch's), "int4" (scales without a minimum and with
             one, of experts also one in fp32, as the engine has zero points), "int8"; or with activations quantised by
             token, "int8_int8" and "fp8", and in groups of 128, "fp8_blocks".
         group_size: of int4 and int8 weights.
@@ -114,10 +115,10 @@ def model_calls(
         for max_seqlen_q in token_counts(tokens):
             sizes = tokens, max_seqlen_q, heads, kv_heads, head_dim, page_size
             calls.append(partial(_attention, *sizes, _get(config, "sliding_window", None), dtype))
-        if tokens == 1:  # what has dense weights, the head and a router among them
-            alone = linears if weights == "dense" else set()
-            alone |= {(n, hidden, None) for n in (experts, _get(config, "vocab_size", 0)) if n}
-            calls += [partial(_gemv, n, k, end, dtype) for n, k, end in sorted(alone, key=str)]
+        if tokens <= MOST_TOKENS:  # what has dense weights, the head and a router among them
+            dense = linears if weights == "dense" else set()
+            dense |= {(n, hidden, None) for n in (experts, _get(config, "vocab_size", 0)) if n}
+            calls += [partial(_linear, tokens, n, k, end, dtype) for n, k, end in sorted(dense, key=str)]
         if weights in QUANTISED:
             calls.append(partial(_quantising, weights, tokens, hidden, intermediate, dtype))
         if weights != "dense":
@@ -174,8 +175,8 @@ def _quantising(weights: str, tokens: int, hidden: int, intermediate: int, dtype
     silu_and_mul_quantize(gate_up, q_dtype, group_size=group_size)
 
 
-def _gemv(n: int, k: int, activation: str | None, dtype: torch.dtype) -> None:
-    gemv(_empty(1, k, dtype=dtype), _empty(n, k, dtype=dtype), activation=activation)
+def _linear(tokens: int, n: int, k: int, activation: str | None, dtype: torch.dtype) -> None:
+    linear(_empty(tokens, k, dtype=dtype), _empty(n, k, dtype=dtype), activation=activation)
 
 
 def _activation(activation: Callable[[torch.Tensor], Any], tokens: int, intermediate: int, dtype: torch.dtype) -> None:

@@ -17,6 +17,7 @@ from octavo.kernels.attention.plan_attention import plan_attention
 from octavo.kernels.attention.merge import merge_attention_states
 from octavo.kernels.attention.cascade import cascade_attention
 from octavo.kernels.attention.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from octavo.kernels.linear import linear
 from octavo.kernels.gemv import gemv
 from octavo.kernels.quant.packing import int4_pack, int4_unpack
 from octavo.kernels.quant.epilogue import interleave_gate_up
@@ -57,6 +58,7 @@ __all__ = [
     "flash_attn_func",
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
+    "linear",
     "gemv",
     "int4_linear",
     "int4_pack",

@@ -105,6 +105,12 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
             dict(query=q, key=None, positions=index, cos_sin_cache=new(32, d)),
             dict(interleaved=True),
         ),
+        "linear": (octavo.linear, dict(x=new(tokens, 256), weight=new(80, 256), bias=new(80)), {}),
+        "linear with an activation": (
+            octavo.linear,
+            dict(x=new(tokens, 256), weight=new(80, 256), bias=None),
+            dict(activation="silu_and_mul"),
+        ),
         "gemv": (octavo.gemv, dict(x=new(tokens, 256), weight=new(80, 256), bias=new(80)), {}),
         "gemv with an activation": (
             octavo.gemv,

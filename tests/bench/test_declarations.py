@@ -65,6 +65,7 @@ TINY = {
         {"B": b, "q": q, "prefix": prefix, "own": own, "heads": 6, "kv_heads": 2, "D": 16, "page": 4}
         for b, q, prefix, own in ((3, 1, 20, 9), (2, 5, 12, 7), (1, 1, 4, 1))
     ],
+    "linear": [{"M": 3, "N": 48, "K": 256, "gated": gated} for gated in (0, 1)],
     "gemv": [{"M": 3, "N": 40, "K": 256, "gated": gated} for gated in (0, 1)],
     "int4_linear": [{"M": 3, "N": 40, "K": 256, "group": 128}],
     "int8_linear": [{"M": 3, "N": 40, "K": 256, "group": 128}, {"M": 3, "N": 40, "K": 256, "group": 256}],
@@ -151,6 +152,7 @@ BY_HAND = {
     # 36 bytes of settings, seed, position and token a row.
     "sample": ("B=64,vocab=32000,k=50,p=90,flat=0", 4 * 2048000, 2 * 2048000 + 64 * 36),
     # Two bytes a weight, an input, and an output, of which there are half as many as rows of weights.
+    "linear": ("M=16,N=28672,K=4096,gated=1", 16 * 234881024, 2 * (117440512 + 16 * (4096 + 14336))),
     "gemv": ("M=1,N=28672,K=4096,gated=1", 234881024, 2 * (117440512 + 4096 + 14336)),
     # A byte a weight and an activation, two an output; a scale a token and an output, or 64 a token and 64·64.
     "int8_int8_linear": ("M=16,N=8192,K=8192", 2147483648, 67108864 + 131072 + 2 * 131072 + 4 * (16 + 8192)),

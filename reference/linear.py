@@ -1,9 +1,9 @@
-"""A linear layer with the activation that may follow it, in plain torch."""
+"""A dense linear layer with the activation that may follow it, in plain torch."""
 
 import torch
 
 
-def gemv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
     y = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
     if activation is not None:
         gate, up = y.chunk(2, -1)

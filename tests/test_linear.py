@@ -1,0 +1,133 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_gemv import exact, formula
+
+import octavo
+from octavo.kernels import linear
+from octavo.kernels.compilation import ToLaunchers
+from octavo.kernels.launch import record_launches
+from octavo.kernels.tiles import KNOWN_DEVICES
+from octavo.testing import assert_accurate, check_op
+
+
+@pytest.mark.parametrize("activation", [None, "silu_and_mul"])
+@pytest.mark.parametrize("shape", [(1, 128, 1040), (3, 66, 96), (2, 3, 48, 520), (40, 80, 256), (70, 32, 128)])
+def test_linear(device, dtype, shape, activation):
+    *rows, n, k = shape
+    x = torch.randn(*rows, k, device=device, dtype=dtype)
+    weight = torch.randn(n, k, device=device, dtype=dtype) * k**-0.5
+    for bias in (None, torch.randn(n, device=device)):
+        out = octavo.linear(x, weight, bias, activation=activation)
+        assert out.is_contiguous() and out.dtype == dtype
+        plain = formula(x, weight, None if bias is None else bias.to(dtype), activation)
+        assert_accurate(out, exact(x, weight, bias, activation), plain)
+
+
+@given(
+    rows=st.integers(0, 70),
+    inner=st.integers(1, 2),
+    n=st.integers(1, 40),
+    k=st.integers(1, 100),
+    gap=st.integers(0, 9),
+    gated=st.booleans(),
+)
+def test_rows_cut_out_of_others(rows, inner, n, k, gap, gated):
+    x = torch.randn(rows, inner, k + gap)[..., :k]
+    weight = torch.randn(2 * n if gated else n, k) * k**-0.5
+    activation = "silu_and_mul" if gated else None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    out = octavo.linear(x.to(device), weight.to(device), activation=activation).cpu()
+    assert_accurate(out, exact(x, weight, None, activation), formula(x, weight, None, activation))
+
+
+@pytest.mark.parametrize("activation", [None, "silu_and_mul"])
+def test_the_op_itself(device, dtype, activation):
+    """Where the public function takes torch's product, the op would still be right."""
+    x, weight, bias = (torch.randn(s, device=device, dtype=dtype) for s in ((3, 96), (66, 96), (66,)))
+    out = torch.ops.octavo.linear(x, weight, bias, activation)
+    assert_accurate(out, exact(x, weight, bias, activation), formula(x, weight, bias, activation))
+
+
+def test_which_kernel_computes(monkeypatch):
+    monkeypatch.setattr("octavo.kernels.linear_few.INTERPRET", False)
+    weight, odd, single = (
+        torch.empty(s, device="meta", dtype=torch.bfloat16) for s in ((48, 256), (48, 260), (1, 256))
+    )
+    few, many, unaligned = (
+        torch.empty(s, device="meta", dtype=torch.bfloat16) for s in ((9, 256), (65, 256), (9, 260))
+    )
+
+    def kernels(x, weight, activation=None, arch=90):
+        with record_launches(KNOWN_DEVICES[arch]) as launches, ToLaunchers():
+            octavo.linear(x, weight, activation=activation)
+        return [launch.kernel.__name__ for launch in launches]
+
+    for activation in (None, "silu_and_mul"):
+        assert kernels(few, weight, activation) == ["_linear_few_kernel"]
+        assert kernels(few[:, None], weight, activation) == ["_linear_few_kernel"]
+        assert kernels(single, weight, activation) == kernels(single[0], weight, activation) == ["_gemv_kernel"]
+        assert kernels(single, weight, activation, 80) == ["_gemv_kernel"]
+        for x, w, arch in (
+            (few, weight, 80),
+            (many, weight, 90),
+            (few.float(), weight.float(), 90),
+            (unaligned, odd, 90),
+            (unaligned[:, :256], weight, 90),
+            (few.expand(2, 9, 256), weight, 90),
+        ):
+            assert "_linear_few_kernel" not in kernels(x, w, activation, arch)
+            assert "_gemv_kernel" not in kernels(x, w, activation, arch)
+    assert kernels(few, weight[:40], "silu_and_mul") == ["_activation_kernel"]
+    assert kernels(few, weight[:40]) == ["_linear_few_kernel"]
+
+
+def test_opcheck_and_compile(device):
+    x, weight, bias = (torch.randn(s, device=device) for s in ((1, 64), (32, 64), (32,)))
+    check_op("linear", octavo.linear, (x, weight, bias, None), x, weight, bias)
+    check_op("linear", octavo.linear, (x, weight, None, "silu_and_mul"), x, weight, activation="silu_and_mul")
+
+
+@pytest.mark.parametrize("activation", [None, "silu_and_mul"])
+def test_compiled_for_any_number_of_tokens(device, activation):
+    torch.compiler.reset()
+    weight = torch.randn(48, 64, device=device, dtype=torch.float16)
+    compiled = torch.compile(
+        lambda x: octavo.linear(x, weight, activation=activation), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for tokens in (1, 2, 40, 100):
+        x = torch.randn(tokens, 64, device=device, dtype=torch.float16)
+        torch.testing.assert_close(compiled(x), octavo.linear(x, weight, activation=activation), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(x=torch.zeros(1, 8, dtype=torch.int32)), TypeError, "x: dtype int32 is not accepted"),
+        (dict(x=torch.zeros(8, 2).t()), ValueError, "x: the last dimension has stride 2"),
+        (dict(weight=torch.zeros(4, 8).half()), TypeError, "weight: dtype float16"),
+        (dict(weight=torch.zeros(4, 7)), ValueError, r"weight: shape \(4, 7\); expected \[outputs, 8\]"),
+        (dict(weight=torch.zeros(8, 4).t()), ValueError, "weight: strides"),
+        (dict(bias=torch.zeros(5)), ValueError, r"bias: shape \(5,\); expected \(4,\)"),
+        (dict(activation="gelu"), ValueError, "activation: 'gelu'; expected None or"),
+        (dict(activation="silu_and_mul", weight=torch.zeros(3, 8), bias=None), ValueError, "weight: 3 outputs"),
+    ],
+)
+def test_errors(change, error, message):
+    args = dict(x=torch.zeros(3, 8), weight=torch.zeros(4, 8), bias=torch.zeros(4)) | change
+    with pytest.raises(error, match=message):
+        octavo.linear(args.pop("x"), args.pop("weight"), args.pop("bias"), **args)
+
+
+def launches(dtype):
+    """Every tile choice that ships, on meta tensors: tests/test_compile.py compiles them."""
+    sizes = (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (10240, 8192), (40, 520)
+    for n, k in sizes:
+        weight, bias = (torch.empty(s, device="meta", dtype=dtype) for s in ((n, k), (n,)))
+        for tokens in (8, 16, 32, 64):
+            x = torch.empty(tokens, k, device="meta", dtype=dtype)
+            for activation in (None, "silu_and_mul") if n % 16 == 0 else (None,):
+                linear._linear_cuda(x, weight, None, activation)
+                if (n, k) == (6144, 4096):
+                    linear._linear_cuda(x, weight, bias, activation)
