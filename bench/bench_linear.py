@@ -38,7 +38,7 @@ def shapes() -> list[Shape]:
 def _octavo(inputs: Inputs) -> Callable[[], torch.Tensor]:
     x, weight = inputs["x"], inputs["weight"]
     activation = "silu_and_mul" if inputs["gated"] else None
-    return lambda: octavo.linear(x, weight, activation=activation)
+    return lambda: octavo.linear(x, weight, activation=activation, prefetch_weight=True)
 
 
 def _plain(x: torch.Tensor, weight: torch.Tensor, gated: int) -> torch.Tensor:

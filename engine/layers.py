@@ -39,7 +39,7 @@ class DenseLinear:
     bias: torch.Tensor | None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return octavo.linear(x, self.weight, self.bias)
+        return octavo.linear(x, self.weight, self.bias, prefetch_weight=True)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class GatedLinear:
     def __call__(self, x: torch.Tensor | Quantized) -> torch.Tensor:
         layer = self.gate_up
         if isinstance(layer, DenseLinear) and isinstance(x, torch.Tensor):
-            return octavo.linear(x, layer.weight, layer.bias, activation="silu_and_mul")
+            return octavo.linear(x, layer.weight, layer.bias, activation="silu_and_mul", prefetch_weight=True)
         return octavo.silu_and_mul(layer(x))
 
 

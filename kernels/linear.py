@@ -31,28 +31,28 @@ def _most_tokens(device: torch.device) -> int:
 
 
 def _linear_cuda(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None, prefetch_weight: bool
 ) -> torch.Tensor:
     gated, properties = activation is not None, device_properties(x.device)
     (n, k), tokens = weight.shape, x.numel() // weight.shape[1]
     out = empty((*x.shape[:-1], n // 2 if gated else n), x.dtype, x.device)
     if tokens > 1 and takes(x, weight, gated, properties):
         tiles = choose_tiles(tokens, n, k, properties, gated=gated)
-        linear_few(out, x, weight, bias, gated, tiles)
+        linear_few(out, x, weight, bias, gated, prefetch_weight, tiles)
     else:
         linear_one(out, x, weight, bias, gated)
     return out
 
 
 def _linear_fake(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None, prefetch_weight: bool
 ) -> torch.Tensor:
     n = weight.shape[0] if activation is None else weight.shape[0] // 2
     return x.new_empty((*x.shape[:-1], n))
 
 
 _linear = register(
-    "linear(Tensor x, Tensor weight, Tensor? bias, str? activation) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias, str? activation, bool prefetch_weight) -> Tensor",
     reference=reference.linear,
     launcher=_linear_cuda,
     fake=_linear_fake,
@@ -61,7 +61,12 @@ _linear = register(
 
 @replayed
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, activation: str | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: str | None = None,
+    prefetch_weight: bool = False,
 ) -> torch.Tensor:
     """Linear layer for any number of tokens, with SiLU × gate in the same kernel where tokens are few.
 
@@ -75,6 +80,9 @@ def linear(
         bias: None, or `[N]`, fp16, bf16 or fp32, contiguous.
         activation: None, or "silu_and_mul": the first half of the outputs are gate, the others up, as `silu_and_mul`
             takes them. N: even.
+        prefetch_weight: whether weights may be read before the kernel launched ahead of this one has ended, as a
+            model's weights may be: of Llama-3-8B's layers 1 to 3 % of the time. Never for weights that an op of octavo,
+            the last before this, computes. Without it, the cache (L2) alone is told of them.
 
     Returns:
         `[..., N]`, or `[..., N / 2]` with an activation, contiguous, in x's dtype. Sums are fp32, and rounded once by
@@ -89,6 +97,6 @@ def linear(
     check_linear(x, weight, bias, activation)
     tokens, most = x.numel() // x.shape[-1], _most_tokens(x.device)
     if (most and tokens <= 1) or (tokens <= most and fits(x, weight, activation is not None)):
-        return _linear(x, weight, bias, activation)
+        return _linear(x, weight, bias, activation, prefetch_weight)
     y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return y if activation is None else torch.ops.octavo.silu_and_mul.default(y)

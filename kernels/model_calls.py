@@ -176,7 +176,8 @@ def _quantising(weights: str, tokens: int, hidden: int, intermediate: int, dtype
 
 
 def _linear(tokens: int, n: int, k: int, activation: str | None, dtype: torch.dtype) -> None:
-    linear(_empty(tokens, k, dtype=dtype), _empty(n, k, dtype=dtype), activation=activation)
+    weight = _empty(n, k, dtype=dtype)
+    linear(_empty(tokens, k, dtype=dtype), weight, activation=activation, prefetch_weight=True)
 
 
 def _activation(activation: Callable[[torch.Tensor], Any], tokens: int, intermediate: int, dtype: torch.dtype) -> None:

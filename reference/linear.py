@@ -3,7 +3,13 @@
 import torch
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    prefetch_weight: bool = False,
+) -> torch.Tensor:
     y = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
     if activation is not None:
         gate, up = y.chunk(2, -1)

@@ -345,6 +345,7 @@ def _language(place, programs):
         arange=lambda start, end, layout: Tensor(np.arange(start, end), "int64"),
         zeros=lambda shape, dtype, layout: Tensor(np.zeros(shape, NUMPY.get(dtype, np.float32)), dtype),
         cdiv=lambda a, b: Number(-(-a // b)),
+        to_tensor=Number,
         zeros_like=lambda x: Tensor(np.zeros_like(x.values), x.dtype),
         expand_dims=lambda x, dim: Tensor(np.expand_dims(x.values, dim), x.dtype),
         join=lambda a, b: Tensor(np.stack([a.values, b.values], -1), a.dtype),

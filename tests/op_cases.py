@@ -109,7 +109,7 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
         "linear with an activation": (
             octavo.linear,
             dict(x=new(tokens, 256), weight=new(80, 256), bias=None),
-            dict(activation="silu_and_mul"),
+            dict(activation="silu_and_mul", prefetch_weight=True),
         ),
         "gemv": (octavo.gemv, dict(x=new(tokens, 256), weight=new(80, 256), bias=new(80)), {}),
         "gemv with an activation": (

@@ -46,7 +46,7 @@ def test_rows_cut_out_of_others(rows, inner, n, k, gap, gated):
 def test_the_op_itself(device, dtype, activation):
     """Where the public function takes torch's product, the op would still be right."""
     x, weight, bias = (torch.randn(s, device=device, dtype=dtype) for s in ((3, 96), (66, 96), (66,)))
-    out = torch.ops.octavo.linear(x, weight, bias, activation)
+    out = torch.ops.octavo.linear(x, weight, bias, activation, False)
     assert_accurate(out, exact(x, weight, bias, activation), formula(x, weight, bias, activation))
 
 
@@ -85,8 +85,8 @@ def test_which_kernel_computes(monkeypatch):
 
 def test_opcheck_and_compile(device):
     x, weight, bias = (torch.randn(s, device=device) for s in ((1, 64), (32, 64), (32,)))
-    check_op("linear", octavo.linear, (x, weight, bias, None), x, weight, bias)
-    check_op("linear", octavo.linear, (x, weight, None, "silu_and_mul"), x, weight, activation="silu_and_mul")
+    check_op("linear", octavo.linear, (x, weight, bias, None, False), x, weight, bias)
+    check_op("linear", octavo.linear, (x, weight, None, "silu_and_mul", True), x, weight, activation="silu_and_mul")
 
 
 @pytest.mark.parametrize("activation", [None, "silu_and_mul"])
@@ -122,12 +122,12 @@ def test_errors(change, error, message):
 
 def launches(dtype):
     """Every tile choice that ships, on meta tensors: tests/test_compile.py compiles them."""
-    sizes = (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (10240, 8192), (40, 520)
+    sizes = (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (10240, 8192), (48, 520)
     for n, k in sizes:
         weight, bias = (torch.empty(s, device="meta", dtype=dtype) for s in ((n, k), (n,)))
         for tokens in (8, 16, 32, 64):
             x = torch.empty(tokens, k, device="meta", dtype=dtype)
-            for activation in (None, "silu_and_mul") if n % 16 == 0 else (None,):
-                linear._linear_cuda(x, weight, None, activation)
-                if (n, k) == (6144, 4096):
-                    linear._linear_cuda(x, weight, bias, activation)
+            for activation in (None, "silu_and_mul"):
+                linear._linear_cuda(x, weight, None, activation, True)
+                if n in (6144, 4096):
+                    linear._linear_cuda(x, weight, bias, activation, False)

@@ -12,7 +12,7 @@ from test_int4_hopper import on_hopper
 
 import octavo
 from octavo.kernels.launch import Recorder, recording
-from octavo.kernels.linear_few import MOST_TOKENS, WIDTH, Tiles, choose_tiles
+from octavo.kernels.linear_few import MOST_TOKENS, OUTPUTS, WIDTH, Tiles, choose_tiles
 from octavo.kernels.tiles import KNOWN_DEVICES, cdiv, next_power_of_2
 from octavo.testing import assert_accurate
 
@@ -38,31 +38,32 @@ def arrivals(pointer, count):
     return pointer.memory[at] == int(count)
 
 
-def run_in_python(x, weight, bias, activation, tiles):
+def run_in_python(x, weight, bias, activation, tiles, early=True):
     """As `linear_few` launches it; programs in any order."""
     (m, k), n, gated = x.shape, weight.shape[0], activation is not None
     dtype = str(x.dtype).removeprefix("torch.")
     out = Pointer(np.full(m * (n // 2 if gated else n), np.nan, np.float32), dtype)
-    steps, count = cdiv(k, WIDTH * tiles.chunks), cdiv(n, tiles.outputs)
-    parts = Pointer(np.full(count * tiles.parts * tiles.outputs * tiles.tokens, np.nan, np.float32), "float32")
+    steps, count = cdiv(k, WIDTH * tiles.chunks), cdiv(n, OUTPUTS)
+    parts = Pointer(np.full(count * tiles.parts * OUTPUTS * tiles.tokens, np.nan, np.float32), "float32")
     counters = Pointer(np.zeros(count, np.int64), "int64")
-    described = Descriptor(weight.float().numpy(), dtype, (tiles.outputs, WIDTH))
+    described = Descriptor(weight.float().numpy(), dtype, (OUTPUTS, WIDTH))
     if gated:
         turned = described.values.reshape(2, n // 16, 8, k).swapaxes(0, 1)
-        described = Descriptor(turned, dtype, (tiles.outputs // 16, 2, 8, WIDTH))
-    numbers = m, n // 2 if gated else n, count * tiles.parts, steps, cdiv(steps, tiles.parts)
+        described = Descriptor(turned, dtype, (OUTPUTS // 16, 2, 8, WIDTH))
+    numbers = m, n // 2 if gated else n, k, count * tiles.parts, steps, cdiv(steps, tiles.parts)
     for program in random.sample(range(tiles.programs), tiles.programs):
         names = namespace(MODULES, (program,), tiles.programs)
         names["arrive"] = arrivals
         names["_linear_few_kernel"](
             described,
             Descriptor(x.float().numpy(), dtype, (tiles.tokens, WIDTH)),
+            None,
             out,
             None if bias is None else Pointer(bias.numpy(), "float32"),
             parts,
             counters,
             *map(Number, numbers),
-            *(tiles.tokens, tiles.outputs, tiles.chunks, tiles.stages, tiles.parts, gated, 128, False),
+            *(tiles.tokens, OUTPUTS, tiles.chunks, tiles.stages, tiles.parts, gated, early, 128, False),
         )
     return torch.from_numpy(out.memory).view(m, -1).to(x.dtype)
 
@@ -70,14 +71,14 @@ def run_in_python(x, weight, bias, activation, tiles):
 @pytest.mark.parametrize(
     ("m", "n", "k", "bias", "activation", "tiles"),
     [
-        (3, 100, 512, True, None, Tiles(16, 64, 4, 3, 1, 2)),
-        (8, 300, 1000, False, None, Tiles(8, 64, 2, 5, 1, 3)),
-        (20, 200, 648, True, None, Tiles(32, 64, 2, 4, 3, 5)),
-        (33, 200, 1024, False, None, Tiles(64, 128, 2, 2, 4, 8)),
-        (50, 304, 640, True, "silu_and_mul", Tiles(64, 128, 2, 3, 1, 2)),
-        (7, 160, 328, True, "silu_and_mul", Tiles(8, 64, 1, 3, 2, 4)),
-        (7, 160, 328, False, "silu_and_mul", Tiles(8, 128, 4, 3, 2, 3)),
-        (2, 5, 24, True, None, Tiles(8, 64, 4, 3, 1, 1)),
+        (3, 100, 512, True, None, Tiles(16, 4, 3, 1, 2, 128)),
+        (8, 300, 1000, False, None, Tiles(8, 2, 5, 1, 3, 96)),
+        (20, 200, 648, True, None, Tiles(32, 2, 4, 3, 5, 128)),
+        (33, 200, 1024, False, None, Tiles(64, 2, 2, 4, 16, 128)),
+        (50, 304, 640, True, "silu_and_mul", Tiles(64, 2, 3, 1, 2, 128)),
+        (7, 160, 328, True, "silu_and_mul", Tiles(8, 1, 3, 2, 4, 128)),
+        (7, 160, 328, False, "silu_and_mul", Tiles(8, 4, 3, 2, 3, 96)),
+        (2, 5, 24, True, None, Tiles(8, 4, 3, 1, 1, 128)),
     ],
 )
 def test_source(m, n, k, bias, activation, tiles):
@@ -85,7 +86,7 @@ def test_source(m, n, k, bias, activation, tiles):
     args = case(m, n, k, random.choice((torch.float16, torch.bfloat16)), bias)
     out = run_in_python(*args, activation, tiles)
     check(out, *args, activation)
-    assert torch.equal(out, run_in_python(*args, activation, tiles))
+    assert torch.equal(out, run_in_python(*args, activation, tiles, early=False))
 
 
 SIZES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096), (8192, 28672), (40, 520), (8, 8)]
@@ -100,7 +101,7 @@ def test_tiles(n, k, gated, programs):
         steps = cdiv(k, WIDTH * tiles.chunks)
         assert m <= tiles.tokens and tiles.stages >= 2
         assert (tiles.parts - 1) * cdiv(steps, tiles.parts) < steps, "a part without a step"
-        units = cdiv(n, tiles.outputs) * tiles.parts
+        units = cdiv(n, OUTPUTS) * tiles.parts
         assert tiles.programs <= units
         # A warm-up at powers of two meets every kernel.
         other = choose_tiles(next_power_of_2(m), n, k, replace(H100, num_sms=programs), gated=gated)
@@ -126,12 +127,13 @@ def test_tiles(n, k, gated, programs):
 @pytest.mark.parametrize("marked", [pytest.param(None, marks=on_hopper)])
 def test_on_a_gpu(m, n, k, bias, activation, dtype, marked):
     args = case(m, n, k, dtype, bias, "cuda")
+    early = m % 3 == 2  # both
     with recording(Recorder()) as recorder:
-        out = octavo.linear(*args, activation=activation)
+        out = octavo.linear(*args, activation=activation, prefetch_weight=early)
     assert recorder.launches[0].kernel.__name__ == "_linear_few_kernel"
     check(out, *args, activation)
     for _ in range(10):
-        assert torch.equal(out, octavo.linear(*args, activation=activation))
+        assert torch.equal(out, octavo.linear(*args, activation=activation, prefetch_weight=early))
 
 
 @pytest.mark.parametrize("marked", [pytest.param(None, marks=on_hopper)])
@@ -158,7 +160,7 @@ def test_chain_in_a_graph(marked):
 
     def chain(x):
         for weight in layers:
-            x = octavo.rms_norm(octavo.linear(x, weight), torch.ones(4096, device="cuda"))
+            x = octavo.rms_norm(octavo.linear(x, weight, prefetch_weight=True), torch.ones(4096, device="cuda"))
         return x
 
     x = torch.randn(20, 4096, device="cuda").bfloat16()
@@ -172,7 +174,7 @@ def test_chain_in_a_graph(marked):
         got = out.clone()
         plain = x
         for weight in layers:
-            plain = octavo.rms_norm(octavo.linear(plain, weight), torch.ones(4096, device="cuda"))
+            plain = octavo.rms_norm(octavo.linear(plain, weight, prefetch_weight=True), torch.ones(4096, device="cuda"))
             torch.cuda.synchronize()
         assert torch.equal(got, plain)
 
