@@ -9,9 +9,9 @@ engine puts eight rows of gate and the same eight of up below each other, so tha
 
 On an H100 (bf16, 32 tokens, µs in a graph of such products, and cuBLAS's beside them): 28672 × 4096 with SiLU × gate
 81.7 (87.5), 4096 × 14336 42.6 (45.6), 6144 × 4096 19.2 (21.7), 4096 × 4096 14.6 (14.6); reading them takes 78.3, 39.1,
-16.8 and 11.2. In a chain of Llama-3-8B's layers, where the copies of a kernel's weights hide what is ahead of it, these
-four and three norms take 166.2 (178.6). Tiles of 128 outputs took 2 to 10 % longer, and two programs a multiprocessor
-up to 10 %.
+16.8 and 11.2. In a chain of Llama-3-8B's layers, whose first weights come while what is ahead of them runs, these four
+and three norms take 161.3 (178.1); of one token 155.5 (with `linear_one.py` 160.8), of 64 169.6 (181.7). Tiles of 128
+outputs took 2 to 10 % longer, and two programs a multiprocessor up to 10 %.
 """
 
 from dataclasses import dataclass
@@ -46,6 +46,8 @@ from octavo.kernels.tiles import (
 MOST_TOKENS = 64
 OUTPUTS = 64
 """Of a tile; of gate and of up together, where both become one."""
+LEAST_OUTPUTS, LEAST_WEIGHTS = 4096, 2**24
+"""The smallest layer whose time was compared with that of torch's product."""
 WIDTH = 64
 """Inputs of a copy: as many bytes as the copy engine's widest swizzle takes."""
 OTHER_BYTES = 5120
@@ -294,6 +296,11 @@ def fits(x: torch.Tensor, weight: torch.Tensor, gated: bool) -> bool:
         and (not gated or weight.shape[0] % 16 == 0)
         and token_stride(x) is not None
     )
+
+
+def pays(weight: torch.Tensor) -> bool:
+    """Whether this kernel has been found to be faster for weights of this shape."""
+    return weight.shape[0] >= LEAST_OUTPUTS and weight.numel() >= LEAST_WEIGHTS
 
 
 def takes(x: torch.Tensor, weight: torch.Tensor, gated: bool, properties: DeviceProperties) -> bool:

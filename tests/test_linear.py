@@ -52,35 +52,40 @@ def test_the_op_itself(device, dtype, activation):
 
 def test_which_kernel_computes(monkeypatch):
     monkeypatch.setattr("octavo.kernels.linear_few.INTERPRET", False)
-    weight, odd, single = (
-        torch.empty(s, device="meta", dtype=torch.bfloat16) for s in ((48, 256), (48, 260), (1, 256))
-    )
-    few, many, unaligned = (
-        torch.empty(s, device="meta", dtype=torch.bfloat16) for s in ((9, 256), (65, 256), (9, 260))
-    )
 
-    def kernels(x, weight, activation=None, arch=90):
+    def empty(*shape):
+        return torch.empty(shape, device="meta", dtype=torch.bfloat16)
+
+    def kernels(x, weight, arch=90, **options):
         with record_launches(KNOWN_DEVICES[arch]) as launches, ToLaunchers():
-            octavo.linear(x, weight, activation=activation)
+            octavo.linear(x, weight, **options)
         return [launch.kernel.__name__ for launch in launches]
 
-    for activation in (None, "silu_and_mul"):
-        assert kernels(few, weight, activation) == ["_linear_few_kernel"]
-        assert kernels(few[:, None], weight, activation) == ["_linear_few_kernel"]
-        assert kernels(single, weight, activation) == kernels(single[0], weight, activation) == ["_gemv_kernel"]
-        assert kernels(single, weight, activation, 80) == ["_gemv_kernel"]
-        for x, w, arch in (
-            (few, weight, 80),
-            (many, weight, 90),
-            (few.float(), weight.float(), 90),
-            (unaligned, odd, 90),
-            (unaligned[:, :256], weight, 90),
-            (few.expand(2, 9, 256), weight, 90),
-        ):
-            assert "_linear_few_kernel" not in kernels(x, w, activation, arch)
-            assert "_gemv_kernel" not in kernels(x, w, activation, arch)
-    assert kernels(few, weight[:40], "silu_and_mul") == ["_activation_kernel"]
-    assert kernels(few, weight[:40]) == ["_linear_few_kernel"]
+    weight, few, single = empty(4096, 4096), empty(9, 4096), empty(1, 4096)
+    for activation, behind in ((None, []), ("silu_and_mul", ["_activation_kernel"])):
+        for early in (False, True):
+            options = dict(activation=activation, prefetch_weight=early)
+            for x in (few, few[:, None], empty(64, 4096), empty(9, 5000)[:, :4096]):
+                assert kernels(x, weight, **options) == ["_linear_few_kernel"]
+            of_one = ["_linear_few_kernel" if early else "_gemv_kernel"]
+            assert kernels(single, weight, **options) == kernels(single[0], weight, **options) == of_one
+            assert kernels(single, weight, 80, **options) == ["_gemv_kernel"]
+            for other in (weight[:4080], empty(8192, 2040), weight.float()):
+                x = single[:, : other.shape[1]].to(other.dtype)
+                assert kernels(x, other, **options) == ["_gemv_kernel"]
+            for x, other, arch in (
+                (few, weight, 80),
+                (empty(65, 4096), weight, 90),
+                (few.float(), weight.float(), 90),
+                (empty(9, 4100), empty(4096, 4100), 90),
+                (empty(9, 4100)[:, :4096], weight, 90),
+                (few.expand(2, 9, 4096), weight, 90),
+                (few[:, :2040], empty(8192, 2040), 90),
+                (few, weight[:4080], 90),
+            ):
+                assert kernels(x, other, arch, **options) == behind
+    assert kernels(few, empty(4104, 4096), activation="silu_and_mul") == ["_activation_kernel"]
+    assert kernels(few, empty(4104, 4096)) == ["_linear_few_kernel"]
 
 
 def test_opcheck_and_compile(device):
