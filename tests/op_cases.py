@@ -105,10 +105,10 @@ def cases(tokens: int, dtype=torch.bfloat16) -> dict:
             dict(query=q, key=None, positions=index, cos_sin_cache=new(32, d)),
             dict(interleaved=True),
         ),
-        "linear": (octavo.linear, dict(x=new(tokens, 4096), weight=new(4096, 4096), bias=new(4096)), {}),
+        "linear": (octavo.linear, dict(x=new(tokens, 256), weight=new(80, 256), bias=new(80)), {}),
         "linear with an activation": (
             octavo.linear,
-            dict(x=new(tokens, 4096), weight=new(4096, 4096), bias=None),
+            dict(x=new(tokens, 256), weight=new(80, 256), bias=None),
             dict(activation="silu_and_mul", prefetch_weight=True),
         ),
         "gemv": (octavo.gemv, dict(x=new(tokens, 256), weight=new(80, 256), bias=new(80)), {}),
