@@ -83,7 +83,7 @@ def linear(
         activation: None, or "silu_and_mul": the first half of the outputs are gate, the others up, as `silu_and_mul`
             takes them. N: even.
         prefetch_weight: whether weights may be read before the kernels ahead of this one have ended, as a model's may
-            be, which are there for good; it takes 1 to 7 % off a decode step's layers. Never for weights that ops of
+            be, which are there for good; it takes 1 to 6 % off a decode step's layers. Never for weights that ops of
             octavo have just computed: without it, the cache (L2) alone is told of them.
 
     Returns:
