@@ -21,6 +21,19 @@ def wide_layout(rows, columns):
 
 
 @gluon.constexpr_function
+def bytes_layout(rows, columns):
+    """The same of numbers of 8 bits: 16 bytes are sixteen of them."""
+    more = [[0, 64 << i] for i in range((columns // 64).bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [0, 8], *more, [8, 0]],
+        lane_bases=[[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[rows, columns],
+    )
+
+
+@gluon.constexpr_function
 def joined_layout(rows, columns):
     """Of 16-bit numbers as copies leave them that bring 8 rows by 64 columns, 1 KB, after the other: all columns of
     eight rows, then the next eight rows. Within a KB it is the widest swizzle.

@@ -138,6 +138,10 @@ class Shared:
     def __init__(self, values, dtype, half_by_half=False):
         self.values, self.dtype, self.half_by_half = values, dtype, half_by_half
 
+    @property
+    def shape(self):
+        return self.values.shape
+
     def index(self, i):
         if self.half_by_half and self.values.shape[-1] == 128:  # 64 of them, the swizzle's width, lie before the rest
             return Shared(self.values.reshape(len(self.values), 2, -1, 64)[int(i)], self.dtype)
@@ -313,6 +317,12 @@ def _where(condition, a, b):
     return Number(a if condition else b)
 
 
+def _rounded_to_fp8(x, dtype, limit, native):
+    assert dtype == "float8_e4m3fn"
+    values = torch.from_numpy(x.values).clamp(-limit, limit).to(torch.float8_e4m3fn)
+    return Tensor(values.float().numpy(), dtype)
+
+
 def _mma(a, b, acc, use_acc=True, is_async=False):
     product = a.values.astype(NUMPY[acc.dtype]) @ b.values.astype(NUMPY[acc.dtype])
     return Tensor(product + acc.values if use_acc else product, acc.dtype)
@@ -346,6 +356,7 @@ def _language(place, programs):
         zeros=lambda shape, dtype, layout: Tensor(np.zeros(shape, NUMPY.get(dtype, np.float32)), dtype),
         cdiv=lambda a, b: Number(-(-a // b)),
         to_tensor=Number,
+        max=lambda x, dim: Tensor(x.values.max(dim), x.dtype),
         zeros_like=lambda x: Tensor(np.zeros_like(x.values), x.dtype),
         expand_dims=lambda x, dim: Tensor(np.expand_dims(x.values, dim), x.dtype),
         join=lambda a, b: Tensor(np.stack([a.values, b.values], -1), a.dtype),
@@ -371,7 +382,7 @@ def namespace(modules, place, programs):
         init=lambda barrier, count: barrier.values.init(count),
         expect=lambda barrier, size, pred=True: barrier.values.change(1, size) if pred else None,
         arrive=lambda barrier, count, pred=True: barrier.values.change(count, 0) if pred else None,
-        wait=lambda barrier, phase: barrier.values.wait(phase),
+        wait=lambda barrier, phase, pred=True: barrier.values.wait(phase) if pred else None,
     )
     names = dict(
         __name__="in_python",
@@ -390,10 +401,18 @@ def namespace(modules, place, programs):
         ),
         torch=torch,
         wide_layout=lambda rows, columns: None,
+        bytes_layout=lambda rows, columns: None,
+        magnitude=lambda x: Tensor(np.abs(x.values), x.dtype),
+        scale_of=lambda largest, limit: Tensor(
+            np.maximum(largest.values / np.float32(limit), 2.0**-126), largest.dtype
+        ),
+        rounded=_rounded_to_fp8,
         _PAIRED=PAIRED,
         mbarrier=mbarrier,
         tma=SimpleNamespace(
-            async_copy_global_to_shared=lambda desc, at, barrier, result: desc.copy(at, barrier, result)
+            async_copy_global_to_shared=lambda desc, at, barrier, result, pred=True: (
+                desc.copy(at, barrier, result) if pred else None
+            )
         ),
         warpgroup_mma=_mma,
         warpgroup_mma_wait=lambda outstanding, deps: tuple(deps) if len(deps) > 1 else deps[0],

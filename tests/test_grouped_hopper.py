@@ -15,12 +15,12 @@ from octavo.kernels.quant.int8_tiles import scales_of_step
 from octavo.kernels.quant.packing import int4_pack
 from octavo.kernels.tiles import cdiv
 from octavo.reference import moe as reference
-from octavo.testing import assert_accurate
+from octavo.testing import assert_accurate, quantization_unit
 
 HALF, INT8, FP8 = torch.float16, torch.int8, torch.float8_e4m3fn
 MODULES = (
     *("quant/epilogue", "quant/stream_k", "quant/w8a8_loads", "quant/w8a8_parts", "quant/w8a8_epilogue"),
-    *("quant/w8a8_promoted", "moe/schedule", "moe/grouped_loads"),
+    *("quant/w8a8_promoted", "moe/schedule", "moe/grouped_loads", "moe/grouped_results"),
 )
 
 
@@ -50,7 +50,22 @@ def eight_by_eight(weight, outputs):
 
 
 def in_python(
-    module, x, weight, bias, offsets, scales, tile, outputs, stages, parts, gated, programs, more, chunks=None
+    module,
+    x,
+    weight,
+    bias,
+    offsets,
+    scales,
+    tile,
+    outputs,
+    stages,
+    parts,
+    gated,
+    programs,
+    more,
+    chunks=None,
+    box=0,
+    out_scale=None,
 ):
     """Calls a module's kernel for programs in any order; results of rows that are no expert's stay NaN."""
     s, n = x.shape[0], weight.shape[1] // (2 if gated else 1)
@@ -60,10 +75,13 @@ def in_python(
     part_steps = cdiv(steps, parts)
     blocks = [Scales(*scales).blocks] if chunks or module == "grouped_hopper" else []
     assert cdiv(steps, part_steps) == parts
+    sizes = (tile, outputs, step, stages)
+    if chunks:
+        sizes = (tile, outputs, box or tile, step, chunks, stages)
     out = torch.full((parts, s, n), torch.nan)
-    if parts == 1:
+    if parts == 1 and out_scale is None:
         out = out.half()
-    out = pointer(out)
+    out = pointer(out if out_scale is None else out.to(FP8))
     if chunks:
         weights = eight_by_eight(weight, outputs) if gated else descriptor(weight, outputs)
     else:
@@ -71,16 +89,17 @@ def in_python(
     for program in random.sample(range(programs), programs):
         names = namespace([f"{name}.py" for name in (*MODULES, f"moe/{module}")], (program,), programs)
         names[f"_{module}_kernel"](
-            descriptor(x, tile),
+            descriptor(x, box or tile),
             weights,
             out,
+            *([] if chunks else [out_scale]),
             pointer(bias),
             pointer(plan),
             *map(pointer, scales),
             *map(Number, (s, n, *Scales(*scales).strides, *(blocks if chunks else []))),
             *map(Number, (cdiv(n, outputs // 2 if gated else outputs), steps, part_steps)),
             *map(Number, [] if chunks else blocks),
-            *(tile, outputs, step, *([chunks] if chunks else []), stages, parts, gated, *more),
+            *(*sizes, parts, gated, *more),
         )
     return torch.from_numpy(out.memory).view(parts, s, n).sum(0).to(HALF)
 
@@ -142,7 +161,8 @@ def test_source_of_few(outputs, counts, k, n, tile, chunks, stages, parts, bias,
     k = k if operand == HALF else 2 * k  # as many steps
     args = case(counts, k, n, gated, bias, operand)
     more = operand == FP8 and tile < 128, False, random.random() < 0.5, 128, False
-    out = in_python("grouped_few", *args, tile, outputs, stages, parts, gated, 3, more, chunks)
+    box = random.choice([0, 8])
+    out = in_python("grouped_few", *args, tile, outputs, stages, parts, gated, 3, more, chunks, box)
     check(out, *args, gated)
 
 
@@ -197,28 +217,39 @@ def test_source_of_many_in_blocks(counts, k, n, stages, parts, gated):
     x, weight, _, offsets, _ = case(counts, k, n, gated, False, FP8)
     experts, outputs, _ = weight.shape
     scales = torch.rand(len(x), k // 128) / 30, torch.rand(experts, outputs // 128, k // 128) / 60
-    more = (True,)
-    out = in_python("grouped_hopper", x, weight, None, offsets, scales, 128, 256, stages, parts, gated, 3, more)
+    args = x, weight, None, offsets, scales, 128, 256, stages, parts, gated, 3, (True,)
+    out = in_python("grouped_hopper", *args)
     x = x.double() * scales[0].repeat_interleave(128, 1)
     scale = scales[1].repeat_interleave(128, 1).repeat_interleave(128, 2)
     check(out, x, weight.double() * scale, None, offsets, (None, None), gated)
+    if gated:
+        out_scale = torch.full((len(x), n // 128), torch.nan)
+        quantized = in_python("grouped_hopper", *args, out_scale=pointer(out_scale))
+        end, out_scale = int(offsets[-1]), out_scale.repeat_interleave(128, 1)
+        assert quantized[:end].unflatten(1, (-1, 128)).abs().amax(2).eq(448).all()
+        assert quantized[end:].isnan().all() and out_scale[end:].isnan().all()
+        unit, out = quantization_unit(quantized.double(), FP8) * out_scale, out.double()
+        close = (quantized * out_scale - out).abs() <= 0.5 * unit + out.abs() / 512 + 2**-24  # out is of 16 bits
+        assert close[:end].all()
 
 
 @pytest.mark.parametrize("operand", [HALF, INT8, FP8], ids=str)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(
-    ("counts", "k", "n", "rows", "tail", "chunks", "stages", "parts", "bias"),
+    ("counts", "k", "n", "rows", "tail", "tails", "chunks", "stages", "parts", "bias"),
     [
-        ([5, 0, 33, 49], 136, 72, 32, 16, 1, 3, 1, True),
-        ([0, 97, 160, 64], 320, 200, 64, 32, 2, 2, 1, False),
-        ([128, 129, 193, 50], 64, 144, 128, 64, 1, 2, 1, False),
-        ([20, 48, 96], 520, 128, 32, 16, 2, 4, 3, True),
+        ([5, 0, 33, 49], 136, 72, 32, 16, 1, 1, 3, 1, True),
+        ([0, 97, 160, 64], 320, 200, 64, 32, 1, 2, 2, 1, False),
+        ([128, 129, 193, 50], 64, 144, 128, 64, 1, 1, 2, 1, False),
+        ([20, 48, 96], 520, 128, 32, 16, 1, 2, 4, 3, True),
+        ([33, 48, 49, 64, 65], 136, 72, 32, 32, 2, 1, 3, 1, True),
     ],
 )
-def test_source_of_tall(counts, k, n, rows, tail, chunks, stages, parts, bias, gated, operand):
+def test_source_of_tall(counts, k, n, rows, tail, tails, chunks, stages, parts, bias, gated, operand):
     """Tiles of half as many rows, of as many, with a tail and with more; outputs that end within a tile."""
     parts, bias = (1, False) if gated else (parts, bias)
     k = k if operand == HALF else 2 * k  # as many steps
+    box = tail // random.choice([1, tails])
     x, weight, bias, offsets, scales = args = case(counts, k, n, gated, bias, operand)
     plan = schedule.plan_and_clear(torch.empty(len(x), 1), offsets, rows, tail)
     step = 128 // x.element_size() * chunks
@@ -227,9 +258,9 @@ def test_source_of_tall(counts, k, n, rows, tail, chunks, stages, parts, bias, g
     out = torch.full((parts, len(x), n), torch.nan)
     out = pointer(out if parts > 1 else out.half())
     for program in random.sample(range(3), 3):
-        names = namespace([f"{name}.py" for name in (*MODULES, "moe/grouped_few", "moe/grouped_tall")], (program,), 3)
+        names = namespace([f"{name}.py" for name in (*MODULES, "moe/grouped_tall")], (program,), 3)
         names["_grouped_tall_kernel"](
-            descriptor(x, min(tail, 64)),
+            descriptor(x, box),
             eight_by_eight(weight, 128) if gated else descriptor(weight, 128),
             out,
             pointer(bias),
@@ -237,7 +268,7 @@ def test_source_of_tall(counts, k, n, rows, tail, chunks, stages, parts, bias, g
             *map(pointer, scales),
             *map(Number, (len(x), n, *Scales(*scales).strides, cdiv(n, 64 if gated else 128), steps)),
             Number(cdiv(steps, parts)),
-            *(rows, tail, min(tail, 64), step, chunks, stages, parts, gated, random.random() < 0.5, False),
+            *(rows, tail, tails, box, step, chunks, stages, parts, gated, random.random() < 0.5, False),
         )
     check(torch.from_numpy(out.memory).view(parts, len(x), n).sum(0).to(HALF), *args, gated)
 
@@ -255,7 +286,7 @@ def int4_in_python(x, packed, scale, minimum, offsets, tile, stages, parts, gate
     out = torch.full((parts, s, n), torch.nan)
     out = pointer(out if parts > 1 else out.half())
     modules = [f"quant/int4_{name}" for name in INT4]
-    modules = [*MODULES[:1], *modules, *MODULES[2:], "moe/grouped_few", "moe/grouped_int4"]
+    modules = [*MODULES[:1], *modules, *MODULES[2:], "moe/grouped_int4"]
     per_step = groups_of_step(group)
     for program in random.sample(range(programs), programs):
         namespace([f"{name}.py" for name in modules], (program,), programs)["_grouped_int4_kernel"](
@@ -332,7 +363,7 @@ def int4_tall_in_python(x, packed, scale, minimum, offsets, rows, stages, parts,
     out = pointer(out if parts > 1 else out.half())
     modules = [f"quant/int4_{name}" for name in INT4]
     modules = [*MODULES[:1], *modules, *MODULES[2:]]
-    modules += ["moe/grouped_few", "moe/grouped_tall", "moe/grouped_int4_tall"]
+    modules += ["moe/grouped_tall", "moe/grouped_int4_tall"]
     lines, per_step = packed.view(-1, 64), groups_of_step(group)
     described = Descriptor(lines.numpy(), "int16", (32, 64))
     if gated:
@@ -388,7 +419,7 @@ def int8_in_python(x, weight, bias, scale, offsets, tile, stages, parts, gated, 
     out = torch.full((parts, s, n), torch.nan)
     out = pointer(out if parts > 1 else out.half())
     modules = [*MODULES[:1], *(f"quant/int4_{name}" for name in INT4), "quant/int8_unpack", "quant/int8_compute"]
-    modules += [*MODULES[2:], "moe/grouped_few", "moe/grouped_int8"]
+    modules += [*MODULES[2:], "moe/grouped_int8"]
     per_step = scales_of_step(k, group)
     for program in random.sample(range(programs), programs):
         namespace([f"{name}.py" for name in modules], (program,), programs)["_grouped_int8_kernel"](

@@ -144,6 +144,7 @@ def grouped(
     gated: bool,
     scales: Scales = NONE,
     planned_before: bool = False,
+    out_scale: torch.Tensor | None = None,
 ) -> None:
     """Launches it.
 
@@ -157,6 +158,8 @@ def grouped(
         scales: of quantised operands, int8 or e4m3: `y = sums · x_scale · weight_scale`; of weights alone in groups,
             with their minima.
         planned_before: whether another kernel ran between the one that made the plan and this.
+        out_scale: None, or `[S, N / 128]`, fp32: then out is e4m3, and this its scales by groups of 128. Beside scales
+            of blocks, gated, with "many" tiles alone.
     """
     experts, k = weight.shape[0], x.shape[1]
     s, n = out.shape[-2:]
@@ -185,7 +188,7 @@ def grouped(
         grouped_tall(out, x, weight, bias, scales, plan, tiles, n_tiles, programs, gated, planned_before)
         return
     if tiles.kernel == "many":
-        grouped_hopper(out, x, weight, bias, scales, plan, tiles, n_tiles, programs, gated)
+        grouped_hopper(out, x, weight, bias, scales, plan, tiles, n_tiles, programs, gated, out_scale)
         return
     launch(
         _grouped_kernel,

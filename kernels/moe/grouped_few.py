@@ -4,6 +4,7 @@ The time is that of reading the weights. Programs walk their units of work, and 
 ahead as shared memory has room, beyond the unit that is being multiplied: memory is never waited for but at the start.
 Weights are the first operand, which has 64 rows at least; a tile has one or two times as many. With SiLU × gate the
 copy engine puts eight rows of gate and the same eight of up below each other, so that a thread has both of an output.
+Rows of x are copied BOX at a time, and boxes past an expert's last row are not.
 """
 
 import torch
@@ -17,10 +18,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from octavo.kernels.launch import launch
-from octavo.kernels.moe.grouped_loads import described, gate_and_up, gate_beside_up, load_rows, load_weights, scaled
+from octavo.kernels.moe.grouped_loads import described, gate_beside_up, load_rows, load_weights
+from octavo.kernels.moe.grouped_results import write
 from octavo.kernels.moe.grouped_tiles import COPIED_BYTES, Scales, Tiles
 from octavo.kernels.moe.schedule import unit_at
-from octavo.kernels.quant.epilogue import halves, silu_times
+from octavo.kernels.quant.epilogue import halves
 from octavo.kernels.quant.w8a8_parts import steps_of
 from octavo.kernels.tiles import cdiv, chains, wait_for_previous
 
@@ -29,38 +31,6 @@ REGISTERS = {1: 168, 2: 128}
 
 # Lists of arguments, one a line, would be longer than the code between them.
 # fmt: off
-
-
-@gluon.jit
-def write_turned(y, epilogue, bias_ptr, expert, part, first_row, rows, first_n):
-    """Results of outputs, which are rows of y, by rows of x."""
-    out_ptr, S, N = epilogue[0], epilogue[6], epilogue[7]
-    layout: gl.constexpr = y.type.layout
-    n = first_n + gl.expand_dims(gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, layout)), 1)
-    m = gl.expand_dims(gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, layout)), 0)
-    if bias_ptr is not None:
-        bias = gl.load(bias_ptr + expert.to(gl.int64) * N + n, mask=(n < N) & (part == 0), other=0.0)
-        y += bias.to(gl.float32)
-    at = (part * S + first_row + m).to(gl.int64) * N + n
-    gl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=(m < rows) & (n < N))
-
-
-@gluon.jit
-def _write(
-    acc, epilogue, expert, part, first_row, rows, n_tile, OUTPUTS: gl.constexpr, GATED: gl.constexpr,
-):
-    """What becomes of the sums of a tile's outputs and of rows from the first one on."""
-    N = epilogue[7]
-    if GATED:
-        first_n = n_tile * (OUTPUTS // 2)
-        gate, up = gate_and_up(acc)
-        gate = scaled(gate, epilogue, expert, first_row, rows, first_n, N, 1)
-        up = scaled(up, epilogue, expert, first_row, rows, N + first_n, 2 * N, 1)
-        write_turned(silu_times(gate, up), epilogue, None, expert, 0, first_row, rows, first_n)
-    else:
-        first_n = n_tile * OUTPUTS
-        y = scaled(acc, epilogue, expert, first_row, rows, first_n, N, 1)
-        write_turned(y, epilogue, epilogue[1], expert, part, first_row, rows, first_n)
 
 
 @gluon.jit
@@ -141,21 +111,22 @@ def _compute(
         if not (PROMOTED or BLOCKS):
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
+        first_n = n * (OUTPUTS // 2 if GATED else OUTPUTS)
         if ROWS == 128:  # one half after the other, so that nothing spills
             left, right = halves(acc)
-            _write(left, results, expert, part, first_row, rows, n, OUTPUTS, GATED)
-            _write(right, results, expert, part, first_row + ROWS // 2, rows - ROWS // 2, n, OUTPUTS, GATED)
+            write(left, results, expert, part, first_row, rows, first_n, GATED)
+            write(right, results, expert, part, first_row + ROWS // 2, rows - ROWS // 2, first_n, GATED)
         else:
-            _write(acc, results, expert, part, first_row, rows, n, OUTPUTS, GATED)
+            write(acc, results, expert, part, first_row, rows, first_n, GATED)
 
 
 @gluon.jit(do_not_specialize=["S", "part_steps"])
 def _grouped_few_kernel(
     # Bound by reading the weights. One or two programs a multiprocessor.
     x_desc, weight_desc, out_ptr, bias_ptr, plan_ptr, x_scale_ptr, weight_scale_ptr, S, N, stride_expert, stride_output,
-    blocks, n_tiles, steps, part_steps, ROWS: gl.constexpr, OUTPUTS: gl.constexpr, BLOCK_K: gl.constexpr, CHUNKS:
-    gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, PROMOTED: gl.constexpr, BLOCKS:
-    gl.constexpr, EARLY: gl.constexpr, REGISTERS: gl.constexpr, CHAINED: gl.constexpr,
+    blocks, n_tiles, steps, part_steps, ROWS: gl.constexpr, OUTPUTS: gl.constexpr, BOX: gl.constexpr, BLOCK_K:
+    gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, PROMOTED:
+    gl.constexpr, BLOCKS: gl.constexpr, EARLY: gl.constexpr, REGISTERS: gl.constexpr, CHAINED: gl.constexpr,
 ):
     WIDTH: gl.constexpr = BLOCK_K // CHUNKS
     x = gl.allocate_shared_memory(x_desc.dtype, [STAGES * CHUNKS, ROWS, WIDTH], x_desc.layout)
@@ -177,10 +148,11 @@ def _grouped_few_kernel(
             epilogue, plan_ptr, x, weight, full, empty, n_tiles, steps, part_steps, ROWS, OUTPUTS, BLOCK_K, CHUNKS,
             STAGES, PARTS, GATED, PROMOTED, BLOCKS, CHAINED)),
         (load_weights, (
-            weight_desc, plan_ptr, loaded, full, empty, N, n_tiles, steps, part_steps, ROWS, OUTPUTS, BLOCK_K, CHUNKS,
-            STAGES, PARTS, GATED, EARLY, CHAINED)),
+            weight_desc, plan_ptr, loaded, full, empty, N, n_tiles, steps, part_steps, ROWS, OUTPUTS, BOX, BLOCK_K,
+            CHUNKS, STAGES, PARTS, GATED, EARLY, CHAINED)),
         (load_rows, (
-            x_desc, plan_ptr, x, full, empty, n_tiles, steps, part_steps, BLOCK_K, CHUNKS, STAGES, PARTS, CHAINED)),
+            x_desc, plan_ptr, x, None, full, empty, n_tiles, steps, part_steps, ROWS, BOX, BLOCK_K, CHUNKS, STAGES,
+            PARTS, CHAINED)),
     ], [1, 1], [24, 24])
 # fmt: on
 
@@ -204,7 +176,7 @@ def grouped_few(
     launch(
         _grouped_few_kernel,
         (programs,),
-        described(x, tiles.rows),
+        described(x, tiles.box or tiles.rows),
         gate_beside_up(weight, tiles.outputs) if gated else described(weight, tiles.outputs),
         out,
         bias,
@@ -222,6 +194,7 @@ def grouped_few(
         num_warps=4,
         ROWS=tiles.rows,
         OUTPUTS=tiles.outputs,
+        BOX=tiles.box or tiles.rows,
         BLOCK_K=tiles.block_k,
         CHUNKS=tiles.block_k * weight.element_size() // COPIED_BYTES,
         STAGES=tiles.stages,

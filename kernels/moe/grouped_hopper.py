@@ -6,7 +6,8 @@ those of the step before run, and writes results while the first products of the
 one that has no rows skips its products, so that at most 63 rows an expert are computed in vain.
 
 Beside scales of blocks sums are taken out at each step, of 128 outputs at a time, as in
-`octavo.kernels.quant.w8a8_promoted`; the other warpgroup multiplies then.
+`octavo.kernels.quant.w8a8_promoted`; the other warpgroup multiplies then. A tile has 128 results of SiLU × gate of a
+row, a group of what the next product takes: they are written quantised.
 """
 
 import torch
@@ -20,12 +21,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from octavo.kernels.gluon_layouts import wide_layout
+from octavo.kernels.gluon_layouts import bytes_layout, wide_layout
 from octavo.kernels.launch import launch
-from octavo.kernels.moe.grouped_loads import described, load_rows, scaled
+from octavo.kernels.moe.grouped_loads import described, load_rows
+from octavo.kernels.moe.grouped_results import scaled
 from octavo.kernels.moe.grouped_tiles import Scales, Tiles
 from octavo.kernels.moe.schedule import unit_at
 from octavo.kernels.quant.epilogue import halves, silu_times
+from octavo.kernels.quant.rounding import magnitude, rounded, scale_of
 from octavo.kernels.quant.w8a8_loads import multiply
 from octavo.kernels.quant.w8a8_parts import steps_of
 from octavo.kernels.quant.w8a8_promoted import promoted
@@ -159,6 +162,19 @@ def _compute_plain(
 
 
 @gluon.jit
+def _write_quantized(y, out_scale_ptr, epilogue, first_row, rows, n):
+    """y as e4m3, and the scales of its rows, which are those of block n of 128 inputs of the next product."""
+    LIMIT: gl.constexpr = 448.0
+    layout: gl.constexpr = y.type.layout
+    blocks = epilogue[7] // 128
+    scale = scale_of(gl.max(magnitude(y), 1), LIMIT)
+    m = gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, layout))
+    gl.store(out_scale_ptr + (first_row + m) * blocks + n, scale, mask=m < rows)
+    q = rounded(y * gl.expand_dims(1.0 / scale, 1), epilogue[0].dtype.element_ty, LIMIT, True)
+    _write(gl.convert_layout(q, bytes_layout(y.shape[0], y.shape[1])), epilogue, 0, first_row, rows, n * 128)
+
+
+@gluon.jit
 def _block_scales(x_ptrs, left_ptr, right_ptr, step):
     """Those of a step's rows, and of its 128 outputs to the left and to the right."""
     return gl.load(x_ptrs + step), gl.load(left_ptr + step), gl.load(right_ptr + step)
@@ -174,7 +190,8 @@ def _compute_in_blocks(
     zeros = gl.zeros([HALF_ROWS, 128], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32]))
     DTYPE: gl.constexpr = epilogue[0].dtype.element_ty
     out_layout: gl.constexpr = wide_layout(HALF_ROWS, 128)
-    _, _, x_scale_ptr, weight_scale_ptr, stride_expert, stride_output, _, N = epilogue
+    x_scale_ptr, weight_scale_ptr, stride_expert, stride_output = epilogue[2:6]
+    N, out_scale_ptr = epilogue[7], epilogue[8]
     sums = zeros
     work_end = gl.load(plan_ptr) * n_tiles * PARTS
     i = 0
@@ -209,7 +226,9 @@ def _compute_in_blocks(
                 mbarrier.arrive(empty.index(stage), count=1)
                 right = promoted(right, sums, of_right, True)
                 i += 1
-            if GATED:
+            if out_scale_ptr is not None:
+                _write_quantized(silu_times(left, right), out_scale_ptr, epilogue, first_row, rows, n)
+            elif GATED:
                 y = gl.convert_layout(silu_times(left, right).to(DTYPE), out_layout)
                 _write(y, epilogue, 0, first_row, rows, n * 128)
             else:
@@ -242,9 +261,9 @@ def _compute(
 @gluon.jit(do_not_specialize=["S", "part_steps"])
 def _grouped_hopper_kernel(
     # Bound by the tensor cores. One program a multiprocessor.
-    x_desc, weight_desc, out_ptr, bias_ptr, plan_ptr, x_scale_ptr, weight_scale_ptr, S, N, stride_expert, stride_output,
-    n_tiles, steps, part_steps, blocks, ROWS: gl.constexpr, OUTPUTS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES:
-    gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, BLOCKS: gl.constexpr,
+    x_desc, weight_desc, out_ptr, out_scale_ptr, bias_ptr, plan_ptr, x_scale_ptr, weight_scale_ptr, S, N, stride_expert,
+    stride_output, n_tiles, steps, part_steps, blocks, ROWS: gl.constexpr, OUTPUTS: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, BLOCKS: gl.constexpr,
 ):
     x = gl.allocate_shared_memory(x_desc.dtype, [STAGES, ROWS, BLOCK_K], x_desc.layout)
     weight = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, OUTPUTS, BLOCK_K], weight_desc.layout)
@@ -254,7 +273,7 @@ def _grouped_hopper_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    epilogue = (out_ptr, bias_ptr, x_scale_ptr, weight_scale_ptr, stride_expert, stride_output, S, N)
+    epilogue = (out_ptr, bias_ptr, x_scale_ptr, weight_scale_ptr, stride_expert, stride_output, S, N, out_scale_ptr)
     gl.warp_specialize([
         (_compute, (
             0, epilogue, plan_ptr, x, weight, full, empty, n_tiles, steps, part_steps, blocks, ROWS, OUTPUTS, BLOCK_K,
@@ -266,7 +285,8 @@ def _grouped_hopper_kernel(
             weight_desc, plan_ptr, weight, full, empty, N, n_tiles, steps, part_steps, ROWS, OUTPUTS, BLOCK_K, STAGES,
             PARTS, GATED)),
         (load_rows, (
-            x_desc, plan_ptr, x, full, empty, n_tiles, steps, part_steps, BLOCK_K, 1, STAGES, PARTS, False)),
+            x_desc, plan_ptr, x, None, full, empty, n_tiles, steps, part_steps, ROWS, ROWS, BLOCK_K, 1, STAGES, PARTS,
+            False)),
     ], [4, 1, 1], [240, 24, 24])
 # fmt: on
 
@@ -282,6 +302,7 @@ def grouped_hopper(
     n_tiles: int,
     programs: int,
     gated: bool,
+    out_scale: torch.Tensor | None,
 ) -> None:
     """Launches it; the arguments are those of `octavo.kernels.moe.grouped.grouped`."""
     s, n = out.shape[-2:]
@@ -292,6 +313,7 @@ def grouped_hopper(
         described(x, tiles.rows),
         described(weight, tiles.outputs // 2),
         out,
+        out_scale,
         bias,
         plan,
         scales.x,

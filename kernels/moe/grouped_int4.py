@@ -12,17 +12,16 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.kernels.launch import launch
-from octavo.kernels.moe.grouped_few import write_turned
-from octavo.kernels.moe.grouped_loads import described, fetch_of_expert
+from octavo.kernels.moe.grouped_loads import described, fetch_of_expert, load_rows
+from octavo.kernels.moe.grouped_results import write_of_pair
 from octavo.kernels.moe.grouped_tiles import Scales, Tiles
 from octavo.kernels.moe.schedule import unit_at
-from octavo.kernels.quant.epilogue import silu_times
 from octavo.kernels.quant.int4_compute import sum_steps
 from octavo.kernels.quant.int4_shares import stage_of
 from octavo.kernels.quant.int4_tiles import groups_of_step, plane_groups
 from octavo.kernels.quant.int4_unpack import words_layout
 from octavo.kernels.quant.w8a8_parts import steps_of
-from octavo.kernels.tiles import cdiv, chains, let_next_start, wait_for_previous
+from octavo.kernels.tiles import cdiv, chains, wait_for_previous
 
 # Lists of arguments, one a line, would be longer than the code between them.
 # fmt: off
@@ -58,28 +57,6 @@ def _load_packed(
                     minimum_ptr, expert, stride_expert, stride_group, n, N, step, plane_groups, last_group, GROUPS,
                     GATED,
                 )
-            i += 1
-
-
-@gluon.jit
-def _load_rows(
-    desc, plan_ptr, x, full, empty, n_tiles, k_tiles, part_steps, STAGES: gl.constexpr, PARTS: gl.constexpr, CHAINED:
-    gl.constexpr,
-):
-    """What the warp does that loads rows of x: those past an expert's last are loaded too, and not written."""
-    wait_for_previous(CHAINED)
-    let_next_start(CHAINED)
-    work_end = gl.load(plan_ptr) * n_tiles * PARTS
-    i = 0
-    for work in range(gl.program_id(0), work_end, gl.num_programs(0)):
-        _, first_row, _, _ = unit_at(plan_ptr, work // PARTS, n_tiles)
-        first, end = steps_of(work % PARTS, k_tiles, part_steps)
-        for step in range(first, end):
-            stage = i % STAGES
-            mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
-            for half in gl.static_range(2):
-                at = step * 128 + half * 64
-                tma.async_copy_global_to_shared(desc, [first_row, at], full.index(stage), x.index(2 * stage + half))
             i += 1
 
 
@@ -120,17 +97,10 @@ def _compute(
             4, 1, 1, STAGES,
         )
         i += end - first
-        if IS_UP:
-            mbarrier.wait(taken.index(pair), phase_of_pair ^ 1)
-            handed.index(pair).store(acc)
-            mbarrier.arrive(left.index(pair), count=1)
-        elif GATED:
-            mbarrier.wait(left.index(pair), phase_of_pair)
-            acc = silu_times(acc, handed.index(pair).load(acc_layout))
-            write_turned(acc, epilogue, None, expert, 0, first_row, rows, row)
-            mbarrier.arrive(taken.index(pair), count=1)  # behind the use of what was loaded, so that it has come
-        else:
-            write_turned(acc, epilogue, None, expert, work % PARTS, first_row, rows, row)
+        write_of_pair(
+            acc, epilogue, expert, work % PARTS, first_row, rows, row, handed.index(pair), left.index(pair),
+            taken.index(pair), phase_of_pair, IS_UP, GATED,
+        )
         phase_of_pair ^= 1
 
 
@@ -184,8 +154,9 @@ def _grouped_int4_kernel(
             packed_desc, plan_ptr, scale_ptr, minimum_ptr, packed, full, empty, N, row_tiles, n_tiles, k_tiles,
             part_steps, last_group, plane_groups, stride_expert, stride_group, GROUPS, ROWS, STAGES, PARTS, GATED,
             EARLY, CHAINED)),
-        (_load_rows, (
-            x_desc, plan_ptr, x_read, full, empty, n_tiles, k_tiles, part_steps, STAGES, PARTS, CHAINED)),
+        (load_rows, (
+            x_desc, plan_ptr, x_read, None, full, empty, n_tiles, k_tiles, part_steps, ROWS, ROWS, 128, 2, STAGES,
+            PARTS, CHAINED)),
     ], [4, 4, 4, 1, 1], [112, 112, 112, 24, 24])
 # fmt: on
 

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.kernels.launch import launch
-from octavo.kernels.moe.grouped_loads import described
+from octavo.kernels.moe.grouped_loads import described, expect, load_rows
 from octavo.kernels.moe.grouped_tall import cleared, write_tall
 from octavo.kernels.moe.grouped_tiles import Scales, Tiles
 from octavo.kernels.moe.schedule import unit_at
@@ -24,7 +24,7 @@ from octavo.kernels.quant.int4_shares import stage_of
 from octavo.kernels.quant.int4_tiles import groups_of_step, plane_groups
 from octavo.kernels.quant.int4_unpack import words_layout
 from octavo.kernels.quant.w8a8_parts import steps_of
-from octavo.kernels.tiles import cdiv, chains, let_next_start, wait_for_previous
+from octavo.kernels.tiles import cdiv, chains, wait_for_previous
 
 # Lists of arguments, one a line, would be longer than the code between them.
 # fmt: off
@@ -43,8 +43,8 @@ def _fetch(ptr, stride_group, n, N, step, plane_groups, last_group, GROUPS: gl.c
 @gluon.jit
 def _load_packed(
     desc, plan_ptr, scale_ptr, minimum_ptr, packed, full, empty, N, row_tiles, n_tiles, k_tiles, part_steps, last_group,
-    plane_groups, stride_expert, stride_group, GROUPS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED:
-    gl.constexpr, EARLY: gl.constexpr, CHAINED: gl.constexpr,
+    plane_groups, stride_expert, stride_group, GROUPS: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, PARTS:
+    gl.constexpr, GATED: gl.constexpr, EARLY: gl.constexpr, CHAINED: gl.constexpr,
 ):
     """What the warp does that loads weights; EARLY: not behind the kernel before, which writes none nor the plan."""
     if not EARLY:
@@ -52,13 +52,13 @@ def _load_packed(
     work_end = gl.load(plan_ptr) * n_tiles * PARTS
     i = 0
     for work in range(gl.program_id(0), work_end, gl.num_programs(0)):
-        expert, _, _, n = unit_at(plan_ptr, work // PARTS, n_tiles)
+        expert, _, rows, n = unit_at(plan_ptr, work // PARTS, n_tiles)
         scales = scale_ptr + expert.to(gl.int64) * stride_expert
         first, end = steps_of(work % PARTS, k_tiles, part_steps)
         for step in range(first, end):
             stage = i % STAGES
             mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(stage), 2 * 4096)
+            expect(full.index(stage), rows, ROWS, ROWS // 4, 256, 2 * 4096)
             for j in gl.static_range(2):
                 to = packed.index(2 * stage + j)
                 if GATED:  # half of a packed tile of gate, and of one of up: of each four lines, which have eight rows
@@ -71,35 +71,6 @@ def _load_packed(
             if minimum_ptr is not None:
                 minima = minimum_ptr + expert.to(gl.int64) * stride_expert
                 _fetch(minima, stride_group, n, N, step, plane_groups, last_group, GROUPS, GATED)
-            i += 1
-
-
-@gluon.jit
-def _load_rows(
-    desc, plan_ptr, x, full, empty, n_tiles, k_tiles, part_steps, ROWS: gl.constexpr, STAGES: gl.constexpr, PARTS:
-    gl.constexpr, CHAINED: gl.constexpr,
-):
-    """What the warp does that loads rows of x, a quarter of ROWS at a time; what is past the last is not written."""
-    BOX: gl.constexpr = ROWS // 4
-    wait_for_previous(CHAINED)
-    let_next_start(CHAINED)
-    work_end = gl.load(plan_ptr) * n_tiles * PARTS
-    i = 0
-    for work in range(gl.program_id(0), work_end, gl.num_programs(0)):
-        _, first_row, rows, _ = unit_at(plan_ptr, work // PARTS, n_tiles)
-        boxes = (rows + BOX - 1) // BOX
-        first, end = steps_of(work % PARTS, k_tiles, part_steps)
-        for step in range(first, end):
-            stage = i % STAGES
-            mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
-            for box in gl.static_range(4):
-                mbarrier.expect(full.index(stage), (box + 1) * BOX * 256, pred=boxes == box + 1)
-            for box in gl.static_range(4):
-                if box < boxes:
-                    for j in gl.static_range(2):
-                        at = [first_row + box * BOX, step * 128 + j * 64]
-                        to = x.index(2 * stage + j).slice(box * BOX, BOX)
-                        tma.async_copy_global_to_shared(desc, at, full.index(stage), to)
             i += 1
 
 
@@ -211,7 +182,7 @@ def _grouped_int4_tall_kernel(
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=2)
+        mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     epilogue = (out_ptr, None, None, None, 0, 0, S, N)
@@ -224,10 +195,11 @@ def _grouped_int4_tall_kernel(
             last_group, plane_groups, stride_expert, stride_group, ROWS, GROUPS, EVEN, STAGES, PARTS, GATED, CHAINED)),
         (_load_packed, (
             packed_desc, plan_ptr, scale_ptr, minimum_ptr, packed, full, empty, N, row_tiles, n_tiles, k_tiles,
-            part_steps, last_group, plane_groups, stride_expert, stride_group, GROUPS, STAGES, PARTS, GATED, EARLY,
-            CHAINED)),
-        (_load_rows, (
-            x_desc, plan_ptr, x_read, full, empty, n_tiles, k_tiles, part_steps, ROWS, STAGES, PARTS, CHAINED)),
+            part_steps, last_group, plane_groups, stride_expert, stride_group, GROUPS, ROWS, STAGES, PARTS, GATED,
+            EARLY, CHAINED)),
+        (load_rows, (
+            x_desc, plan_ptr, x_read, None, full, empty, n_tiles, k_tiles, part_steps, ROWS, ROWS // 4, 128, 2, STAGES,
+            PARTS, CHAINED)),
     ], [4, 1, 1], [240, 24, 24])
 # fmt: on
 

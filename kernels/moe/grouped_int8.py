@@ -12,11 +12,10 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.kernels.launch import launch
-from octavo.kernels.moe.grouped_few import write_turned
 from octavo.kernels.moe.grouped_loads import described, fetch_of_expert, load_rows
+from octavo.kernels.moe.grouped_results import write_of_pair
 from octavo.kernels.moe.grouped_tiles import Tiles
 from octavo.kernels.moe.schedule import unit_at
-from octavo.kernels.quant.epilogue import silu_times
 from octavo.kernels.quant.int4_shares import stage_of
 from octavo.kernels.quant.int4_tiles import plane_groups
 from octavo.kernels.quant.int4_unpack import bits_to_float, group_bits, words_layout
@@ -105,17 +104,10 @@ def _compute(
         if GROUPS == 0:
             acc *= gl.expand_dims(bits_to_float(bits[0], scale_ptr.dtype.element_ty) * FACTOR, 1)
         i += end - first
-        if IS_UP:
-            mbarrier.wait(taken.index(pair), phase_of_pair ^ 1)
-            handed.index(pair).store(acc)
-            mbarrier.arrive(left.index(pair), count=1)
-        elif GATED:
-            mbarrier.wait(left.index(pair), phase_of_pair)
-            acc = silu_times(acc, handed.index(pair).load(acc_layout))
-            write_turned(acc, epilogue, None, expert, 0, first_row, rows, row)
-            mbarrier.arrive(taken.index(pair), count=1)  # behind the use of what was loaded, so that it has come
-        else:
-            write_turned(acc, epilogue, epilogue[1], expert, work % PARTS, first_row, rows, row)
+        write_of_pair(
+            acc, epilogue, expert, work % PARTS, first_row, rows, row, handed.index(pair), left.index(pair),
+            taken.index(pair), phase_of_pair, IS_UP, GATED,
+        )
         phase_of_pair ^= 1
 
 
@@ -167,7 +159,8 @@ def _grouped_int8_kernel(
             weight_desc, plan_ptr, scale_ptr, read, full, empty, N, n_tiles, k_tiles, part_steps, last_group,
             plane_groups, stride_expert, stride_group, GROUPS, ROWS, STAGES, PARTS, GATED, EARLY, CHAINED)),
         (load_rows, (
-            x_desc, plan_ptr, x, full, empty, n_tiles, k_tiles, part_steps, 128, 2, STAGES, PARTS, CHAINED)),
+            x_desc, plan_ptr, x, None, full, empty, n_tiles, k_tiles, part_steps, ROWS, ROWS, 128, 2, STAGES, PARTS,
+            CHAINED)),
     ], [4, 4, 4, 1, 1], [112, 112, 112, 24, 24])
 # fmt: on
 

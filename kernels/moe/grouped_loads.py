@@ -17,10 +17,21 @@ from octavo.kernels.tiles import let_next_start, wait_for_previous
 
 
 @gluon.jit
+def expect(full, rows, ROWS: gl.constexpr, BOX: gl.constexpr, ROW_BYTES: gl.constexpr, MORE: gl.constexpr):
+    """The bytes of a step: those of a tile's rows of x, of up to ROWS, that are copied BOX at a time, and MORE."""
+    if BOX == ROWS:
+        mbarrier.expect(full, ROWS * ROW_BYTES + MORE)
+    else:
+        boxes = (rows + BOX - 1) // BOX
+        for j in gl.static_range(ROWS // BOX):
+            mbarrier.expect(full, (j + 1) * BOX * ROW_BYTES + MORE, pred=boxes == j + 1)
+
+
+@gluon.jit
 def load_weights(
-    desc, plan_ptr, weight, full, empty, N, n_tiles, steps, part_steps, ROWS: gl.constexpr, OUTPUTS: gl.constexpr,
-    BLOCK_K: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, EARLY:
-    gl.constexpr, CHAINED: gl.constexpr,
+    desc, plan_ptr, weight, full, empty, N, n_tiles, steps, part_steps, ROWS: gl.constexpr, OUTPUTS: gl.constexpr, BOX:
+    gl.constexpr, BLOCK_K: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, GATED:
+    gl.constexpr, EARLY: gl.constexpr, CHAINED: gl.constexpr,
 ):
     """What the warp does that loads weights: of gate and of up eight in turns, if gated.
 
@@ -31,12 +42,12 @@ def load_weights(
     work_end = gl.load(plan_ptr) * n_tiles * PARTS
     i = 0
     for work in range(gl.program_id(0), work_end, gl.num_programs(0)):
-        expert, _, _, n = unit_at(plan_ptr, work // PARTS, n_tiles)
+        expert, _, rows, n = unit_at(plan_ptr, work // PARTS, n_tiles)
         first, end = steps_of(work % PARTS, steps, part_steps)
         for step in range(first, end):
             stage = i % STAGES
             mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(stage), (ROWS + OUTPUTS) * 128 * CHUNKS)
+            expect(full.index(stage), rows, ROWS, BOX, 128 * CHUNKS, OUTPUTS * 128 * CHUNKS)
             for j in gl.static_range(CHUNKS):
                 at = step * BLOCK_K + j * (BLOCK_K // CHUNKS)
                 to = weight.index(stage * CHUNKS + j)
@@ -50,23 +61,32 @@ def load_weights(
 
 @gluon.jit
 def load_rows(
-    desc, plan_ptr, x, full, empty, n_tiles, steps, part_steps, BLOCK_K: gl.constexpr, CHUNKS: gl.constexpr, STAGES:
-    gl.constexpr, PARTS: gl.constexpr, CHAINED: gl.constexpr,
+    desc, plan_ptr, x, tail, full, empty, n_tiles, steps, part_steps, ROWS: gl.constexpr, BOX: gl.constexpr, BLOCK_K:
+    gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, CHAINED: gl.constexpr,
 ):
-    """What the warp does that loads rows of x: those past an expert's last are loaded too, and not written."""
+    """What the warp does that loads rows of x, of up to ROWS, BOX at a time; those behind what x has room for in tail.
+
+    Rows past an expert's last in a box are loaded too, and not written.
+    """
+    NEAR: gl.constexpr = x.shape[1]
     wait_for_previous(CHAINED)
     let_next_start(CHAINED)
     work_end = gl.load(plan_ptr) * n_tiles * PARTS
     i = 0
     for work in range(gl.program_id(0), work_end, gl.num_programs(0)):
-        _, first_row, _, _ = unit_at(plan_ptr, work // PARTS, n_tiles)
+        _, first_row, rows, _ = unit_at(plan_ptr, work // PARTS, n_tiles)
         first, end = steps_of(work % PARTS, steps, part_steps)
         for step in range(first, end):
             stage = i % STAGES
             mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
-            for j in gl.static_range(CHUNKS):
-                at = [first_row, step * BLOCK_K + j * (BLOCK_K // CHUNKS)]
-                tma.async_copy_global_to_shared(desc, at, full.index(stage), x.index(stage * CHUNKS + j))
+            for box in gl.static_range(ROWS // BOX):
+                for j in gl.static_range(CHUNKS):
+                    at = [first_row + box * BOX, step * BLOCK_K + j * (BLOCK_K // CHUNKS)]
+                    if box * BOX < NEAR:
+                        to = x.index(stage * CHUNKS + j).slice(box * BOX, BOX)
+                    else:
+                        to = tail.index(stage * CHUNKS + j).slice(box * BOX - NEAR, BOX)
+                    tma.async_copy_global_to_shared(desc, at, full.index(stage), to, pred=box == 0 or rows > box * BOX)
             i += 1
 
 
@@ -82,36 +102,6 @@ def fetch_of_expert(
         fetch_scales(ptr + N, stride_group, n * 128, N, step, plane_groups, last_group, GROUPS, 2)
     else:
         fetch_scales(ptr, stride_group, n * 256, N, step, plane_groups, last_group, GROUPS, 4)
-
-
-@gluon.jit
-def scaled(
-    acc, epilogue, expert, first_row, rows, first_n, end_n, ROW_DIM: gl.constexpr,
-):
-    """Sums as fp32, times the scales of their rows and of the outputs from `first_n` to `end_n`, where there are any.
-
-    ROW_DIM: which dimension is that of the rows of x.
-    """
-    x_scale_ptr, weight_scale_ptr, stride_expert, stride_output = epilogue[2:6]
-    y = acc.to(gl.float32)
-    if weight_scale_ptr is not None:
-        OUTPUT_DIM: gl.constexpr = 1 - ROW_DIM
-        m = gl.arange(0, y.shape[ROW_DIM], layout=gl.SliceLayout(OUTPUT_DIM, y.type.layout))
-        n = first_n + gl.arange(0, y.shape[OUTPUT_DIM], layout=gl.SliceLayout(ROW_DIM, y.type.layout))
-        x_scale = gl.load(x_scale_ptr + first_row + m, mask=m < rows, other=0.0)
-        y *= gl.expand_dims(x_scale, OUTPUT_DIM)
-        scale_ptrs = weight_scale_ptr + expert * stride_expert + n * stride_output
-        y *= gl.expand_dims(gl.load(scale_ptrs, mask=n < end_n, other=0.0), ROW_DIM)
-    return y
-
-
-@gluon.jit
-def gate_and_up(acc):
-    """Of sums of outputs, which are rows, eight of gate above the same eight of up: those of gate, and those of up."""
-    OUTPUTS: gl.constexpr = acc.shape[0]
-    ROWS: gl.constexpr = acc.shape[1]
-    gate, up = acc.reshape([OUTPUTS // 16, 2, 8, ROWS]).permute([0, 2, 3, 1]).split()
-    return gate.reshape([OUTPUTS // 2, ROWS]), up.reshape([OUTPUTS // 2, ROWS])
 # fmt: on
 
 

@@ -62,11 +62,10 @@ class Tiles:
     """Programs that a tile's inputs are dealt out to; none is without a step."""
     tail: int = 0
     """Rows that an expert's last tile may have beyond `rows`."""
-
-    @property
-    def box(self) -> int:
-        """Rows that one copy of a tall tile brings."""
-        return min(self.tail, 64)
+    box: int = 0
+    """Rows that one copy brings, of which there are no more than a tile's rows take; 0: all at once."""
+    tails: int = 1
+    """Parts of a tall tile's tail, of which those behind an expert's last row are not multiplied."""
 
     def parts_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Of results that are added up afterwards: where there are few, they are not rounded before."""
@@ -156,22 +155,31 @@ def choose_tiles(
         blocks: whether scales are of blocks of 128 inputs.
     """
     mean, active = _mean(rows, experts), min(experts, rows)
+    room = properties.shared_memory - _OTHER_BYTES
     if copied and mean <= MOST_FEW:
-        # Weights of 512 bytes of a row at a time: 16 tokens took 927 µs on an H100, 940 with 256, 960 with 128. Two
-        # programs a multiprocessor, with half the memory each, took 0.5 to 2 % more.
-        room, n = properties.shared_memory - _OTHER_BYTES, 128
+        # Weights of 512 bytes of a row at a time: 16 tokens took 927 µs on an H100, 940 with 256, 960 with 128. There
+        # is to be room for three steps: 64 tokens, in tiles of 32 rows, took 957 µs with two of 128 outputs, 941 with
+        # five of 256 bytes, 938 with four of 64 outputs; of int8 498, and 487 with three of 256 bytes (fp8 486, 485,
+        # but 491 with five). Two programs a multiprocessor, with half the memory each, took 0.5 to 2 % more.
+        wide = tile > 16
+        n = 64 if wide and itemsize > 1 else 128
         if gated and _idle(active * cdiv(outputs, 128), properties) > _idle(active * cdiv(outputs, 64), properties):
             n = 64
-        step = 4 * COPIED_BYTES if room // ((tile + n) * 4 * COPIED_BYTES) > 1 else 2 * COPIED_BYTES
+        step = (2 if wide and itemsize == 1 else 4) * COPIED_BYTES
+        stages = room // ((tile + n) * step)
+        if wide and itemsize == 1:
+            stages = min(stages, 3)
         parts = 1
         if not gated:
             tiles, bytes_of_tile = active * cdiv(outputs, n), n * inputs * itemsize
             parts = _parts(tiles, inputs, properties.num_sms, bytes_of_tile, step // itemsize)
-        return Tiles("few", tile, n, step // itemsize, 4, room // ((tile + n) * step), 1, parts)
+        return Tiles("few", tile, n, step // itemsize, 4, stages, 1, parts, box=8 if wide else 0)
     if copied and mean <= MOST_TALL and not blocks:
         step = (2 if tile == 64 else 1) * COPIED_BYTES
-        stages = (properties.shared_memory - _OTHER_BYTES) // ((tile + TAILS[tile] + 128) * step)
-        return Tiles("tall", tile, 128, step // itemsize, 4, min(stages, 5), 1, tail=TAILS[tile])
+        tail = TAILS[tile]  # 1024 tokens: 1330 µs in two parts, 1341 in one
+        stages = min(room // ((tile + tail + 128) * step), 5)
+        tails = 2 if tile == 256 and itemsize > 1 else 1
+        return Tiles("tall", tile, 128, step // itemsize, 4, stages, 1, tail=tail, box=min(tail, 64), tails=tails)
     if copied:
         return Tiles("many", tile, 256, COPIED_BYTES // itemsize, 4, 4, 1)
     # More than so many numbers a step spill where rows are not aligned, so that loads go through registers.
