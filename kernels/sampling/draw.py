@@ -110,7 +110,7 @@ def _measure(
     return inside, outside
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def draw_by_tiles(
     whole,
     greedy,
@@ -158,7 +158,7 @@ def mass_of_candidates(candidates_ptr, found, threshold, top, scale, SORTED: tl.
     return tl.sum(masses, 0)
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def draw_from_candidates(
     list_ptr,
     candidates_ptr,
@@ -187,7 +187,7 @@ def draw_from_candidates(
     return first_of_largest(best, best_token)[1]
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def draw_from_tiles(
     list_ptr,
     listed,

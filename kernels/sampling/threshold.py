@@ -54,7 +54,7 @@ def _sample_of_tiles(
     return edit(load_raw(logits_ptr, row, token, V, stride_logits_row), row, token, 0, V, V, edits)
 
 
-@triton.jit
+@triton.jit(noinline=True)
 def find_threshold(
     list_ptr,
     candidates_ptr,
