@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from octavo.kernels.sampling.logits import edit, load_raw
 from octavo.kernels.sampling.sort import ascending
 
 
@@ -19,11 +20,29 @@ def value_of(key):
 
 
 @triton.jit
+def _sample_of_tiles(
+    list_ptr, listed, logits_ptr, row, V, stride_logits_row, edits, SAMPLE: tl.constexpr, TILE: tl.constexpr
+):
+    """Logits of the listed tiles, as many of each, at places that differ from tile to tile."""
+    slot = tl.arange(0, SAMPLE)
+    tile = tl.load(list_ptr + slot * listed // SAMPLE)  # no more than 1024 tiles: fits in int32
+    token = tile * TILE + slot * 37 % TILE
+    return edit(load_raw(logits_ptr, row, token, V, stride_logits_row), row, token, 0, V, V, edits)
+
+
+@triton.jit(noinline=True)
 def estimated(
-    x,
-    population,
+    candidates_ptr,
+    found,
+    list_ptr,
+    listed,
+    logits_ptr,
+    row,
+    V,
+    stride_logits_row,
+    edits,
+    gathered,
     room,
-    deviations,
     low_key,
     high_key,
     measured,
@@ -32,13 +51,23 @@ def estimated(
     top,
     scale,
     SAMPLE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Keys of values a < b with the threshold in [a, b) but for bad luck, from SAMPLE of `population` logits.
+    """Keys of values a < b with the threshold in [a, b) but for bad luck, from SAMPLE of the logits.
+
+    These are the `found` candidates, if `gathered`, or else those of the listed tiles.
 
     The threshold is the largest value below which no more than `left_out` lies, tokens if `counting`, or else mass; if
     `measured`, of what reaches `low`. What lies below is estimated rather than what lies above, since it has no large
     terms: its variance is small even if a few tokens hold most of the mass.
     """
+    if gathered:
+        x = tl.load(candidates_ptr + (tl.arange(0, SAMPLE).to(tl.int64) * found // SAMPLE).to(tl.int32))
+    else:
+        x = _sample_of_tiles(list_ptr, listed, logits_ptr, row, V, stride_logits_row, edits, SAMPLE, TILE)
+    population = tl.where(gathered, found, listed * TILE)
+    # A miss among the candidates costs less than a pass over more of them.
+    deviations = tl.where(gathered, 2.5, 3.5)
     x = ascending(x)
     weight = tl.where(counting, 1.0, tl.exp((x - top) * scale))
     weight = tl.where((x >= value_of(low_key)) | (measured == 0), weight, 0.0)

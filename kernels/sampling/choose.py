@@ -10,9 +10,9 @@ from octavo.kernels.sampling.draw import (
     draw_from_tiles,
     mass_of_candidates,
 )
-from octavo.kernels.sampling.gather import first_of_largest, list_tiles
+from octavo.kernels.sampling.gather import first_of_largest
 from octavo.kernels.sampling.logits import LOWEST, edit, load_raw, setting, temperature_setting, top_k_setting
-from octavo.kernels.sampling.threshold import find_threshold, lower_bound
+from octavo.kernels.sampling.threshold import find_threshold, list_possible_tiles
 from octavo.kernels.sampling.tile_stats import MAX, PLANES, RAW_MAX, RAW_SUM, SUM
 from octavo.kernels.tiles import let_next_start, wait_for_previous
 
@@ -123,9 +123,9 @@ def choose_kernel(
                 # Past the tiles' numbers: a list of tiles, the candidates, their places, and those that are sorted.
                 list_ptr = (row_stats_ptr + PLANES * tiles).to(tl.pointer_type(tl.int32))
                 candidates_ptr = (list_ptr + tiles + MANY).to(tl.pointer_type(tl.float32))
-                low = lower_bound(tile, tile_max, top, total, scale, floor, k, p, V)
-                listed = list_tiles(list_ptr, tile, tile_max >= low, tiles, TILES)
-                listed_mass = tl.sum(tl.where(tile_max >= low, tile_sum * tl.exp((tile_max - top) * scale), 0.0), 0)
+                low, listed, listed_mass = list_possible_tiles(
+                    list_ptr, row_stats_ptr, tiles, top, total, scale, floor, k, p, V, ALL_TILES, TILES
+                )
                 threshold, found, others, kept_mass = find_threshold(
                     list_ptr,
                     candidates_ptr,

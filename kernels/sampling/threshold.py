@@ -23,14 +23,34 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.sampling.bracket import divided, estimated, key_of, value_of
-from octavo.kernels.sampling.gather import gather_from_candidates, gather_from_tiles
-from octavo.kernels.sampling.logits import LOWEST, edit, load_raw
+from octavo.kernels.sampling.gather import gather_from_candidates, gather_from_tiles, list_tiles
+from octavo.kernels.sampling.logits import LOWEST
 from octavo.kernels.sampling.sort import ascending
+from octavo.kernels.sampling.tile_stats import MAX, SUM
 
 
-@triton.jit
-def lower_bound(tile, tile_max, top, total, scale, floor, k, p, V):
-    """A logit that the threshold is not below, from the tiles' maxima."""
+@triton.jit(noinline=True)
+def list_possible_tiles(
+    list_ptr,
+    row_stats_ptr,
+    tiles,
+    top,
+    total,
+    scale,
+    floor,
+    k,
+    p,
+    V,
+    ALL_TILES: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """A logit that the threshold is not below, from the tiles' maxima; the tiles that reach it are written down.
+
+    Returns with it how many these are, and the mass in them.
+    """
+    tile = tl.arange(0, ALL_TILES)
+    tile_max = tl.load(row_stats_ptr + MAX * tiles + tile, mask=tile < tiles, other=-float("inf"))
+    tile_sum = tl.load(row_stats_ptr + SUM * tiles + tile, mask=tile < tiles, other=0.0)
     ordered = -ascending(-tile_max)
     if (k == 0) & (floor == LOWEST):
         # Top-p takes its share of `total`, which is known. All tokens below `tail` together hold less than half of what
@@ -40,18 +60,46 @@ def lower_bound(tile, tile_max, top, total, scale, floor, k, p, V):
         low = tl.maximum(tl.max(tl.where(enough, ordered, LOWEST), 0), tail)
     else:
         low = tl.maximum(floor, tl.max(tl.where(tile == k - 1, ordered, LOWEST), 0))
-    return low
+    listed = list_tiles(list_ptr, tile, tile_max >= low, tiles, TILES)
+    listed_mass = tl.sum(tl.where(tile_max >= low, tile_sum * tl.exp((tile_max - top) * scale), 0.0), 0)
+    return low, listed, listed_mass
 
 
-@triton.jit
-def _sample_of_tiles(
-    list_ptr, listed, logits_ptr, row, V, stride_logits_row, edits, SAMPLE: tl.constexpr, TILE: tl.constexpr
+@triton.jit(noinline=True)
+def _smallest_kept(
+    list_ptr,
+    within,
+    above,
+    above_mass,
+    threshold,
+    least,
+    goal,
+    k,
+    p,
+    counting,
+    top,
+    scale,
+    SORTED: tl.constexpr,
 ):
-    """Logits of the listed tiles, as many of each, at places that differ from tile to tile."""
-    slot = tl.arange(0, SAMPLE)
-    tile = tl.load(list_ptr + slot * listed // SAMPLE)  # no more than 1024 tiles: fits in int32
-    token = tile * TILE + slot * 37 % TILE
-    return edit(load_raw(logits_ptr, row, token, V, stride_logits_row), row, token, 0, V, V, edits)
+    """The threshold among the `within` logits written down, above which are others, and which is at least `least`.
+
+    Returns with it whether it is top-p's, too, where top-k's was looked for.
+    """
+    slot = tl.arange(0, SORTED)
+    # In descending order, from the highest that fits.
+    x = tl.load(list_ptr + slot, mask=slot < within, other=-float("inf"))
+    x = -ascending(-x)
+    masses = tl.exp((x - top) * scale)
+    enough = tl.where(counting, above + slot + 1 >= k, above_mass + tl.cumsum(masses, 0) >= goal)
+    answer = tl.max(tl.where(enough & (slot < within), x, least), 0)
+    complete = counting & (p < 1.0) & (above == 0)
+    if complete:
+        kept = x >= tl.maximum(threshold, answer)
+        masses = tl.where(kept, masses, 0.0)
+        goal = tl.maximum(p, 1e-30) * tl.sum(masses, 0)
+        enough = kept & (tl.cumsum(masses, 0) >= goal)
+        answer = tl.max(tl.where(enough, x, answer), 0)
+    return answer, complete
 
 
 @triton.jit(noinline=True)
@@ -82,7 +130,6 @@ def find_threshold(
     Returns with it how many candidates there are, the tokens gathered, which may be kept or not; and the count and the
     mass of the others that are kept.
     """
-    slot = tl.arange(0, SORTED)
     counting = k > 0  # looking for top-k's threshold; then for top-p's
     known = (counting == 0) & (p >= 1.0)  # the threshold is found; what is left to do is to gather
     threshold = floor
@@ -100,8 +147,6 @@ def find_threshold(
     tried = k * 0
     crowded = k < 0  # the last interval's tokens are few enough, but did not fit into their lists
     searching = k == k
-    # Carried along, so that a sample's addresses are not computed ahead of the loop and kept in 8 registers.
-    to_sample = listed
     while searching:
         above_top = key_of(top) + 1
         room = tl.where(gathered, SORTED, CANDIDATES)
@@ -111,18 +156,18 @@ def find_threshold(
         elif ((low_count - high_count > room) | crowded) & (counting | share_known):
             if tried == 0:
                 left_out = tl.where(counting, (low_count - k).to(tl.float32), low_mass - p * share)
-                if gathered:
-                    x = tl.load(candidates_ptr + (slot.to(tl.int64) * found // SORTED).to(tl.int32))
-                else:
-                    x = _sample_of_tiles(
-                        list_ptr, to_sample, logits_ptr, row, V, stride_logits_row, edits, SORTED, TILE
-                    )
-                # A miss among the candidates costs less than a pass over more of them.
                 a_key, b_key = estimated(
-                    x,
-                    tl.where(gathered, found, listed * TILE),
+                    candidates_ptr,
+                    found,
+                    list_ptr,
+                    listed,
+                    logits_ptr,
+                    row,
+                    V,
+                    stride_logits_row,
+                    edits,
+                    gathered,
                     room,
-                    tl.where(gathered, 2.5, 3.5),
                     low_key,
                     high_key,
                     measured,
@@ -131,6 +176,7 @@ def find_threshold(
                     top,
                     scale,
                     SORTED,
+                    TILE,
                 )
             else:
                 a_key, b_key = divided(low_key, high_key, top, tried)
@@ -196,21 +242,22 @@ def find_threshold(
             complete = k < 0  # top-p's threshold is found with top-k's
             if fits:
                 if within <= SORTED:
-                    # In descending order, from the highest that fits.
-                    written = tl.where(gathered, 2 * CANDIDATES, 0) + slot
-                    x = tl.load(candidates_ptr + written, mask=slot < within, other=-float("inf"))
-                    x = -ascending(-x)
-                    masses = tl.exp((x - top) * scale)
-                    enough = tl.where(counting, above + slot + 1 >= k, above_mass + tl.cumsum(masses, 0) >= goal)
-                    answer = tl.max(tl.where(enough & (slot < within), x, value_of(low_key)), 0)
+                    answer, complete = _smallest_kept(
+                        candidates_ptr + tl.where(gathered, 2 * CANDIDATES, 0),
+                        within,
+                        above,
+                        above_mass,
+                        threshold,
+                        answer,
+                        goal,
+                        k,
+                        p,
+                        counting,
+                        top,
+                        scale,
+                        SORTED,
+                    )
                     answered = fits
-                    complete = counting & (p < 1.0) & (above == 0)
-                    if complete:
-                        kept = x >= tl.maximum(threshold, answer)
-                        masses = tl.where(kept, masses, 0.0)
-                        goal = tl.maximum(p, 1e-30) * tl.sum(masses, 0)
-                        enough = kept & (tl.cumsum(masses, 0) >= goal)
-                        answer = tl.max(tl.where(enough, x, answer), 0)
                 if gathered == 0:
                     gathered = fits
                     tried = tried * 0
@@ -226,5 +273,4 @@ def find_threshold(
                 else:
                     known = answered
                     searching = gathered == 0
-        to_sample = tl.where(searching, to_sample, 0)
     return threshold, found, edge_count, edge_mass
