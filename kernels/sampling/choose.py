@@ -6,6 +6,7 @@ import triton.language as tl
 from octavo.kernels.sampling.draw import (
     SHARE,
     draw_by_tiles,
+    draw_by_tiles_apart,
     draw_from_candidates,
     draw_from_tiles,
     mass_of_candidates,
@@ -183,22 +184,22 @@ def choose_kernel(
                             TILE,
                         )
                 else:
-                    # A copy of its own, so that it shares no registers with rows that are not searched.
-                    token = draw_by_tiles(
+                    token = draw_by_tiles_apart(
                         whole,
-                        False,
+                        greedy,
                         threshold,
-                        float("inf"),
+                        outside,
                         total,
                         seeds_ptr,
                         positions_ptr,
-                        False,
+                        MEASURED,
                         ALL_TILES,
                         MANY,
                         TILE,
                     )
         else:
-            token = draw_by_tiles(
+            DRAW: tl.constexpr = draw_by_tiles_apart if FILTERS else draw_by_tiles
+            token = DRAW(
                 whole,
                 greedy,
                 inside,

@@ -46,6 +46,12 @@ def _draw(whole, greedy, seed, position, use, SEEDED: tl.constexpr, ALL_TILES: t
     return token, tl.max(tl.where(within == token, x, -float("inf")), 0)
 
 
+@triton.jit(noinline=True)
+def _draw_apart(whole, greedy, seed, position, use, SEEDED: tl.constexpr, ALL_TILES: tl.constexpr, TILE: tl.constexpr):
+    """The same as a function of its own, since it is needed in two places where top-p is measured."""
+    return _draw(whole, greedy, seed, position, use, SEEDED, ALL_TILES, TILE)
+
+
 @triton.jit
 def _measure(
     x,
@@ -82,7 +88,7 @@ def _measure(
             list_ptr = (row_stats_ptr + PLANES * tiles).to(tl.pointer_type(tl.int32))
             listed = list_tiles(list_ptr, tile, above, tiles, MANY)
             for i in range(2):
-                _, other = _draw(whole, greedy, seed, position, use + 2 * i, SEEDED, ALL_TILES, TILE)
+                _, other = _draw_apart(whole, greedy, seed, position, use + 2 * i, SEEDED, ALL_TILES, TILE)
                 y, z = tl.maximum(other, x), y  # what is below x is left out with it, or not drawn at all
             up_to_x, up_to_y, up_to_z = masses_up_to(
                 list_ptr,
@@ -110,7 +116,7 @@ def _measure(
     return inside, outside
 
 
-@triton.jit(noinline=True)
+@triton.jit
 def draw_by_tiles(
     whole,
     greedy,
@@ -136,8 +142,9 @@ def draw_by_tiles(
         seed, position = tl.load(seeds_ptr + row), tl.load(positions_ptr + row)
     token = tl.full([], -1, tl.int32)
     use = tl.full([], 0, tl.int32)
+    DRAW: tl.constexpr = _draw_apart if MEASURED else _draw
     while token < 0:
-        drawn, x = _draw(whole, greedy, seed, position, use, SEEDED, ALL_TILES, TILE)
+        drawn, x = DRAW(whole, greedy, seed, position, use, SEEDED, ALL_TILES, TILE)
         use += 2
         if MEASURED:
             inside, outside = _measure(
@@ -145,6 +152,26 @@ def draw_by_tiles(
             )
         token = tl.where(x >= inside, drawn, token)
     return token
+
+
+@triton.jit(noinline=True)
+def draw_by_tiles_apart(
+    whole,
+    greedy,
+    inside,
+    outside,
+    goal,
+    seeds_ptr,
+    positions_ptr,
+    MEASURED: tl.constexpr,
+    ALL_TILES: tl.constexpr,
+    MANY: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The same as a function of its own."""
+    return draw_by_tiles(
+        whole, greedy, inside, outside, goal, seeds_ptr, positions_ptr, MEASURED, ALL_TILES, MANY, TILE
+    )
 
 
 @triton.jit
