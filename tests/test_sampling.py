@@ -486,7 +486,7 @@ def test_a_filter_that_keeps_all_changes_no_draw(device, monkeypatch):
     assert torch.equal(drawn, filtered) and torch.equal(drawn, by_reference(logits, **given)[0])
 
 
-@pytest.mark.parametrize("way", ["draw_by_tiles", "draw_from_candidates", "draw_from_tiles"])
+@pytest.mark.parametrize("way", ["draw_by_tiles_apart", "draw_from_candidates", "draw_from_tiles"])
 def test_each_way_to_draw(device, small_tiles, monkeypatch, way):
     """Kept are the 4 largest, which hold much or little of the mass, and are gathered or too many in one column."""
     rows, taken = 30, set()
@@ -496,9 +496,9 @@ def test_each_way_to_draw(device, small_tiles, monkeypatch, way):
         seeds=torch.arange(rows),
         positions=torch.arange(rows),
         top_k=torch.full((rows,), 4, dtype=torch.int32),
-        temperature=torch.full((rows,), 0.3 if way == "draw_by_tiles" else 9.0),
+        temperature=torch.full((rows,), 0.3 if way == "draw_by_tiles_apart" else 9.0),
     )
-    for name in ("draw_by_tiles", "draw_from_candidates", "draw_from_tiles"):
+    for name in ("draw_by_tiles_apart", "draw_from_candidates", "draw_from_tiles"):
         draw = getattr(choose, name)
         if INTERPRET:
             monkeypatch.setattr(choose, name, lambda *args, name=name, draw=draw: taken.add(name) or draw(*args))
