@@ -48,7 +48,7 @@ def _draw(whole, greedy, seed, position, use, SEEDED: tl.constexpr, ALL_TILES: t
 
 @triton.jit(noinline=True)
 def _draw_apart(whole, greedy, seed, position, use, SEEDED: tl.constexpr, ALL_TILES: tl.constexpr, TILE: tl.constexpr):
-    """The same as a function of its own, since it is needed in two places where top-p is measured."""
+    """The same as a function of its own, where more than one place needs it."""
     return _draw(whole, greedy, seed, position, use, SEEDED, ALL_TILES, TILE)
 
 
@@ -168,7 +168,7 @@ def draw_by_tiles_apart(
     MANY: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The same as a function of its own."""
+    """The same as a function of its own, for rows that are searched and those that are not."""
     return draw_by_tiles(
         whole, greedy, inside, outside, goal, seeds_ptr, positions_ptr, MEASURED, ALL_TILES, MANY, TILE
     )
