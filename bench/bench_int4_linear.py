@@ -32,7 +32,7 @@ def bytes_moved(shape: Shape, dtype: torch.dtype) -> int:
 def _octavo(inputs: Inputs) -> Callable[[], torch.Tensor]:
     x, scale, group = inputs["x"], inputs["scale"], inputs["group"]
     packed = octavo.int4_pack(inputs["q"])
-    return lambda: octavo.int4_linear(x, packed, scale, group_size=group)
+    return lambda: octavo.int4_linear(x, packed, scale, group_size=group, prefetch_weight=True)
 
 
 PROVIDERS = {

@@ -39,7 +39,7 @@ def bytes_moved(shape: Shape, dtype: torch.dtype) -> int:
 
 def _octavo(inputs: Inputs) -> Callable[[], torch.Tensor]:
     x, weight, scale, group = inputs["x"], inputs["q"], inputs["scale"], inputs["group"]
-    return lambda: octavo.int8_linear(x, weight, scale, group_size=group)
+    return lambda: octavo.int8_linear(x, weight, scale, group_size=group, prefetch_weight=True)
 
 
 PROVIDERS = {

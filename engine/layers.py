@@ -59,6 +59,7 @@ class Int4Linear:
             *(x, self.packed, self.scale, self.minimum, self.bias),
             group_size=self.group_size,
             activation=self.activation,
+            prefetch_weight=True,
         )
 
 
@@ -70,7 +71,9 @@ class Int8Linear:
     group_size: int
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return octavo.int8_linear(x, self.weight, self.scale, self.bias, group_size=self.group_size)
+        return octavo.int8_linear(
+            x, self.weight, self.scale, self.bias, group_size=self.group_size, prefetch_weight=True
+        )
 
 
 @dataclass(frozen=True)

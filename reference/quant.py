@@ -41,12 +41,18 @@ def int4_linear(
     group_size: int,
     residual: torch.Tensor | None = None,
     activation: str | None = None,
+    prefetch_weight: bool = False,
 ) -> torch.Tensor:
     y = linear(x.float(), dequantize_int4(packed, scale, minimum, group_size), bias)
     return finished(y, None, residual, activation, x.dtype)
 
 
 def int8_linear(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, group_size: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    group_size: int,
+    prefetch_weight: bool = False,
 ) -> torch.Tensor:
     return linear(x, dequantize_int8(weight, scale, group_size), bias)

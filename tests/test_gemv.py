@@ -23,19 +23,34 @@ def formula(x, weight, bias=None, activation=None):
     return gate / (1 + (-gate).exp()) * up
 
 
+def check_layer(layer, shape, activation, dtype, device):
+    """Holds a layer of `shape` (rows, outputs, inputs) to the exact product, with a bias and without."""
+    *rows, n, k = shape
+    x = torch.randn(*rows, k, device=device, dtype=dtype)
+    weight = torch.randn(n, k, device=device, dtype=dtype) * k**-0.5
+    for bias in (None, torch.randn(n, device=device)):
+        out = layer(x, weight, bias, activation=activation)
+        assert out.is_contiguous() and out.dtype == dtype
+        plain = formula(x, weight, None if bias is None else bias.to(dtype), activation)
+        assert_accurate(out, exact(x, weight, bias, activation), plain)
+
+
+def check_rows_cut_out(layer, rows, n, k, gap, gated):
+    """The same where rows of x lie `gap` elements apart."""
+    x = torch.randn(*rows, k + gap)[..., :k]
+    weight = torch.randn(2 * n if gated else n, k) * k**-0.5
+    activation = "silu_and_mul" if gated else None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    out = layer(x.to(device), weight.to(device), activation=activation).cpu()
+    assert_accurate(out, exact(x, weight, None, activation), formula(x, weight, None, activation))
+
+
 @pytest.mark.parametrize("activation", [None, "silu_and_mul"])
 @pytest.mark.parametrize(
     "shape", [(1, 2, 1), (1, 16, 512), (1, 30, 513), (1, 128, 1040), (3, 66, 96), (2, 2, 18, 1500)]
 )
 def test_gemv(device, dtype, shape, activation):
-    *rows, n, k = shape
-    x = torch.randn(*rows, k, device=device, dtype=dtype)
-    weight = torch.randn(n, k, device=device, dtype=dtype) * k**-0.5
-    for bias in (None, torch.randn(n, device=device)):
-        out = octavo.gemv(x, weight, bias, activation=activation)
-        assert out.is_contiguous() and out.dtype == dtype
-        plain = formula(x, weight, None if bias is None else bias.to(dtype), activation)
-        assert_accurate(out, exact(x, weight, bias, activation), plain)
+    check_layer(octavo.gemv, shape, activation, dtype, device)
 
 
 @given(
@@ -47,12 +62,7 @@ def test_gemv(device, dtype, shape, activation):
     gated=st.booleans(),
 )
 def test_rows_cut_out_of_others(rows, inner, n, k, gap, gated):
-    x = torch.randn(rows, inner, k + gap)[..., :k]
-    weight = torch.randn(2 * n if gated else n, k) * k**-0.5
-    activation = "silu_and_mul" if gated else None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    out = octavo.gemv(x.to(device), weight.to(device), activation=activation).cpu()
-    assert_accurate(out, exact(x, weight, None, activation), formula(x, weight, None, activation))
+    check_rows_cut_out(octavo.gemv, (rows, inner), n, k, gap, gated)
 
 
 def test_a_row_has_the_same_bits_beside_others(device):

@@ -39,7 +39,7 @@ def run_in_python(x, packed, scale, minimum, bias, group_size, tiles, residual=N
     per_step = int4_tiles.groups_of_step(group_size)
     k_tiles, rounds = packed.shape[1], cdiv(packed.shape[1], tiles.turns * tiles.steps)
     numbers = (m, n, k_tiles, rounds, groups - 1, int4_tiles.plane_groups(group_size), row_tiles * token_tiles,
-               tiles.shared, tiles.shared * rounds, row_tiles, token_tiles, tiles.width, n, n)  # fmt: skip
+               tiles.shared, tiles.shared * rounds, row_tiles, token_tiles, tiles.width, 0, n, n)  # fmt: skip
     for program in random.sample(range(tiles.programs), tiles.programs):
         namespace(MODULES, (program,), tiles.programs)["_int4_hopper_kernel"](
             Descriptor(packed.view(-1, 64).numpy(), "int16", (32 * tiles.steps, 64)),

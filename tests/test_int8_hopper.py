@@ -37,7 +37,7 @@ def run_in_python(x, weight, scale, bias, group_size, tiles):
     per_step = int8_tiles.scales_of_step(k, group_size)
     inputs = int8_tiles.inputs_of_stage(tiles.tokens)
     numbers = (m, n, rounds, groups - 1, int4_tiles.plane_groups(group_size), row_tiles * token_tiles, tiles.shared,
-               tiles.shared * rounds, row_tiles, token_tiles, tiles.width, n)  # fmt: skip
+               tiles.shared * rounds, row_tiles, token_tiles, tiles.width, 0, n)  # fmt: skip
     for program in random.sample(range(tiles.programs), tiles.programs):
         namespace(MODULES, (program,), tiles.programs)["_int8_hopper_kernel"](
             Descriptor(weight.numpy(), "int8", (64, inputs)),
@@ -227,6 +227,28 @@ def test_on_a_gpu(m, n, k, group, bias, dtype, marked):
     check(out, x, *args)
     for _ in range(10):
         assert torch.equal(out, octavo.int8_linear(x, *args, group_size=group))
+
+
+@pytest.mark.parametrize("marked", [pytest.param(None, marks=on_hopper)])
+def test_weights_of_the_kernel_before_are_not_read_too_soon(marked):
+    """What quantises weights lets the next kernel start; the product waits for its end, unless it is told not to."""
+    x, weight = (torch.randn(s, 4096, device="cuda", dtype=torch.bfloat16) for s in (8, 8192))
+    q, scale = octavo.quantize_int8(weight)
+    expected = octavo.int8_linear(x, q, scale.view(1, -1), group_size=4096)
+    torch.cuda.synchronize()
+    for _ in range(20):
+        q, scale = octavo.quantize_int8(weight)
+        out = octavo.int8_linear(x, q, scale.view(1, -1), group_size=4096)
+        q.zero_()
+        assert torch.equal(out, expected)
+    early = octavo.int8_linear(x, *quantised_by_now(weight), group_size=4096, prefetch_weight=True)
+    assert torch.equal(early, expected)
+
+
+def quantised_by_now(weight):
+    q, scale = octavo.quantize_int8(weight)
+    torch.cuda.synchronize()
+    return q, scale.view(1, -1)
 
 
 @pytest.mark.parametrize("marked", [pytest.param(None, marks=on_hopper)])

@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_gemv import exact, formula
+from test_gemv import check_layer, check_rows_cut_out, exact, formula
 
 import octavo
 from octavo.kernels import linear
@@ -15,14 +15,7 @@ from octavo.testing import assert_accurate, check_op
 @pytest.mark.parametrize("activation", [None, "silu_and_mul"])
 @pytest.mark.parametrize("shape", [(1, 128, 1040), (3, 66, 96), (2, 3, 48, 520), (40, 80, 256), (70, 32, 128)])
 def test_linear(device, dtype, shape, activation):
-    *rows, n, k = shape
-    x = torch.randn(*rows, k, device=device, dtype=dtype)
-    weight = torch.randn(n, k, device=device, dtype=dtype) * k**-0.5
-    for bias in (None, torch.randn(n, device=device)):
-        out = octavo.linear(x, weight, bias, activation=activation)
-        assert out.is_contiguous() and out.dtype == dtype
-        plain = formula(x, weight, None if bias is None else bias.to(dtype), activation)
-        assert_accurate(out, exact(x, weight, bias, activation), plain)
+    check_layer(octavo.linear, shape, activation, dtype, device)
 
 
 @given(
@@ -34,12 +27,7 @@ def test_linear(device, dtype, shape, activation):
     gated=st.booleans(),
 )
 def test_rows_cut_out_of_others(rows, inner, n, k, gap, gated):
-    x = torch.randn(rows, inner, k + gap)[..., :k]
-    weight = torch.randn(2 * n if gated else n, k) * k**-0.5
-    activation = "silu_and_mul" if gated else None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    out = octavo.linear(x.to(device), weight.to(device), activation=activation).cpu()
-    assert_accurate(out, exact(x, weight, None, activation), formula(x, weight, None, activation))
+    check_rows_cut_out(octavo.linear, (rows, inner), n, k, gap, gated)
 
 
 @pytest.mark.parametrize("activation", [None, "silu_and_mul"])

@@ -100,6 +100,7 @@ def int4_linear(
     group_size: int,
     residual: torch.Tensor | None = None,
     activation: str | None = None,
+    prefetch_weight: bool = False,
 ) -> torch.Tensor:
     def dequantize() -> torch.Tensor:
         return reference.dequantize_int4(packed, scale, minimum, group_size)
@@ -109,7 +110,12 @@ def int4_linear(
 
 
 def int8_linear(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, group_size: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    group_size: int,
+    prefetch_weight: bool = False,
 ) -> torch.Tensor:
     def dequantize() -> torch.Tensor:
         return reference.dequantize_int8(weight, scale, group_size)

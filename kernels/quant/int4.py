@@ -123,12 +123,13 @@ def _int4_linear_cuda(
     group_size: int,
     residual: torch.Tensor | None = None,
     activation: str | None = None,
+    prefetch_weight: bool = False,
 ) -> torch.Tensor:
     k, n = x.shape[-1], scale.shape[1]
     out = empty((*x.shape[:-1], outputs_of(n, activation)), x.dtype, x.device)
     m = x.numel() // k
     if int4_hopper.takes(x, packed, device_properties(x.device)):
-        int4_hopper.linear(out, x, packed, scale, minimum, bias, group_size, residual, activation)
+        int4_hopper.linear(out, x, packed, scale, minimum, bias, group_size, residual, activation, prefetch_weight)
         return out
     properties = device_properties(x.device)
     tiles = choose_tiles(m, x.dtype, 4, properties)
@@ -172,13 +173,14 @@ def _int4_linear_fake(
     group_size: int,
     residual: torch.Tensor | None = None,
     activation: str | None = None,
+    prefetch_weight: bool = False,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], outputs_of(scale.shape[1], activation)))
 
 
 _int4_linear = register(
     "int4_linear(Tensor x, Tensor packed, Tensor scale, Tensor? minimum, Tensor? bias, int group_size, "
-    "Tensor? residual=None, str? activation=None) -> Tensor",
+    "Tensor? residual=None, str? activation=None, bool prefetch_weight=False) -> Tensor",
     reference=reference.int4_linear,
     launcher=_int4_linear_cuda,
     fake=_int4_linear_fake,
@@ -197,6 +199,7 @@ def int4_linear(
     group_size: int,
     residual: torch.Tensor | None = None,
     activation: str | None = None,
+    prefetch_weight: bool = False,
 ) -> torch.Tensor:
     """Linear layer with int4 weights in groups, as GPTQ, AWQ and GGUF's 4-bit types store them.
 
@@ -213,6 +216,8 @@ def int4_linear(
         residual: None, or what is added to the result: its shape, in x's dtype, contiguous. It is not written.
         activation: None, or "silu_and_mul": of the outputs, gate and up in the order of `interleave_gate_up` (so are
             scale, minimum and bias), the result is `silu(gate) · up`. N: a multiple of 16.
+        prefetch_weight: whether weights, scales and minima may be read before the kernels ahead of this one have ended,
+            as a model's may be, which are there for good. Never for what ops of octavo have just computed.
 
     Returns:
         `[..., N]`, or `[..., N / 2]` with an activation, contiguous, in x's dtype. Products, sums and what
@@ -225,9 +230,7 @@ def int4_linear(
         ValueError: a group size, shape, stride or device that does not fit.
 
     Safe in a CUDA graph. Deterministic; a row's bits may depend on how many other rows and outputs there are. Fastest
-    on Hopper, where x has one stride from row to row and that is a multiple of 16 bytes. There weights, scales and
-    minima are read while the kernel before this one in the stream may still run: none that lets the next start early
-    (programmatic dependent launch) may write them, and none of octavo's does.
+    on Hopper, where x has one stride from row to row and that is a multiple of 16 bytes.
     On a CPU, weights are kept dequantised: see `octavo.kernels.quant.cpu`. https://arxiv.org/abs/2210.17323
     """
     check_linear(x, {"scale": scale} if minimum is None else {"scale": scale, "minimum": minimum}, bias, group_size)
@@ -237,4 +240,4 @@ def int4_linear(
     check_contiguous("packed", packed)
     check_device("packed", packed, "x", x)
     check_epilogue(x, "scale", scale.shape[1], residual, activation, x.dtype)
-    return _int4_linear(x, packed, scale, minimum, bias, group_size, residual, activation)
+    return _int4_linear(x, packed, scale, minimum, bias, group_size, residual, activation, prefetch_weight)

@@ -21,6 +21,7 @@ from octavo.kernels.quant.int4_unpack import (
     unpack,
     words_layout,
 )
+from octavo.kernels.tiles import wait_for_previous
 
 # Lists of arguments, one a line, would be longer than the code between them.
 # fmt: off
@@ -180,7 +181,7 @@ def sum_steps(
 @gluon.jit
 def compute(
     group: gl.constexpr, out_ptr, scale_ptr, minimum_ptr, bias_ptr, residual_ptr, workspace_ptr, words, x, full, empty,
-    turns, left, taken, shares, M, N, last_group, plane_groups, stride_scale_group, stride_minimum_group, GROUPS:
+    turns, left, taken, shares, early, M, N, last_group, plane_groups, stride_scale_group, stride_minimum_group, GROUPS:
     gl.constexpr, EVEN: gl.constexpr, SCALE_SUMS: gl.constexpr, BLOCKS: gl.constexpr, TOKENS: gl.constexpr, SIDES:
     gl.constexpr, TURNS: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, ACTIVATED: gl.constexpr, CHAINED:
     gl.constexpr,
@@ -197,6 +198,8 @@ def compute(
     programs = gl.num_programs(0)
     rounds = shares[3]
     first, own, count = share_of(program, programs, shares)
+    if early == 0:  # scales are read ahead of what has come
+        wait_for_previous(CHAINED)
     i = 0
     parity = 0
     while i < count:

@@ -56,13 +56,13 @@ REGISTERS = 80
 @gluon.jit(
     do_not_specialize=[
         "M", "k_tiles", "rounds", "last_group", "plane_groups", "tiles", "shared", "shared_rounds", "row_tiles",
-        "token_tiles", "width", "stride_scale_group", "stride_minimum_group",
+        "token_tiles", "width", "early", "stride_scale_group", "stride_minimum_group",
     ]
 )
 def _int4_hopper_kernel(
     # Few tokens: bound by reading the weights, half a byte each. Many: by the tensor cores.
     packed_desc, x_desc, out_ptr, scale_ptr, minimum_ptr, bias_ptr, residual_ptr, workspace_ptr, M, N, k_tiles, rounds,
-    last_group, plane_groups, tiles, shared, shared_rounds, row_tiles, token_tiles, width, stride_scale_group,
+    last_group, plane_groups, tiles, shared, shared_rounds, row_tiles, token_tiles, width, early, stride_scale_group,
     stride_minimum_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, SCALE_SUMS: gl.constexpr, BLOCKS: gl.constexpr,
     TOKENS: gl.constexpr, SIDES: gl.constexpr, TURNS: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
     ACTIVATED: gl.constexpr, REGISTERS: gl.constexpr, CHAINED: gl.constexpr,
@@ -97,15 +97,16 @@ def _int4_hopper_kernel(
     gl.warp_specialize([
         (compute, (
             0, out_ptr, scale_ptr, minimum_ptr, bias_ptr, residual_ptr, workspace_ptr, words, x, full, empty, turns,
-            left, taken, shares, M, N, last_group, plane_groups, stride_scale_group, stride_minimum_group, GROUPS, EVEN,
-            SCALE_SUMS, BLOCKS, TOKENS, SIDES, TURNS, STEPS, STAGES, ACTIVATED, CHAINED)),
+            left, taken, shares, early, M, N, last_group, plane_groups, stride_scale_group, stride_minimum_group,
+            GROUPS, EVEN, SCALE_SUMS, BLOCKS, TOKENS, SIDES, TURNS, STEPS, STAGES, ACTIVATED, CHAINED)),
         (compute, (
             1, out_ptr, scale_ptr, minimum_ptr, bias_ptr, residual_ptr, workspace_ptr, words, x, full, empty, turns,
-            left, taken, shares, M, N, last_group, plane_groups, stride_scale_group, stride_minimum_group, GROUPS, EVEN,
-            SCALE_SUMS, BLOCKS, TOKENS, SIDES, TURNS, STEPS, STAGES, ACTIVATED, CHAINED)),
+            left, taken, shares, early, M, N, last_group, plane_groups, stride_scale_group, stride_minimum_group,
+            GROUPS, EVEN, SCALE_SUMS, BLOCKS, TOKENS, SIDES, TURNS, STEPS, STAGES, ACTIVATED, CHAINED)),
         (load_weights, (
-            packed_desc, tiles_read, full, empty, scale_ptr, minimum_ptr, shares, N, k_tiles, last_group, plane_groups,
-            stride_scale_group, stride_minimum_group, GROUPS, TILES, TOKENS, TURNS, STEPS, STAGES)),
+            packed_desc, tiles_read, full, empty, scale_ptr, minimum_ptr, shares, early, N, k_tiles, last_group,
+            plane_groups, stride_scale_group, stride_minimum_group, GROUPS, TILES, TOKENS, TURNS, STEPS, STAGES,
+            CHAINED)),
         (load_tokens, (x_desc, x_read, full, empty, shares, TOKENS, TURNS, STEPS, STAGES, CHAINED)),
     ], [4, 1, 1], [104 if REGISTERS else 240, 24, 24])
 # fmt: on
@@ -143,9 +144,13 @@ def linear(
     group_size: int,
     residual: torch.Tensor | None,
     activation: str | None,
+    early: bool,
     tiles: Tiles | None = None,
 ) -> None:
-    """Launches it; `tiles` in place of those that would be chosen are for measurements."""
+    """Launches it; early: the kernel before does not write weights or scales.
+
+    `tiles` in place of those that would be chosen are for measurements.
+    """
     (groups, n), k, device = scale.shape, x.shape[-1], x.device
     m, k_tiles = x.numel() // k, packed.shape[1]
     if tiles is None:
@@ -180,6 +185,7 @@ def linear(
         row_tiles,
         token_tiles,
         tiles.width,
+        int(early),
         scale.stride(0),
         0 if minimum is None else minimum.stride(0),
         device=device,

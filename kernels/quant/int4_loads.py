@@ -68,11 +68,13 @@ def _load_tokens(
 
 @gluon.jit
 def load_weights(
-    desc, words, full, empty, scale_ptr, minimum_ptr, shares, N, k_tiles, last_group, plane_groups, stride_scale_group,
-    stride_minimum_group, GROUPS: gl.constexpr, TILES: gl.constexpr, TOKENS: gl.constexpr, TURNS: gl.constexpr, STEPS:
-    gl.constexpr, STAGES: gl.constexpr,
+    desc, words, full, empty, scale_ptr, minimum_ptr, shares, early, N, k_tiles, last_group, plane_groups,
+    stride_scale_group, stride_minimum_group, GROUPS: gl.constexpr, TILES: gl.constexpr, TOKENS: gl.constexpr, TURNS:
+    gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr,
 ):
-    """What the warp does that loads weights: it does not wait for the kernel before, which does not write them."""
+    """What the warp does that loads weights; early: not behind the kernel before, which does not write them."""
+    if early == 0:
+        wait_for_previous(CHAINED)
     ROUND: gl.constexpr = TURNS * STEPS
     program = gl.program_id(0)
     programs = gl.num_programs(0)

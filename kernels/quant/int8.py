@@ -67,14 +67,19 @@ def _int8_linear_kernel(
 
 
 def _int8_linear_cuda(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, group_size: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    group_size: int,
+    prefetch_weight: bool = False,
 ) -> torch.Tensor:
     n, k = weight.shape
     out = empty((*x.shape[:-1], n), x.dtype, x.device)
     m = x.numel() // k
     properties = device_properties(x.device)
     if int4_hopper.takes(x, weight, properties):
-        int8_hopper.linear(out, x, weight, scale, bias, group_size)
+        int8_hopper.linear(out, x, weight, scale, bias, group_size, prefetch_weight)
         return out
     tiles = choose_tiles(m, x.dtype, 8, properties)
     launch(
@@ -103,13 +108,19 @@ def _int8_linear_cuda(
 
 
 def _int8_linear_fake(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, group_size: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    group_size: int,
+    prefetch_weight: bool = False,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 _int8_linear = register(
-    "int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int group_size) -> Tensor",
+    "int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int group_size, "
+    "bool prefetch_weight=False) -> Tensor",
     reference=reference.int8_linear,
     launcher=_int8_linear_cuda,
     fake=_int8_linear_fake,
@@ -125,6 +136,7 @@ def int8_linear(
     bias: torch.Tensor | None = None,
     *,
     group_size: int,
+    prefetch_weight: bool = False,
 ) -> torch.Tensor:
     """Linear layer with int8 weights in groups, or with one scale an output; x stays in floating point.
 
@@ -136,6 +148,9 @@ def int8_linear(
         scale: `[K / group_size, N]`, fp16, bf16 or fp32, its dtype free of x's; last dimension contiguous.
         bias: None, or `[N]`, fp16, bf16 or fp32.
         group_size: consecutive inputs that share a scale: a multiple of 32 that divides K; K for a scale an output.
+        prefetch_weight: whether weights and scales may be read before the kernels ahead of this one have ended, as a
+            model's may be, which are there for good. Never for what ops of octavo, as `quantize_int8`, have just
+            computed.
 
     Returns:
         `[..., N]`, contiguous, in x's dtype. Products and sums are fp32, rounded once. Weights are not rounded, but in
@@ -147,9 +162,7 @@ def int8_linear(
         ValueError: a group size, shape, stride or device that does not fit.
 
     Safe in a CUDA graph. Deterministic; a row's bits may depend on how many other rows and outputs there are. Fastest
-    on Hopper, where x has one stride from row to row and that is a multiple of 16 bytes. There weights and scales are
-    read while the kernel before this one in the stream may still run: none that lets the next start early (programmatic
-    dependent launch) may write them, and none of octavo's does.
+    on Hopper, where x has one stride from row to row and that is a multiple of 16 bytes.
     On a CPU, weights are kept dequantised: see `octavo.kernels.quant.cpu`. https://arxiv.org/abs/2208.07339
     """
     check_linear(x, {"scale": scale}, bias, group_size)
@@ -157,4 +170,4 @@ def int8_linear(
     check_shape("weight", weight, (scale.shape[1], x.shape[-1]), "[outputs, inputs]")
     check_contiguous("weight", weight)
     check_device("weight", weight, "x", x)
-    return _int8_linear(x, weight, scale, bias, group_size)
+    return _int8_linear(x, weight, scale, bias, group_size, prefetch_weight)

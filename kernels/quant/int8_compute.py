@@ -18,6 +18,7 @@ from octavo.kernels.quant.int4_unpack import (
     words_layout,
 )
 from octavo.kernels.quant.int8_unpack import FACTOR, unpack_bytes
+from octavo.kernels.tiles import wait_for_previous
 
 # Lists of arguments, one a line, would be longer than the code between them.
 # fmt: off
@@ -184,9 +185,9 @@ def sum_bytes(
 @gluon.jit
 def compute_bytes(
     group: gl.constexpr, out_ptr, scale_ptr, bias_ptr, workspace_ptr, weights, x, full, empty, turns, left, taken,
-    shares, M, N, last_group, plane_groups, stride_scale_group, GROUPS: gl.constexpr, EVEN: gl.constexpr, SCALE_SUMS:
-    gl.constexpr, BLOCKS: gl.constexpr, TOKENS: gl.constexpr, SIDES: gl.constexpr, TURNS: gl.constexpr, STEPS:
-    gl.constexpr, INPUTS: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr,
+    shares, early, M, N, last_group, plane_groups, stride_scale_group, GROUPS: gl.constexpr, EVEN: gl.constexpr,
+    SCALE_SUMS: gl.constexpr, BLOCKS: gl.constexpr, TOKENS: gl.constexpr, SIDES: gl.constexpr, TURNS: gl.constexpr,
+    STEPS: gl.constexpr, INPUTS: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr,
 ):
     """What warpgroup number `group` does. GROUPS: scales of a step, or 0 where there is one an output."""
     ROWS: gl.constexpr = 64 * BLOCKS
@@ -201,6 +202,8 @@ def compute_bytes(
     programs = gl.num_programs(0)
     rounds = shares[3]
     first, own, count = share_of(program, programs, shares)
+    if early == 0:  # scales are read ahead of what has come
+        wait_for_previous(CHAINED)
     i = 0
     parity = 0
     while i < count:

@@ -32,15 +32,16 @@ from octavo.kernels.tiles import cdiv, chains, device_properties
 @gluon.jit(
     do_not_specialize=[
         "M", "rounds", "last_group", "plane_groups", "tiles", "shared", "shared_rounds", "row_tiles", "token_tiles",
-        "width", "stride_scale_group",
+        "width", "early", "stride_scale_group",
     ]
 )
 def _int8_hopper_kernel(
     # Few tokens: bound by reading the weights, a byte each. Many: by the tensor cores.
     weight_desc, x_desc, out_ptr, scale_ptr, bias_ptr, workspace_ptr, M, N, rounds, last_group, plane_groups, tiles,
-    shared, shared_rounds, row_tiles, token_tiles, width, stride_scale_group, GROUPS: gl.constexpr, EVEN: gl.constexpr,
-    SCALE_SUMS: gl.constexpr, BLOCKS: gl.constexpr, TOKENS: gl.constexpr, SIDES: gl.constexpr, TURNS: gl.constexpr,
-    STEPS: gl.constexpr, INPUTS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, CHAINED: gl.constexpr,
+    shared, shared_rounds, row_tiles, token_tiles, width, early, stride_scale_group, GROUPS: gl.constexpr, EVEN:
+    gl.constexpr, SCALE_SUMS: gl.constexpr, BLOCKS: gl.constexpr, TOKENS: gl.constexpr, SIDES: gl.constexpr, TURNS:
+    gl.constexpr, STEPS: gl.constexpr, INPUTS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, CHAINED:
+    gl.constexpr,
 ):
     shares = (tiles, shared, shared_rounds, rounds, row_tiles, token_tiles, width)
     TILES: gl.constexpr = SIDES * BLOCKS
@@ -69,16 +70,16 @@ def _int8_hopper_kernel(
     fence_async_shared()
     gl.warp_specialize([
         (compute_bytes, (
-            0, out_ptr, scale_ptr, bias_ptr, workspace_ptr, weights, x, full, empty, turns, left, taken, shares, M, N,
-            last_group, plane_groups, stride_scale_group, GROUPS, EVEN, SCALE_SUMS, BLOCKS, TOKENS, SIDES, TURNS, STEPS,
-            INPUTS, STAGES, CHAINED)),
+            0, out_ptr, scale_ptr, bias_ptr, workspace_ptr, weights, x, full, empty, turns, left, taken, shares, early,
+            M, N, last_group, plane_groups, stride_scale_group, GROUPS, EVEN, SCALE_SUMS, BLOCKS, TOKENS, SIDES, TURNS,
+            STEPS, INPUTS, STAGES, CHAINED)),
         (compute_bytes, (
-            1, out_ptr, scale_ptr, bias_ptr, workspace_ptr, weights, x, full, empty, turns, left, taken, shares, M, N,
-            last_group, plane_groups, stride_scale_group, GROUPS, EVEN, SCALE_SUMS, BLOCKS, TOKENS, SIDES, TURNS, STEPS,
-            INPUTS, STAGES, CHAINED)),
+            1, out_ptr, scale_ptr, bias_ptr, workspace_ptr, weights, x, full, empty, turns, left, taken, shares, early,
+            M, N, last_group, plane_groups, stride_scale_group, GROUPS, EVEN, SCALE_SUMS, BLOCKS, TOKENS, SIDES, TURNS,
+            STEPS, INPUTS, STAGES, CHAINED)),
         (load_bytes_of_weights, (
-            weight_desc, read, full, empty, scale_ptr, shares, N, last_group, plane_groups, stride_scale_group, GROUPS,
-            TILES, TOKENS, TURNS, STEPS, INPUTS, STAGES)),
+            weight_desc, read, full, empty, scale_ptr, shares, early, N, last_group, plane_groups, stride_scale_group,
+            GROUPS, TILES, TOKENS, TURNS, STEPS, INPUTS, STAGES, CHAINED)),
         (load_parts_of_tokens, (
             x_desc, x, full, empty, shares, TOKENS, TURNS, STEPS, INPUTS, STAGES, CHAINED)),
     ], [4, 1, 1], [104 if REGISTERS else 240, 24, 24])
@@ -92,9 +93,13 @@ def linear(
     scale: torch.Tensor,
     bias: torch.Tensor | None,
     group_size: int,
+    early: bool,
     tiles: Tiles | None = None,
 ) -> None:
-    """Launches it, for a call that `int4_hopper.takes`; `tiles` in place of those chosen are for measurements."""
+    """Launches it, for a call that `int4_hopper.takes`; early: the kernel before does not write weights or scales.
+
+    `tiles` in place of those that would be chosen are for measurements.
+    """
     (n, k), groups, device = weight.shape, scale.shape[0], x.device
     m = x.numel() // k
     if tiles is None:
@@ -128,6 +133,7 @@ def linear(
         row_tiles,
         token_tiles,
         tiles.width,
+        int(early),
         scale.stride(0),
         device=device,
         num_warps=4,

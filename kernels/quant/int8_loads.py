@@ -17,11 +17,13 @@ from octavo.kernels.tiles import let_next_start, wait_for_previous
 
 @gluon.jit
 def load_bytes_of_weights(
-    desc, weights, full, empty, scale_ptr, shares, N, last_group, plane_groups, stride_scale_group, GROUPS:
+    desc, weights, full, empty, scale_ptr, shares, early, N, last_group, plane_groups, stride_scale_group, GROUPS:
     gl.constexpr, TILES: gl.constexpr, TOKENS: gl.constexpr, TURNS: gl.constexpr, STEPS: gl.constexpr, INPUTS:
-    gl.constexpr, STAGES: gl.constexpr,
+    gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr,
 ):
-    """What the warp does that loads weights: it does not wait for the kernel before, which does not write them."""
+    """What the warp does that loads weights; early: not behind the kernel before, which does not write them."""
+    if early == 0:
+        wait_for_previous(CHAINED)
     ROUND: gl.constexpr = TURNS * STEPS
     program = gl.program_id(0)
     programs = gl.num_programs(0)
